@@ -1,0 +1,19 @@
+"""attnpack_fx: a torch.compile backend that keeps a model's key/value cache packed as low-rank factors."""
+
+from attnpack_fx.backend import AttnpackWarning, attnpack_backend
+from attnpack_fx.cache_bytes import cache_bytes
+from attnpack_fx.modality import modality
+from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.packing import pack, pack_cache
+from attnpack_fx.policy import PackPolicy
+
+__all__ = [
+    "AttnpackWarning",
+    "PackPolicy",
+    "PackedTensor",
+    "attnpack_backend",
+    "cache_bytes",
+    "modality",
+    "pack",
+    "pack_cache",
+]

@@ -1,0 +1,149 @@
+"""The torch.compile backend: copy Dynamo's graph, rewrite its attention, compile the rest with Inductor.
+
+Only plain tensors reach Inductor. Packed arguments are described to the passes by their parts; `Runtime` takes them apart before each
+call and puts packed results together after it.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from attnpack_fx import modality
+from attnpack_fx.kernels.parts import PackedParts
+from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.passes import pipeline
+from attnpack_fx.passes.state import Argument, GraphState, PackedInput, SiteReport
+from attnpack_fx.policy import PackPolicy, PolicyError
+from attnpack_fx.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+class AttnpackWarning(UserWarning):
+    """Something stays dense, slower or larger than asked for; results are right."""
+
+
+def attnpack_backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    observer: Callable[[list[SiteReport]], None] | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend=attnpack_backend, options={...})`, or by name: `backend="attnpack"`.
+
+    mode: as for Inductor. options: fields of `PackPolicy`, or one under `"policy"`; any other key is Inductor's.
+    observer: called with the report of every attention site of each graph compiled.
+
+    A bad option raises ValueError from the first call of the compiled function. A rewrite that fails leaves the graph untouched and is
+    logged, unless the policy is strict.
+    """
+    try:
+        policy, patches = PackPolicy.from_options(options, mode)
+        return _compile(gm, example_inputs, policy, patches, observer)
+    except (PolicyError, NotImplementedError) as error:
+        # Raised here, Dynamo would wrap it; raised by the compiled function, the caller gets it as it is.
+        return _raiser(error)
+
+
+def _compile(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    policy: PackPolicy,
+    patches: dict[str, Any],
+    observer: Callable[[list[SiteReport]], None] | None,
+) -> Callable[..., Any]:
+    try:
+        state = _state_of(gm, example_inputs, policy)
+        counts = pipeline.run(state)
+        log.debug("passes: %s", counts)
+        compiled = _inductor(_module(gm, state.graph), [state.examples[node] for node in state.inputs], patches)
+    except PolicyError:
+        raise
+    except Exception as error:
+        if policy.strict:
+            raise
+        log.warning("the graph is compiled without packing: the rewrite failed", exc_info=True)
+        warnings.warn(f"attnpack: this graph stays dense, its rewrite failed: {error!r}", AttnpackWarning, stacklevel=2)
+        state = _state_of(gm, example_inputs, policy)
+        pipeline.run_fallback(state)
+        compiled = _inductor(_module(gm, state.graph), [state.examples[node] for node in state.inputs], patches)
+    _announce(state.reports)
+    if observer is not None:
+        observer(state.reports)
+    return Runtime(compiled, state, policy)
+
+
+def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy) -> GraphState:
+    """A copy of Dynamo's graph, which reads its own after the backend returns, with packed inputs described."""
+    graph, copies = Graph(), {}
+    results = graph.graph_copy(gm.graph, copies)
+    graph.output(results)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    state = GraphState(
+        graph=graph,
+        policy=policy,
+        packed={},
+        inputs={},
+        examples={},
+        modality_given=modality.stated() is not None or modality.carried(example_inputs) is not None,
+        carries=bool(getattr(reason, "graph_break", False)),
+    )
+    originals = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for position, (original, example) in enumerate(zip(originals, example_inputs, strict=True)):
+        node = copies[original]
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source
+        state.inputs[node] = Argument(position)
+        state.examples[node] = example
+        fake = node.meta.get("example_value")
+        if isinstance(fake, PackedTensor):
+            parts = PackedParts(fake.segments, fake.tail, 0, fake.index, fake.slot)
+            state.packed[node] = PackedInput(node, position, parts, fake.modalities, fake.placement.ragged)
+    return state
+
+
+def _module(gm: GraphModule, graph: Graph) -> GraphModule:
+    """The rewritten graph as a module that keeps what AOTAutograd reads from Dynamo's: which inputs are parameters."""
+    module = GraphModule(gm, graph)
+    module.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        module._param_name_to_source = gm._param_name_to_source
+    for node in graph.nodes:
+        if node.op == "placeholder" and not hasattr(node, "_dynamo_source"):
+            node._dynamo_source = None
+    return module
+
+
+def _inductor(module: GraphModule, examples: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, examples, config_patches=patches or None)
+
+
+def _raiser(error: Exception) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    return refuse
+
+
+def _announce(reports: list[SiteReport]) -> None:
+    """Say what stays dense, once per reason; encoders, which have no cache to pack, only in the log."""
+    for report in reports:
+        log.info("%s (%s): %s %s", report.layer, report.kind, report.action, report.reason)
+    rewritten = sum(report.action in ("packed", "compressed") for report in reports)
+    dense = [report for report in reports if report.action == "dense" or (report.action == "uncached" and report.causal)]
+    if not dense:
+        return
+    reasons = "; ".join(sorted({report.reason for report in dense}))
+    if rewritten:
+        text = f"attnpack: {len(dense)} attention sites stay dense: {reasons}"
+    else:
+        text = f"attnpack: no attention site of this graph was rewritten: {reasons}"
+    warnings.warn(text, AttnpackWarning, stacklevel=2)

@@ -1,0 +1,304 @@
+"""`PackedTensor`: the meaning of a dense `[B, H, T, D]` key or value cache, stored as low-rank factors and a dense tail.
+
+Operations a cache needs stay packed (`cat` along T, selecting and repeating samples, dropping the newest tokens, `to`, `clone`, `detach`,
+`zero_`); every other operation decompresses first and is therefore still correct. Nothing writes through a decompressed copy: in-place
+operations it cannot honour are refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+from attnpack_fx.kernels import ops
+from attnpack_fx.kernels.parts import SPARE_ROWS, PackedParts, Segment
+from attnpack_fx.placement import Placement
+from attnpack_fx.tail import TailBuffer, TailLease, allocate
+
+aten = torch.ops.aten
+
+
+class PackedTensor(torch.Tensor):
+    """Packed keys or values of one layer; behaves as the dense `[B, H, T, D]` tensor it stands for.
+
+    Made by the compiled graph, or by `attnpack_fx.pack`. Fields, none of them to be written to:
+
+    segments: low-rank parts, `coefficient [B, N, R]` and `basis [B, H, R, D]` each.
+    modalities: what each segment holds, `"vision"` or `"text"`.
+    lease: the dense tail's rows; `lease.length` of them hold tokens.
+    placement: where each prompt token is stored.
+
+    Not differentiable. Saves and loads with `torch.save` / `torch.load(weights_only=True)` once `attnpack_fx` is imported.
+    """
+
+    segments: tuple[Segment[Tensor], ...]
+    modalities: tuple[str, ...]
+    lease: TailLease
+    placement: Placement
+    tail: Tensor
+
+    @staticmethod
+    def __new__(
+        cls,
+        segments: tuple[Segment[Tensor], ...],
+        modalities: tuple[str, ...],
+        lease: TailLease,
+        placement: Placement,
+        traced: tuple[Tensor, Any] | None = None,
+    ) -> "PackedTensor":
+        rows = lease.buffer.rows
+        if traced is None:
+            _, batch, heads, dim = rows.shape
+            tokens = placement.slot.shape[1] + lease.length - _kept(segments, placement)
+            size = (batch, heads, tokens, dim)
+        else:
+            size = traced[1]
+        return torch.Tensor._make_wrapper_subclass(cls, size, dtype=rows.dtype, device=rows.device, requires_grad=False)
+
+    def __init__(self, segments, modalities, lease, placement, traced=None):
+        self.segments = segments
+        self.modalities = modalities
+        self.lease = lease
+        self.placement = placement
+        self.tail = lease.visible() if traced is None else traced[0]
+        for number, segment in enumerate(segments):
+            setattr(self, f"coefficient_{number}", segment.coefficient)
+            setattr(self, f"basis_{number}", segment.basis)
+        if not isinstance(self.tail, FakeTensor):
+            self._mark_dynamic()
+
+    @property
+    def index(self) -> Tensor:
+        return self.placement.index
+
+    @property
+    def slot(self) -> Tensor:
+        return self.placement.slot
+
+    @property
+    def parts(self) -> PackedParts[Tensor]:
+        return PackedParts(self.segments, self.tail, self.lease.length, self.index, self.slot)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by modality."""
+        return {name: segment.coefficient.shape[-1] for name, segment in zip(self.modalities, self.segments, strict=True)}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Stored tokens (of the longest sample) by where they are: each modality packed, and `"dense"`."""
+        counts = {name: segment.coefficient.shape[1] for name, segment in zip(self.modalities, self.segments, strict=True)}
+        return counts | {"dense": self.lease.length}
+
+    def dense(self) -> Tensor:
+        """The dense `[B, H, T, D]` tensor this stands for; padding is zero."""
+        parts = self.parts
+        return ops.decompress(parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot)
+
+    def grow(self, count: int) -> "PackedTensor":
+        """A handle with room for `count` more tokens, whose rows the caller must write: tail rows `lease.length - count` on."""
+        lease = self.lease.buffer.extend(self.lease, count)
+        return PackedTensor(self.segments, self.modalities, lease, self.placement)
+
+    def append(self, new: Tensor) -> "PackedTensor":
+        """`cat([self, new], dim=2)` with new `[B, H, k, D]`; self stays as it is."""
+        grown = self.grow(new.shape[2])
+        ops.append_(grown.tail, new, self.lease.length)
+        return grown
+
+    def crop(self, tokens: int) -> "PackedTensor":
+        """Only the first `tokens` tokens."""
+        prompt, kept = self.placement.slot.shape[1], _kept(self.segments, self.placement)
+        placement = self.placement if tokens >= prompt else self.placement.crop(tokens)
+        return self._with(lease=self.lease.buffer.lease(kept + max(0, tokens - prompt)), placement=placement)
+
+    def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
+        """The samples `rows` (int64 `[B']`) of the batch, copied."""
+        segments = tuple(
+            Segment(segment.coefficient.index_select(0, rows), segment.basis.index_select(0, rows)) for segment in self.segments
+        )
+        length = self.lease.length
+        lease = allocate(self.lease.buffer.rows[:length].index_select(1, rows), length).lease(length)
+        return PackedTensor(segments, self.modalities, lease, self.placement.select(rows))
+
+    def map(self, function: Callable[[Tensor], Tensor], placement: Placement | None = None) -> "PackedTensor":
+        """Apply a shape-preserving `function` that copies to every floating part."""
+        segments = tuple(Segment(function(segment.coefficient), function(segment.basis)) for segment in self.segments)
+        length = self.lease.length
+        lease = allocate(function(self.lease.buffer.rows[:length]), length).lease(length)
+        return PackedTensor(segments, self.modalities, lease, placement or self.placement)
+
+    def _with(self, lease: TailLease | None = None, placement: Placement | None = None) -> "PackedTensor":
+        lease = lease or self.lease.buffer.lease(self.lease.length)
+        return PackedTensor(self.segments, self.modalities, lease, placement or self.placement)
+
+    def _mark_dynamic(self) -> None:
+        """Tell Dynamo which sizes differ from prompt to prompt and step to step, before it compiles for one of them."""
+        tokens = {0: (self.tail,), 1: (self.index, self.slot, *(segment.coefficient for segment in self.segments)), 2: (self,)}
+        for dim, tensors in tokens.items():
+            for tensor in tensors:
+                # What `torch._dynamo.maybe_mark_dynamic` does; on a wrapper that would also mark dimension 2 of every part.
+                tensor._dynamo_weak_dynamic_indices = {dim}
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = ["tail", "index", "slot"]
+        for number in range(len(self.segments)):
+            names += [f"coefficient_{number}", f"basis_{number}"]
+        return names, (self.modalities, self.placement.ragged)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> "PackedTensor":
+        modalities, ragged = context
+        segments = tuple(
+            Segment(inner[f"coefficient_{number}"], inner[f"basis_{number}"]) for number in range(len(modalities))
+        )
+        tail = inner["tail"]
+        lease = TailBuffer(tail).lease(tail.shape[0] - SPARE_ROWS)
+        return PackedTensor(segments, modalities, lease, Placement(inner["index"], inner["slot"], ragged), (tail, outer_size))
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        handler = _PACKED.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func._schema.is_mutable:
+            raise NotImplementedError(
+                f"{func} would write into a PackedTensor, whose dense form does not exist in memory. Got an in-place operation, "
+                "expected one that returns a new tensor; call `.dense()` first and use its result instead."
+            )
+        args, kwargs = tree_map_only(PackedTensor, PackedTensor.dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __setitem__(self, key, value):
+        raise NotImplementedError(
+            "a PackedTensor cannot be written by index: its dense form does not exist in memory. Call `.dense()` and write into that."
+        )
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), self.clone())
+
+    def __reduce_ex__(self, protocol):
+        length = self.lease.length
+        factors = [part for segment in self.segments for part in (segment.coefficient, segment.basis)]
+        rows = self.lease.buffer.rows[:length].clone()
+        return _rebuild, (factors, self.modalities, rows, self.placement.index, self.placement.slot, self.placement.ragged)
+
+    def __repr__(self, *, tensor_contents=None):
+        held = ", ".join(
+            f"{name} {tuple(segment.coefficient.shape[:2])} at rank {segment.coefficient.shape[2]}"
+            for name, segment in zip(self.modalities, self.segments, strict=True)
+        )
+        return (
+            f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"packed=[{held}], dense rows={self.lease.length})"
+        )
+
+
+def _kept(segments: tuple[Segment[Tensor], ...], placement: Placement) -> int:
+    """How many tail rows hold prompt tokens."""
+    return placement.index.shape[1] - sum(segment.coefficient.shape[1] for segment in segments)
+
+
+def _rebuild(factors, modalities, rows, index, slot, ragged) -> PackedTensor:
+    segments = tuple(Segment(*factors[start : start + 2]) for start in range(0, len(factors), 2))
+    lease = allocate(rows, rows.shape[0]).lease(rows.shape[0])
+    return PackedTensor(segments, tuple(modalities), lease, Placement(index, slot, ragged))
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
+# ---- operations that stay packed; each may decline with NotImplemented, which decompresses ----------------------------------------
+
+
+def _is_fake(packed: object) -> bool:
+    """While Dynamo traces, a packed value means its dense form; the rewrite decides what really happens."""
+    return isinstance(packed, PackedTensor) and isinstance(packed.tail, FakeTensor)
+
+
+def _cat(tensors, dim=0):
+    tensors = [tensor for tensor in tensors if not (tensor.dim() == 1 and tensor.numel() == 0)]
+    first, *rest = tensors
+    if dim not in (2, -2) or not isinstance(first, PackedTensor) or _is_fake(first):
+        return NotImplemented
+    batch, heads, _, width = first.shape
+    for new in rest:
+        fits = new.dim() == 4 and (new.shape[0], new.shape[1], new.shape[3]) == (batch, heads, width)
+        if isinstance(new, PackedTensor) or not fits or new.dtype != first.dtype or new.device != first.device:
+            return NotImplemented
+    if not rest:
+        return first._with()
+    return first.append(rest[0] if len(rest) == 1 else torch.cat(rest, dim=2))
+
+
+def _slice(packed, dim=0, start=None, end=None, step=1):
+    if _is_fake(packed) or step != 1:
+        return NotImplemented
+    dim = dim % packed.dim()
+    size = packed.shape[dim]
+    start, end, _ = slice(start, end).indices(size)
+    if (start, end) == (0, size):
+        return packed._with()
+    if dim == 2 and start == 0:
+        return packed.crop(end)
+    if dim == 0 and start < end:
+        return packed.select(torch.arange(start, end, device=packed.device))
+    return NotImplemented
+
+
+def _index_select(packed, dim, index):
+    return NotImplemented if _is_fake(packed) or dim % packed.dim() != 0 else packed.select(index)
+
+
+def _index(packed, indices):
+    rows, *rest = indices
+    if _is_fake(packed) or rows is None or rows.dim() != 1 or any(other is not None for other in rest):
+        return NotImplemented
+    if rows.dtype == torch.bool:
+        rows = rows.nonzero()[:, 0]
+    return packed.select(torch.where(rows < 0, rows + packed.shape[0], rows))
+
+
+def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None, pin_memory=None, memory_format=None):
+    if _is_fake(packed) or pin_memory or (dtype is not None and not dtype.is_floating_point):
+        return NotImplemented
+    target = packed.device if device is None else torch.device(device)
+    moved = packed.placement.to(target, non_blocking=non_blocking)
+    return packed.map(lambda part: aten._to_copy(part, dtype=dtype, device=target, non_blocking=non_blocking), moved)
+
+
+def _clone(packed, *, memory_format=None):
+    return NotImplemented if _is_fake(packed) else packed.map(torch.clone)
+
+
+def _alias(packed):
+    return NotImplemented if _is_fake(packed) else packed._with()
+
+
+def _zero(packed):
+    if _is_fake(packed):
+        return NotImplemented
+    # New parts rather than zeroed ones: forks of this cache may read the old.
+    zeros = packed.map(torch.zeros_like)
+    PackedTensor.__init__(packed, zeros.segments, zeros.modalities, zeros.lease, zeros.placement)
+    return packed
+
+
+_PACKED: dict[Any, Callable[..., Any]] = {
+    aten.cat.default: _cat,
+    aten.slice.Tensor: _slice,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten._to_copy.default: _to_copy,
+    aten.clone.default: _clone,
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.zero_.default: _zero,
+}

@@ -1,0 +1,84 @@
+"""Which logical token each stored slot holds: one small object shared by the keys and values of every layer packed alike."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Placement:
+    """Slots of the prompt tokens of a packed cache (`kernels/parts.py`).
+
+    index: int64 `[B, N]`, logical position of each prompt slot, -1 for filler.
+    slot: int64 `[B, P]`, slot of each logical prompt position, -1 for padding.
+    ragged: whether `index` holds filler.
+
+    Layers share one placement. Operations that derive a new one remember the last result, so that reordering or moving a cache layer by
+    layer keeps it shared.
+    """
+
+    index: Tensor
+    slot: Tensor
+    ragged: bool
+    _derived: dict[str, tuple[object, int, "Placement"]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_plan(cls, indices: list[Tensor], slot: Tensor) -> "Placement":
+        """From the index of each segment and of the dense prompt tokens, in slot order."""
+        index = torch.cat(indices, dim=1) if len(indices) > 1 else indices[0]
+        return cls(index, slot, _has_filler(index))
+
+    def select(self, rows: Tensor) -> "Placement":
+        """The samples `rows` (int64 `[B']`) of the batch."""
+
+        def derive() -> Placement:
+            return Placement(self.index.index_select(0, rows), self.slot.index_select(0, rows), self.ragged)
+
+        return self._remember("select", rows, rows._version, derive)
+
+    def crop(self, tokens: int) -> "Placement":
+        """Only the first `tokens` logical prompt positions; their slots keep their numbers."""
+
+        def derive() -> Placement:
+            index = self.index.masked_fill(self.index >= tokens, -1)
+            return Placement(index, self.slot[:, :tokens].contiguous(), _has_filler(index))
+
+        return self._remember("crop", tokens, 0, derive)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Placement":
+        if self.index.device == device:
+            return self
+
+        def derive() -> Placement:
+            index = self.index.to(device, non_blocking=non_blocking)
+            return Placement(index, self.slot.to(device, non_blocking=non_blocking), self.ragged)
+
+        return self._remember("to", device, 0, derive)
+
+    def same_as(self, other: "Placement") -> bool:
+        """Whether both place every token alike (compares contents only when the objects differ)."""
+        if self is other:
+            return True
+        return (
+            self.index.shape == other.index.shape
+            and self.slot.shape == other.slot.shape
+            and torch.equal(self.index, other.index)
+            and torch.equal(self.slot, other.slot)
+        )
+
+    def _remember(self, name, argument, version, derive) -> "Placement":
+        known = self._derived.get(name)
+        if known is not None and known[1] == version and (known[0] is argument or _equal(known[0], argument)):
+            return known[2]
+        derived = derive()
+        self._derived[name] = (argument, version, derived)
+        return derived
+
+
+def _equal(left: object, right: object) -> bool:
+    return not isinstance(left, Tensor) and left == right
+
+
+def _has_filler(index: Tensor) -> bool:
+    return index.shape[1] > 0 and bool((index < 0).any())

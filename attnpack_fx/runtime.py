@@ -1,0 +1,134 @@
+"""Calls a rewritten, compiled graph: packed arguments are taken apart before it, packed results put together after it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnpack_fx import modality
+from attnpack_fx.kernels.parts import INITIAL_ROOM, Segment
+from attnpack_fx.placement import Placement
+from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.packing import pack
+from attnpack_fx.passes.state import (
+    Argument,
+    GraphState,
+    Grown,
+    InputSpec,
+    ModalityMask,
+    OutputSpec,
+    Packed,
+    Part,
+    Plain,
+    Room,
+    VisibleRows,
+)
+from attnpack_fx.policy import PackPolicy
+from attnpack_fx.tail import TailBuffer
+
+log = logging.getLogger(__name__)
+
+
+class Runtime:
+    """What Dynamo calls in place of the graph it captured. Holds no state between calls."""
+
+    def __init__(self, compiled: Callable[..., Sequence[Any]], state: GraphState, policy: PackPolicy) -> None:
+        self._compiled = compiled
+        self._policy = policy
+        self._inputs: list[InputSpec] = list(state.inputs.values())
+        self._outputs: list[OutputSpec] = state.outputs
+        self._pairs = state.pairs
+        self._candidates = state.candidates
+        self._carried = state.carried
+        self._carries = state.carries
+        self._takes_modality = any(isinstance(spec, ModalityMask) for spec in self._inputs)
+
+    def __call__(self, *arguments: Any) -> list[Any]:
+        for key, value in self._pairs:
+            _check_pair(arguments[key], arguments[value])
+        grown: dict[int, PackedTensor] = {}
+        flat = [self._feed(spec, arguments, grown) for spec in self._inputs]
+        results = self._compiled(*flat)
+        placements: dict[int, Placement] = {}
+        outputs = [_collect(spec, results, grown, placements) for spec in self._outputs]
+        self._pack_candidates(outputs)
+        self._carry(arguments, results, outputs)
+        return outputs
+
+    def _feed(self, spec: InputSpec, arguments: Sequence[Any], grown: dict[int, PackedTensor]) -> Any:
+        match spec:
+            case Argument(position):
+                return arguments[position]
+            case Part(position, name):
+                return getattr(arguments[position], name)
+            case VisibleRows(position):
+                return arguments[position].tail.shape[0]
+            case Room(position, count):
+                if position not in grown:
+                    grown[position] = arguments[position].grow(count.evaluate(arguments))
+                return grown[position].tail
+            case ModalityMask(batch, tokens):
+                return _modality(arguments, batch.evaluate(arguments), tokens.evaluate(arguments))
+
+    def _pack_candidates(self, outputs: list[Any]) -> None:
+        """Pack what this graph was compiled to leave dense, when the caller states a modality after all."""
+        mask = modality.stated() if self._candidates else None
+        if mask is None:
+            return
+        for key, value in self._candidates:
+            batch, _, tokens, _ = outputs[key].shape
+            fitted = modality.fit(mask, batch, tokens, outputs[key].device, newest=False)
+            outputs[key], outputs[value] = pack(outputs[key], outputs[value], self._policy, modality=fitted)
+
+    def _carry(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any]) -> None:
+        if not self._carries:
+            return
+        mask = results[self._carried] if self._carried is not None else modality.carried(arguments)
+        if mask is not None:
+            modality.carry(mask, (item for item in outputs if not isinstance(item, PackedTensor)))
+
+
+def _modality(arguments: Sequence[Any], batch: int, tokens: int) -> Tensor:
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    mask = modality.stated()
+    if mask is not None:
+        return modality.fit(mask, batch, tokens, device, newest=False)
+    mask = modality.carried(arguments)
+    if mask is not None and mask.shape[1] <= tokens and batch % mask.shape[0] == 0:
+        return modality.fit(mask, batch, tokens, device, newest=True)
+    return torch.zeros((batch, tokens), dtype=torch.bool, device=device)
+
+
+def _check_pair(key: PackedTensor, value: PackedTensor) -> None:
+    if key.lease.length != value.lease.length or not key.placement.same_as(value.placement):
+        raise RuntimeError(
+            f"keys {key} and values {value} of one layer do not hold the same tokens in the same places; "
+            "pass both from the same cache, and reorder, crop or select both alike"
+        )
+
+
+def _collect(
+    spec: OutputSpec, results: Sequence[Any], grown: dict[int, PackedTensor], placements: dict[int, Placement]
+) -> Any:
+    match spec:
+        case Plain(index):
+            return results[index]
+        case Grown(position):
+            return grown[position]
+        case Packed():
+            return _assemble(spec, results, placements)
+
+
+def _assemble(spec: Packed, results: Sequence[Any], placements: dict[int, Placement]) -> PackedTensor:
+    if spec.slot not in placements:
+        placements[spec.slot] = Placement.from_plan([results[index] for index in spec.indices], results[spec.slot])
+    held = [
+        (name, Segment(results[coefficient], results[basis]))
+        for name, (coefficient, basis) in zip(spec.modalities, spec.factors, strict=True)
+        if results[coefficient].shape[1]
+    ]
+    rows = results[spec.tail]
+    lease = TailBuffer(rows).lease(rows.shape[0] - INITIAL_ROOM)
+    return PackedTensor(tuple(segment for _, segment in held), tuple(name for name, _ in held), lease, placements[spec.slot])

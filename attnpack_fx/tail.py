@@ -1,0 +1,73 @@
+"""Growable storage for the dense tail of a packed key or value, shared safely by every handle that can read it.
+
+Appending in place is what makes a decode step cheap, but a cache can fork: beam search, two continuations of one prompt, a kept
+copy. So each handle holds a `TailLease`, the promise that the first `length` rows of a buffer are its own to read. A lease may be
+extended in place only while no other live lease reads beyond its end; otherwise the rows are copied to a new buffer first.
+"""
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+from attnpack_fx.kernels.parts import SPARE_ROWS
+
+_MINIMUM_CAPACITY = 64
+
+
+class TailBuffer:
+    """Rows `[capacity, B, H, D]`; the leases alive on it decide which of them may be written."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._leases: weakref.WeakSet[TailLease] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    @property
+    def capacity(self) -> int:
+        return self.rows.shape[0]
+
+    def lease(self, length: int) -> "TailLease":
+        lease = TailLease(self, length)
+        with self._lock:
+            self._leases.add(lease)
+        return lease
+
+    def extend(self, lease: "TailLease", count: int) -> "TailLease":
+        """A lease on `count` more rows: on this buffer if they are free, else on a copy with room."""
+        needed = lease.length + count
+        with self._lock:
+            free = all(other.length <= lease.length for other in self._leases)
+            if free and needed + SPARE_ROWS <= self.capacity:
+                longer = TailLease(self, needed)
+                self._leases.add(longer)
+                return longer
+        return allocate(self.rows[: lease.length], needed).lease(needed)
+
+
+class TailLease:
+    """The right to read the first `length` rows of `buffer`."""
+
+    __slots__ = ("__weakref__", "buffer", "length")
+
+    def __init__(self, buffer: TailBuffer, length: int) -> None:
+        self.buffer = buffer
+        self.length = length
+
+    def visible(self) -> Tensor:
+        """The rows held plus `SPARE_ROWS`, as a tensor that shares the buffer's memory.
+
+        Not a view in autograd's sense: Dynamo would trace a view's base too, and compile anew when the capacity changes.
+        """
+        rows = self.buffer.rows
+        size = (self.length + SPARE_ROWS, *rows.shape[1:])
+        return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(rows.untyped_storage(), 0, size, rows.stride())
+
+
+def allocate(rows: Tensor, needed: int) -> TailBuffer:
+    """A new buffer that starts with `rows` and holds at least `needed`, with room to double."""
+    capacity = max(_MINIMUM_CAPACITY, 2 * needed) + SPARE_ROWS
+    grown = rows.new_empty((capacity, *rows.shape[1:]))
+    grown[: rows.shape[0]].copy_(rows)
+    return TailBuffer(grown)

@@ -1,0 +1,8 @@
+"""The operators in ATen calls: what every device can run, and what runs on CPU."""
+
+from attnpack_fx.kernels.aten.attention import attention
+from attnpack_fx.kernels.aten.factorize import compress, fold
+from attnpack_fx.kernels.aten.plan import plan
+from attnpack_fx.kernels.aten.rows import append_, decompress, take_rows
+
+__all__ = ["append_", "attention", "compress", "decompress", "fold", "plan", "take_rows"]

@@ -1,0 +1,68 @@
+"""Low-rank factors of selected tokens (compress), and of a segment with dense rows added (fold).
+
+compress: with heads concatenated, the selected tokens are `A [N, H * D] ~ coefficient [N, R] @ basis [R, H * D]`.
+
+fold: `[coefficient basis; rows]` is `N + n` rows of rank at most `R + n`, so the factors of the old rows are never rebuilt:
+
+    coefficient = Q_c F                     F is the [R, R] triangle, the Q_c of no interest
+    [basis; rows] = [L_1; L_2] Q            Q [K, H * D] orthonormal rows, K = min(R + n, H * D)
+    [F L_1; L_2] = U S W^T                  the small SVD
+    new basis = W_S^T Q,   new coefficients = [coefficient L_1 W_S; L_2 W_S]
+"""
+
+import torch
+from torch import Tensor
+
+from attnpack_fx.kernels.aten.rows import select_tokens
+from attnpack_fx.kernels.aten.svd import truncated_svd
+
+
+def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """See `ops.compress`."""
+    _, heads, _, dim = x.shape
+    tokens = select_tokens(x, index).flatten(2).float()
+    require_finite(tokens, "compress")
+    coefficient, basis = truncated_svd(tokens, rank)
+    coefficient = coefficient.masked_fill((index < 0)[:, :, None], 0)
+    return coefficient.to(x.dtype).contiguous(), _per_head(basis, heads, dim, x.dtype)
+
+
+def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.fold`."""
+    batch, heads, old, dim = basis.shape
+    added, dtype = rows.shape[0], coefficient.dtype
+    coefficient, rows = coefficient.float(), rows.permute(1, 0, 2, 3).flatten(2).float()
+    require_finite(rows, "fold")
+    stacked = torch.cat([basis.transpose(1, 2).flatten(2).float(), rows], 1)
+    orthogonal, triangle = torch.linalg.qr(stacked.mT)
+    lower = triangle.mT
+    held, new = lower[:, :old], lower[:, old:]
+    factor = torch.linalg.qr(coefficient, mode="r").R
+    _, singular, right = torch.linalg.svd(torch.cat([factor @ held, new], 1), full_matrices=False)
+    size = min(rank, old + added, heads * dim)
+    missing = size - right.shape[1]
+    if missing > 0:  # fewer old rows than R: complete the directions
+        right = torch.linalg.svd(torch.cat([factor @ held, new], 1), full_matrices=True).Vh
+    turn = right[:, :size].mT
+    coefficient = torch.cat([coefficient @ (held @ turn), new @ turn], 1)
+    dropped = torch.linalg.vector_norm(singular[:, size:], dim=-1)
+    return coefficient.to(dtype), _per_head((orthogonal @ turn).mT, heads, dim, dtype), dropped
+
+
+def _per_head(basis: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """`[B, R, H * D]` to `[B, H, R, D]`."""
+    return basis.unflatten(-1, (heads, dim)).transpose(1, 2).to(dtype).contiguous()
+
+
+def require_finite(tokens: Tensor, operator: str) -> None:
+    """Refuse NaN and Inf, which would spread over a whole basis. On a GPU the check does not wait for the device."""
+    if tokens.is_cuda:
+        torch._assert_async(tokens.isfinite().all(), f"attnpack::{operator}: keys or values to be packed hold NaN or Inf")
+        return
+    if tokens.numel() == 0 or all(bound.isfinite() for bound in torch.aminmax(tokens)):
+        return
+    count = int((~tokens.isfinite()).sum())
+    raise ValueError(
+        f"attnpack::{operator}: {count} of {tokens.numel()} numbers to be packed are NaN or Inf. Find where the model makes "
+        "them (often fp16 overflow: try bfloat16), or mark those tokens as padding, or leave this cache dense."
+    )

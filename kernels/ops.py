@@ -1,0 +1,256 @@
+"""The `attnpack::` operators: schemas, shape functions (fakes) and dispatch by device.
+
+Every operator takes plain tensors, in the terms of `parts.py`; `reference.py` defines what each must compute. The functions
+below are what runs on every device; one that gets a kernel of its own on some device branches to it in its body, which
+eager, Inductor and export all follow.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.fake_impl import allocate_size
+
+from attnpack_fx.kernels import aten
+
+# A bare Library rather than `torch.library.custom_op`: the latter wraps every call in Python layers that cost 10 us, three times
+# per layer and decode step.
+_LIBRARY = torch.library.Library("attnpack", "FRAGMENT")
+
+
+def _operator(mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the operator `attnpack::<its name>`, with the schema its annotations say."""
+
+    def define(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+        packet = getattr(torch.ops.attnpack, function.__name__)
+        packet.__doc__ = function.__doc__
+        return packet
+
+    return define
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"attnpack::{name}", lib=_LIBRARY)
+
+
+@_operator()
+def plan(
+    modality: Tensor | None,
+    real: Tensor | None,
+    like: Tensor,
+    text: bool,
+    vision_gain: Sequence[int],
+    text_gain: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Assign every prompt token a slot.
+
+    modality: bool `[B or 1, T]`, True for vision tokens; None means all text.
+    real: bool `[B or 1, T]`, False for padding, which gets no slot; None means no padding.
+    like: any tensor `[B, H, T, D]`; only its shape and device are read.
+    text: whether text tokens are packed (a second segment) or kept as they are.
+    *_gain: `[key rank, value rank, key width, value width]`, width = H * D: the segment is packed only if that takes less
+        memory than its dense rows; empty means always. Vision tokens that are not worth packing go where text tokens go.
+
+    Returns `(vision, text, dense, slot)`: int64 indices `[B, Nv]`, `[B, Nt]`, `[B, m]` of logical positions, in order, with
+    filler -1 at the end of a row, and `slot` `[B, T]`. Sizes depend on the data.
+    """
+    return aten.plan(modality, real, like, text, vision_gain, text_gain)
+
+
+@_fake("plan")
+def _(modality, real, like, text, vision_gain, text_gain):
+    context = torch.library.get_ctx()
+    batch, tokens = like.shape[0], like.shape[2]
+    # Not `context.new_dynamic_size`: that obeys `capture_dynamic_output_shape_ops`, the user's choice for their own code,
+    # off by default; this operator is only introduced after capture.
+    sizes = [allocate_size(context._shape_env) for _ in range(3)]
+    index = [like.new_empty((batch, size), dtype=torch.int64) for size in sizes]
+    return *index, like.new_empty((batch, tokens), dtype=torch.int64)
+
+
+@_operator()
+def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Truncated SVD of selected tokens, heads concatenated (AttentionPack, section 3.2).
+
+    x: `[B, H, T, D]`; index: int64 `[B, N]`, -1 for filler; rank: at least 1.
+    Returns coefficient `[B, N, R]` and basis `[B, H, R, D]` in x's dtype, `R = min(rank, N, H * D)`, factored in fp32.
+    Raises ValueError when a selected token holds NaN or Inf (on a GPU: a device-side assertion, so as not to wait for it).
+    """
+    return aten.compress(x, index, rank)
+
+
+@_fake("compress")
+def _(x, index, rank):
+    batch, heads, _, dim = x.shape
+    rank = torch.sym_min(torch.sym_min(rank, heads * dim), index.shape[1])
+    return x.new_empty((batch, index.shape[1], rank)), x.new_empty((batch, heads, rank, dim))
+
+
+@_operator()
+def take_rows(x: Tensor, index: Tensor, spare: int) -> Tensor:
+    """Copy selected tokens, token-major, with room behind them.
+
+    x: `[B, H, T, D]`; index: int64 `[B, m]`, -1 for filler (zero rows). Returns `[m + spare, B, H, D]`, spare rows zero.
+    """
+    return aten.take_rows(x, index, spare)
+
+
+@_fake("take_rows")
+def _(x, index, spare):
+    batch, heads, _, dim = x.shape
+    return x.new_empty((index.shape[1] + spare, batch, heads, dim))
+
+
+@_operator(mutates=("tail",))
+def append_(tail: Tensor, new: Tensor, position: int) -> None:
+    """Write new tokens into the tail's spare rows, in place.
+
+    tail: `[rows, B, H, D]`; new: `[B, H, k, D]`; rows `position .. position + k - 1` are overwritten, and must exist.
+    """
+    aten.append_(tail, new, position)
+
+
+@_fake("append_")
+def _(tail, new, position):
+    return None
+
+
+@_operator()
+def decompress(
+    coefficients: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    tail: Tensor,
+    length: int,
+    index: Tensor,
+    slot: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """The dense meaning: `[B, H, P + length - m, D]`, tokens in logical order, padding zero.
+
+    cos, sin: None, or `[B or 1, sum of N_s, E]` each, E <= D even, one entry per dim and slot: packed rows are keys before
+    rotary embedding and are rotated (first E dims; rotate-half, or pairwise when interleaved). Tail rows are never rotated.
+    """
+    return aten.decompress(coefficients, bases, tail, length, index, slot, cos, sin, interleaved)
+
+
+@_fake("decompress")
+def _(coefficients, bases, tail, length, index, slot, cos=None, sin=None, interleaved=False):
+    kept = index.shape[1] - sum(c.shape[1] for c in coefficients)
+    _, batch, heads, dim = tail.shape
+    return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
+
+
+@_operator()
+def attention(
+    query: Tensor,
+    key_coefficients: Sequence[Tensor],
+    key_bases: Sequence[Tensor],
+    value_coefficients: Sequence[Tensor],
+    value_bases: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    length: int,
+    index: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ragged: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """`softmax(scale * q K^T + mask) V` over packed segments and tail in one softmax, never decompressed.
+
+    query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H; segments and tails as in `parts.py`, keys and values may differ
+        in rank and head dim; the first `length` tail rows count.
+    mask: None, or bool (True attends) or additive, broadcastable to `[B, Hq, Tq, T]`, tokens in logical order.
+    ragged: whether `index` holds filler, which is then left out.
+    cos, sin, interleaved: as in `decompress`, for the keys.
+
+    Returns `[B, Hq, Tq, Dv]` in query's dtype; rows whose every token is masked are zero, as in scaled_dot_product_attention.
+    Has no gradient: backward raises.
+    """
+    return aten.attention(
+        query,
+        key_coefficients,
+        key_bases,
+        value_coefficients,
+        value_bases,
+        key_tail,
+        value_tail,
+        length,
+        index,
+        mask,
+        scale,
+        ragged,
+        cos,
+        sin,
+        interleaved,
+    )
+
+
+@_fake("attention")
+def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, *_, **__):
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, heads, queries, value_tail.shape[-1]))
+
+
+@_operator()
+def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Append dense rows to a low-rank segment by the small SVD of `[coefficient basis; rows]`; cost independent of T.
+
+    coefficient: `[B, N, R]`, N may be 0; basis: `[B, H, R, D]`; rows: `[n, B, H, D]`.
+    Returns coefficient `[B, N + n, S]`, basis `[B, H, S, D]` with `S = min(rank, R + n, H * D)`, and `dropped` fp32 `[B]`: the
+    Frobenius norm of what this truncation dropped. Raises ValueError when a row holds NaN or Inf, as `compress` does.
+    """
+    return aten.fold(coefficient, basis, rows, rank)
+
+
+@_fake("fold")
+def _(coefficient, basis, rows, rank):
+    batch, heads, old, dim = basis.shape
+    rank = torch.sym_min(torch.sym_min(rank, heads * dim), old + rows.shape[0])
+    return (
+        coefficient.new_empty((batch, coefficient.shape[1] + rows.shape[0], rank)),
+        basis.new_empty((batch, heads, rank, dim)),
+        coefficient.new_empty((batch,), dtype=torch.float32),
+    )
+
+
+@_operator()
+def no_gradient(grad: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a backward pass through `attention` runs into.
+
+    An operator, because AOTAutograd traces the backward of every graph, also of those that never run it.
+    """
+    raise RuntimeError("the packed cache is not differentiable; run under torch.no_grad() or keep the cache dense")
+
+
+@_fake("no_gradient")
+def _(grad, shape):
+    return grad.new_empty(shape)
+
+
+def _remember_shapes(ctx, inputs, output):
+    ctx.shapes = [
+        [tensor.shape for tensor in argument] if isinstance(argument, list | tuple) else getattr(argument, "shape", None)
+        for argument in inputs
+    ]
+
+
+def _refuse_gradient(ctx, grad):
+    def refuse(shape, needed):
+        if isinstance(needed, list):
+            return [refuse(*pair) for pair in zip(shape, needed, strict=True)]
+        return no_gradient(grad, shape) if needed else None
+
+    # Arguments left at their defaults are in `shapes`, not in `needs_input_grad`.
+    return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=False))
+
+
+torch.library.register_autograd("attnpack::attention", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY)

@@ -1,0 +1,203 @@
+"""What every operator computes, in float64 and straight from its formula: the specification.
+
+Nothing here is fast or saves memory: keys and values are built densely, tokens are placed one by one. Arguments are those
+of `ops.py`. Factors are unique only up to signs (and rotations within equal singular values), so implementations are
+compared by the matrices they multiply to, by the error of those, and by the properties `parts.py` promises.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def plan(
+    modality: Tensor | None,
+    real: Tensor | None,
+    like: Tensor,
+    text: bool,
+    vision_gain: Sequence[int],
+    text_gain: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions of vision, packed text and dense tokens `[B, ...]`, and the slot of every position `[B, T]`."""
+    batch, tokens = like.shape[0], like.shape[2]
+
+    def row(flags: Tensor | None, sample: int, default: bool) -> list[bool]:
+        return [default] * tokens if flags is None else flags.expand(batch, tokens)[sample].tolist()
+
+    vision, rest, everything = [], [], []
+    for sample in range(batch):
+        kept = [t for t, flag in enumerate(row(real, sample, True)) if flag]
+        seen = row(modality, sample, False)
+        vision.append([t for t in kept if seen[t]])
+        rest.append([t for t in kept if not seen[t]])
+        everything.append(kept)
+    if not worth_packing(vision, vision_gain):
+        vision, rest = [[] for _ in vision], everything
+    packed = text and worth_packing(rest, text_gain)
+    empty: list[list[int]] = [[] for _ in rest]
+    lists = (vision, rest if packed else empty, empty if packed else rest)
+    indices = [_filled_up(positions) for positions in lists]
+    slot = torch.full((batch, tokens), -1)
+    index = torch.cat(indices, 1)
+    for sample in range(batch):
+        for number, position in enumerate(index[sample].tolist()):
+            if position >= 0:
+                slot[sample, position] = number
+    return indices[0], indices[1], indices[2], slot
+
+
+def worth_packing(positions: list[list[int]], gain: Sequence[int]) -> bool:
+    """Whether factors of a key and a value segment take less room than its rows."""
+    tokens = max(map(len, positions), default=0)
+    if tokens == 0 or not gain:
+        return tokens > 0
+    key_rank, value_rank, key_width, value_width = gain
+    key_factors = min(key_rank, tokens, key_width) * (tokens + key_width)
+    value_factors = min(value_rank, tokens, value_width) * (tokens + value_width)
+    return key_factors + value_factors < tokens * (key_width + value_width)
+
+
+def _filled_up(positions: list[list[int]]) -> Tensor:
+    longest = max(map(len, positions), default=0)
+    rows = [row + [-1] * (longest - len(row)) for row in positions]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(positions), longest)
+
+
+def take_rows(x: Tensor, index: Tensor, spare: int) -> Tensor:
+    """`rows[j, b] = x[b, :, index[b, j]]`, zero for filler and spare rows: `[m + spare, B, H, D]`."""
+    batch, heads, _, dim = x.shape
+    rows = x.new_zeros((index.shape[1] + spare, batch, heads, dim))
+    for sample in range(batch):
+        for number, position in enumerate(index[sample].tolist()):
+            if position >= 0:
+                rows[number, sample] = x[sample, :, position]
+    return rows
+
+
+def append_(tail: Tensor, new: Tensor, position: int) -> None:
+    """`tail[position + j, b] = new[b, :, j]`."""
+    for number in range(new.shape[2]):
+        tail[position + number] = new[:, :, number]
+
+
+def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`A = U S W^T` with `A[j] = concat_h x[h, index[j]]`; coefficient `U_R S_R`, basis `W_R^T`."""
+    _, heads, _, dim = x.shape
+    a = take_rows(x.double(), index, 0).transpose(0, 1).flatten(2)
+    left, singular, right = torch.linalg.svd(a, full_matrices=False)
+    size = min(rank, *a.shape[1:])
+    basis = right[:, :size].unflatten(-1, (heads, dim)).transpose(1, 2)
+    return left[..., :size] * singular[:, None, :size], basis
+
+
+def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The truncated SVD of `[coefficient basis; rows]`, and the Frobenius norm of what it drops."""
+    batch, heads, old, dim = basis.shape
+    held = coefficient.double() @ basis.double().transpose(1, 2).flatten(2)
+    stacked = torch.cat([held, rows.double().transpose(0, 1).flatten(2)], 1)
+    size = min(rank, old + rows.shape[0], heads * dim)
+    left, singular, right = torch.linalg.svd(stacked, full_matrices=True)
+    scaled = stacked.new_zeros((batch, stacked.shape[1], size))
+    kept = min(size, singular.shape[1])
+    scaled[..., :kept] = left[..., :kept] * singular[:, None, :kept]
+    dropped = singular[:, size:].square().sum(-1).sqrt()
+    return scaled, right[:, :size].unflatten(-1, (heads, dim)).transpose(1, 2), dropped.float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn pairs of dims of x `[B, H, N, D]` by the angles of their token; cos and sin `[B or 1, N, E]`.
+
+    The pairs are `(i, i + E / 2)`, or `(2 i, 2 i + 1)` when interleaved; dims from E on stay.
+    """
+    out, size = x.clone(), cos.shape[-1]
+    for pair in range(size // 2):
+        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + size // 2)
+        out[..., a] = x[..., a] * cos[:, None, :, a] - x[..., b] * sin[:, None, :, a]
+        out[..., b] = x[..., b] * cos[:, None, :, b] + x[..., a] * sin[:, None, :, b]
+    return out
+
+
+def stored(
+    coefficients: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    tail: Tensor,
+    length: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+) -> Tensor:
+    """The dense rows in slot order, `[B, H, sum of N_s + length, D]`."""
+    rows = tail[:length].double().permute(1, 2, 0, 3)
+    packed = [c.double()[:, None] @ b.double() for c, b in zip(coefficients, bases, strict=True)]
+    low_rank = torch.cat([rows[:, :, :0], *packed], 2)
+    if cos is not None and sin is not None:
+        low_rank = rotate(low_rank, cos.double(), sin.double(), interleaved)
+    return torch.cat([low_rank, rows], 2)
+
+
+def decompress(
+    coefficients: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    tail: Tensor,
+    length: int,
+    index: Tensor,
+    slot: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Rows in logical order: prompt position t holds slot `slot[t]` (zero without one), then the appended rows."""
+    rows = stored(coefficients, bases, tail, length, cos, sin, interleaved)
+    batch, heads, slots, dim = rows.shape
+    prompt, prompt_slots = slot.shape[1], index.shape[1]
+    out = rows.new_zeros((batch, heads, prompt + slots - prompt_slots, dim))
+    for sample in range(batch):
+        for position, number in enumerate(slot[sample].tolist()):
+            if number >= 0:
+                out[sample, :, position] = rows[sample, :, number]
+    out[:, :, prompt:] = rows[:, :, prompt_slots:]
+    return out
+
+
+def attention(
+    query: Tensor,
+    key_coefficients: Sequence[Tensor],
+    key_bases: Sequence[Tensor],
+    value_coefficients: Sequence[Tensor],
+    value_bases: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    length: int,
+    index: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ragged: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """`softmax(scale q K^T + mask) V` over the slots, K and V dense, KV heads repeated for their query heads."""
+    keys = stored(key_coefficients, key_bases, key_tail, length, cos, sin, interleaved)
+    values = stored(value_coefficients, value_bases, value_tail, length, None, None, False)
+    group = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = scale * query.double() @ keys.transpose(-1, -2)
+    slots, prompt_slots = scores.shape[-1], index.shape[1]
+    if mask is not None:
+        # Slots of the prompt read the column of their position, appended ones the last columns in order.
+        last = mask.shape[-1] - (slots - prompt_slots)
+        full = mask.expand(*scores.shape[:3], mask.shape[-1])
+        for sample in range(query.shape[0]):
+            for number in range(slots):
+                position = int(index[sample, number]) if number < prompt_slots else last + number - prompt_slots
+                if mask.shape[-1] == 1:
+                    position = 0
+                column = full[sample, :, :, max(position, 0)]
+                bias = torch.where(column, 0.0, -torch.inf) if mask.dtype == torch.bool else column.double()
+                scores[sample, :, :, number] += bias
+    if ragged:
+        scores[..., :prompt_slots].masked_fill_((index < 0)[:, None, None], -torch.inf)
+    weights = torch.softmax(scores, -1)
+    # Rows whose every token is masked.
+    return weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0) @ values

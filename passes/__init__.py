@@ -1,0 +1,1 @@
+"""Graph passes: each takes the shared state of one Dynamo graph and rewrites it in place."""

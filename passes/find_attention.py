@@ -1,0 +1,151 @@
+"""Find attention as people write it: functional SDPA, the eager matmul-softmax-matmul form, and FlexAttention.
+
+Matching happens in Dynamo's graph, where SDPA is still one operation and the cache update stands beside it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attnpack_fx.passes.patterns import argument, is_call, strip_repeat_kv, through_no_ops
+from attnpack_fx.passes.state import GraphState, Site, shape_of
+
+_EAGER_STEPS = ("mul", "truediv", "div", "add", "iadd", "imul", "itruediv")
+
+
+def find_attention(state: GraphState) -> int:
+    """List every attention of the graph in `state.sites`; returns how many."""
+    for node in state.graph.nodes:
+        site = None
+        if is_call(node, "scaled_dot_product_attention"):
+            site = _match_sdpa(node)
+        elif is_call(node, "softmax"):
+            site = _match_eager(node)
+        elif is_call(node, "flex_attention"):
+            site = _match_flex(node)
+        if site is not None:
+            state.sites.append(site)
+    return len(state.sites)
+
+
+def _match_sdpa(node: Node) -> Site | None:
+    query, key, value = (argument(node, position, name) for position, name in enumerate(("query", "key", "value")))
+    if not all(isinstance(item, Node) for item in (query, key, value)):
+        return None
+    site = Site(
+        node=node,
+        kind="sdpa",
+        query=query,
+        key=strip_repeat_kv(key),
+        value=strip_repeat_kv(value),
+        mask=argument(node, 3, "attn_mask"),
+        scale=argument(node, 6, "scale"),
+        is_causal=bool(argument(node, 5, "is_causal", False)),
+    )
+    if argument(node, 4, "dropout_p", 0.0):
+        site.obstacle = "attention dropout is active"
+    elif site.scale is not None and not isinstance(site.scale, int | float):
+        site.obstacle = "the scale is computed in the graph"
+    else:
+        site.obstacle = _shape_obstacle(site)
+    return site
+
+
+def _match_flex(node: Node) -> Site | None:
+    query, key, value = node.args[:3]
+    site = Site(node=node, kind="flex_attention", query=query, key=strip_repeat_kv(key), value=strip_repeat_kv(value))
+    site.obstacle = "flex_attention is not rewritten yet; load the model with attn_implementation='sdpa'"
+    return site
+
+
+def _match_eager(softmax: Node) -> Site | None:
+    """`matmul(q, k^T) [* scale] [+ mask]` -> softmax -> `matmul(weights, v)`, with no-ops and inactive dropout in between."""
+    scores, scale, mask = through_no_ops(argument(softmax, 0, "input")), 1.0, None
+    while is_call(scores, *_EAGER_STEPS):
+        left, right = scores.args[0], scores.args[1]
+        if is_call(scores, "mul", "imul") and isinstance(right, int | float):
+            scale *= right
+        elif is_call(scores, "truediv", "div", "itruediv") and isinstance(right, int | float):
+            scale /= right
+        elif is_call(scores, "add", "iadd") and mask is None and isinstance(right, Node) and scale == 1.0:
+            mask = right
+        else:
+            return None
+        scores = through_no_ops(left)
+    if not is_call(scores, "matmul", "bmm"):
+        return None
+    query, transposed = scores.args[:2]
+    # The scale may stand before the product: on the query, as in GPT-NeoX and BLOOM.
+    if is_call(query, "mul") and isinstance(query.args[1], int | float):
+        scale, query = scale * query.args[1], query.args[0]
+    key = _untransposed(transposed)
+    product = _weights_consumer(softmax)
+    if key is None or product is None or argument(softmax, 1, "dim") not in (-1, 3):
+        return None
+    weights, output = product
+    site = Site(
+        node=output,
+        kind="eager",
+        query=query,
+        key=strip_repeat_kv(key),
+        value=strip_repeat_kv(output.args[1]),
+        mask=mask,
+        scale=float(scale),
+    )
+    if len(shape_of(site.key) or ()) != 4:
+        return None
+    readers = [user for user in weights.users if user is not output and user.op != "call_method"]
+    if any(user.op == "output" for user in readers):
+        site.obstacle = "the attention weights are returned (output_attentions)"
+    else:
+        site.obstacle = _shape_obstacle(site)
+    return site
+
+
+def _untransposed(node: Any) -> Node | None:
+    if is_call(node, "transpose"):
+        dims = {argument(node, 1, "dim0"), argument(node, 2, "dim1")}
+        return through_no_ops(node.args[0]) if dims in ({2, 3}, {-1, -2}) else None
+    return through_no_ops(node.args[0]) if is_call(node, "mT") else None
+
+
+def _weights_consumer(softmax: Node) -> tuple[Node, Node] | None:
+    """The attention weights as they are multiplied with the values, and that product."""
+    weights = softmax
+    while True:
+        products = [user for user in weights.users if is_call(user, "matmul", "bmm") and user.args[0] is weights]
+        if products:
+            return weights, products[0]
+        steps = [user for user in weights.users if _passes_weights(user)]
+        if len(steps) != 1:
+            return None
+        weights = steps[0]
+
+
+def _passes_weights(node: Node) -> bool:
+    if is_call(node, "dropout"):
+        return not argument(node, 2, "training", True) or argument(node, 1, "p", 0.5) == 0.0
+    return is_call(node, "to", "type", "type_as", "float", "contiguous")
+
+
+def _shape_obstacle(site: Site) -> str | None:
+    query, key, value = shape_of(site.query), shape_of(site.key), shape_of(site.value)
+    if query is None or key is None or value is None or not len(query) == len(key) == len(value) == 4:
+        return "queries, keys and values are not all [batch, heads, tokens, dim]"
+    if not all(isinstance(size, int) for size in (query[1], query[3], key[1], key[3], value[1], value[3])):
+        return "heads or head dims are not fixed"
+    if query[1] % key[1] or key[1] != value[1] or query[3] != key[3]:
+        return f"{query[1]} query heads of {query[3]} do not fit {key[1]} key heads of {key[3]} and {value[1]} value heads"
+    mask = site.mask.meta.get("example_value") if isinstance(site.mask, Node) else None
+    if site.mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4)):
+        return "the attention mask is not [tokens, tokens] or [batch, heads, tokens, tokens]"
+    return None
+
+
+def scale_of(site: Site) -> float:
+    """The softmax scale: as written, else SDPA's default 1 / sqrt(D)."""
+    if site.scale is not None:
+        return float(site.scale)
+    return 1.0 / math.sqrt(shape_of(site.query)[3])  # type: ignore[index]

@@ -1,0 +1,28 @@
+"""The passes, in the one order they run in."""
+
+from collections.abc import Callable
+
+from attnpack_fx.passes.cleanup import cleanup
+from attnpack_fx.passes.find_attention import find_attention
+from attnpack_fx.passes.find_modality import find_modality
+from attnpack_fx.passes.pack_cache import decompress_inputs, pack_cache
+from attnpack_fx.passes.state import GraphState
+
+#: Each pass is `state -> how many things it found or changed`.
+PASSES: tuple[Callable[[GraphState], int], ...] = (
+    find_attention,  # before any rewrite: patterns are those of the model's source
+    find_modality,  # before pack_cache, which splits tokens by it
+    pack_cache,
+    cleanup,  # last: earlier passes leave dead nodes and unread placeholders behind
+)
+
+
+def run(state: GraphState) -> dict[str, int]:
+    """Run every pass; returns its count by name."""
+    return {step.__name__: step(state) for step in PASSES}
+
+
+def run_fallback(state: GraphState) -> None:
+    """Rewrite nothing: packed inputs are decompressed, the rest stays as it was captured."""
+    decompress_inputs(state)
+    cleanup(state)

@@ -1,0 +1,281 @@
+"""What the passes share: the graph being rewritten, what its inputs and outputs mean, and what was decided at each site.
+
+The graph keeps Dynamo's placeholders; packed values enter it as placeholders of their parts, made the first time a pass asks. Each
+placeholder has an input spec and each output an output spec: together they tell the runtime how to call the compiled graph.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from attnpack_fx.kernels.parts import SPARE_ROWS, PackedParts
+
+Modality = Literal["vision", "text"]
+VISION: Modality = "vision"
+TEXT: Modality = "text"
+
+
+class Ranks(Protocol):
+    """What the passes ask of a policy."""
+
+    def ranks(self, modality: Modality, key_width: int, value_width: int) -> tuple[int, int] | None: ...
+
+    def lossless(self, modality: Modality) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size known at compile time as an expression over sizes of the graph's inputs."""
+
+    expression: sympy.Expr
+    symbols: tuple[tuple[sympy.Symbol, int, int | None], ...]  # symbol, argument, dimension (None: the argument itself)
+
+    def evaluate(self, arguments: Sequence[Any]) -> int:
+        values = {
+            symbol: int(arguments[position] if dim is None else arguments[position].shape[dim])
+            for symbol, position, dim in self.symbols
+        }
+        return int(self.expression.subs(values))
+
+
+# ---- how each placeholder of the rewritten graph is fed ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Dynamo's argument `position`, as it is."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `name` of the packed argument `position`."""
+
+    position: int
+    name: str
+
+
+@dataclass(frozen=True)
+class VisibleRows:
+    """Rows visible in the tail of the packed argument `position`, before anything is appended (an int)."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """Tail of the packed argument `position` with room for `count` more tokens."""
+
+    position: int
+    count: Size
+
+
+@dataclass(frozen=True)
+class ModalityMask:
+    """Bool `[batch, tokens]`, True for vision: stated by the caller or carried from an earlier graph of the call."""
+
+    batch: Size
+    tokens: Size
+
+
+InputSpec = Argument | Part | VisibleRows | Room | ModalityMask
+
+# ---- what each of Dynamo's outputs becomes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Output `index` of the rewritten graph."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The packed argument `position` with `count` tokens appended."""
+
+    position: int
+    count: Size
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A new packed value, from outputs of the rewritten graph.
+
+    modalities: of its segments; factors: `(coefficient, basis)` outputs of each; indices: the index of each segment, then of the dense
+    prompt tokens; slot, tail: the others.
+    """
+
+    modalities: tuple[Modality, ...]
+    factors: tuple[tuple[int, int], ...]
+    indices: tuple[int, ...]
+    slot: int
+    tail: int
+
+
+OutputSpec = Plain | Grown | Packed
+
+
+@dataclass
+class PackedInput:
+    """A placeholder of Dynamo's graph that holds a packed value.
+
+    fakes: its parts as fake tensors (`length` unused); modalities, ragged: as in `PackedTensor`.
+    """
+
+    node: Node
+    position: int
+    fakes: PackedParts[torch.Tensor]
+    modalities: tuple[Modality, ...]
+    ragged: bool
+
+
+@dataclass
+class Site:
+    """One attention in the graph.
+
+    query, key, value: as attention reads them, key and value with KV heads repeated or not (`grouped`).
+    kind: how it is written: `"sdpa"`, `"eager"`, `"flex_attention"`.
+    obstacle: why it cannot be rewritten whatever its cache, or None.
+    """
+
+    node: Node
+    kind: str
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None = None
+    scale: float | None = None
+    is_causal: bool = False
+    obstacle: str | None = None
+
+
+@dataclass
+class SiteReport:
+    """What became of one attention site.
+
+    action: `"packed"` (reads a packed past), `"compressed"` (its cache leaves packed), `"dense"` (left as it was),
+    `"uncached"` (keeps no cache, as in a vision encoder).
+    """
+
+    layer: str
+    kind: str
+    action: Literal["packed", "compressed", "dense", "uncached"]
+    reason: str = ""
+    causal: bool = False
+    key_rank: dict[str, int] = field(default_factory=dict)
+    value_rank: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class GraphState:
+    """The graph and everything known about it; passes read and update it in place."""
+
+    graph: Graph
+    policy: Ranks
+    packed: dict[Node, PackedInput]
+    inputs: dict[Node, InputSpec]
+    examples: dict[Node, Any]
+    modality_given: bool = False
+    carries: bool = False
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    reports: list[SiteReport] = field(default_factory=list)
+    modality: Node | None = None
+    outputs: list[OutputSpec] = field(default_factory=list)
+    candidates: list[tuple[int, int]] = field(default_factory=list)
+    carried: int | None = None
+
+    @property
+    def arguments(self) -> set[Node]:
+        """Dynamo's own plain placeholders."""
+        return {node for node, spec in self.inputs.items() if isinstance(spec, Argument) and node not in self.packed}
+
+    @property
+    def output(self) -> Node:
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    @property
+    def results(self) -> list[Any]:
+        """What the graph returns, in order."""
+        return list(self.output.args[0])  # type: ignore[arg-type]
+
+    def add_input(self, spec: InputSpec, example: Any, name: str) -> Node:
+        """The placeholder fed by `spec`, made if it does not exist yet."""
+        for node, known in self.inputs.items():
+            if known == spec:
+                return node
+        last = next(reversed(self.inputs))
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["example_value"] = example
+        self.inputs[node] = spec
+        self.examples[node] = example
+        return node
+
+    def part(self, packed: PackedInput, name: str) -> Node:
+        """The placeholder of one part: `index`, `slot`, `tail`, `coefficient_<n>` or `basis_<n>`."""
+        kind, _, number = name.partition("_")
+        if number:
+            fake = getattr(packed.fakes.segments[int(number)], kind)
+        else:
+            fake = getattr(packed.fakes, kind)
+        return self.add_input(Part(packed.position, name), fake, f"{packed.node.name}_{name}")
+
+    def factors(self, packed: PackedInput, kind: str) -> list[Node]:
+        """The placeholders of `"coefficient"` or `"basis"` of every segment."""
+        return [self.part(packed, f"{kind}_{number}") for number in range(len(packed.modalities))]
+
+    def length(self, packed: PackedInput) -> Node:
+        """A node holding how many tail rows of a packed input hold tokens."""
+        rows = packed.fakes.tail.shape[0]
+        visible = self.add_input(VisibleRows(packed.position), rows, f"{packed.node.name}_rows")
+        with self.graph.inserting_before(self.first_computation()):
+            return self.graph.call_function(operator.sub, (visible, SPARE_ROWS))
+
+    def first_computation(self) -> Node:
+        return next(node for node in self.graph.nodes if node.op != "placeholder")
+
+    def size(self, value: int | torch.SymInt) -> Size | None:
+        """`value` as an expression the runtime can evaluate before the call, or None."""
+        if isinstance(value, int):
+            return Size(sympy.Integer(value), ())
+        expression = value.node.expr
+        found = []
+        for symbol in sorted(expression.free_symbols, key=str):
+            origin = self._origin(symbol)
+            if origin is None:
+                return None
+            found.append((symbol, *origin))
+        return Size(expression, tuple(found))
+
+    def _origin(self, symbol: sympy.Symbol) -> tuple[int, int | None] | None:
+        for node, spec in self.inputs.items():
+            if not isinstance(spec, Argument):
+                continue
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                return spec.position, None
+            if isinstance(value, torch.Tensor):
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                        return spec.position, dim
+        return None
+
+
+def shape_of(node: Node) -> tuple[Any, ...] | None:
+    """Shape of a node's value as Dynamo traced it, or None when it is not a tensor."""
+    value = node.meta.get("example_value")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def same_size(left: Any, right: Any) -> bool:
+    """Whether two sizes are one expression; asks nothing of the shape environment, so adds no guard."""
+    expressions = [size.node.expr if isinstance(size, torch.SymInt) else size for size in (left, right)]
+    return bool(expressions[0] == expressions[1])
