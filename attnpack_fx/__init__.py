@@ -2,9 +2,12 @@
 
 from attnpack_fx.backend import AttnpackWarning, attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
+from attnpack_fx.compiling import compile
+from attnpack_fx.explain import explain
+from attnpack_fx.hf import pack_cache
 from attnpack_fx.modality import modality
 from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.packing import pack, pack_cache
+from attnpack_fx.packing import pack
 from attnpack_fx.policy import PackPolicy
 
 __all__ = [
@@ -13,6 +16,8 @@ __all__ = [
     "PackedTensor",
     "attnpack_backend",
     "cache_bytes",
+    "compile",
+    "explain",
     "modality",
     "pack",
     "pack_cache",

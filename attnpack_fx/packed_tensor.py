@@ -38,7 +38,8 @@ class PackedTensor(torch.Tensor):
     modalities: tuple[str, ...]
     lease: TailLease
     placement: Placement
-    tail: Tensor
+    rows: Tensor
+    count: Tensor
 
     @staticmethod
     def __new__(
@@ -63,11 +64,13 @@ class PackedTensor(torch.Tensor):
         self.modalities = modalities
         self.lease = lease
         self.placement = placement
-        self.tail = lease.visible() if traced is None else traced[0]
+        self.rows = lease.buffer.template if traced is None else lease.buffer.rows
+        # Tells Dynamo the tail's length as a size, in one byte.
+        self.count = torch.empty_strided((lease.length + SPARE_ROWS,), (0,), dtype=torch.uint8) if traced is None else traced[0]
         for number, segment in enumerate(segments):
             setattr(self, f"coefficient_{number}", segment.coefficient)
             setattr(self, f"basis_{number}", segment.basis)
-        if not isinstance(self.tail, FakeTensor):
+        if traced is None:
             self._mark_dynamic()
 
     @property
@@ -80,7 +83,7 @@ class PackedTensor(torch.Tensor):
 
     @property
     def parts(self) -> PackedParts[Tensor]:
-        return PackedParts(self.segments, self.tail, self.lease.length, self.index, self.slot)
+        return PackedParts(self.segments, self.lease.buffer.rows, self.lease.length, self.index, self.slot)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -106,7 +109,7 @@ class PackedTensor(torch.Tensor):
     def append(self, new: Tensor) -> "PackedTensor":
         """`cat([self, new], dim=2)` with new `[B, H, k, D]`; self stays as it is."""
         grown = self.grow(new.shape[2])
-        ops.append_(grown.tail, new, self.lease.length)
+        ops.append_(grown.lease.buffer.rows, new, self.lease.length)
         return grown
 
     def crop(self, tokens: int) -> "PackedTensor":
@@ -137,14 +140,14 @@ class PackedTensor(torch.Tensor):
 
     def _mark_dynamic(self) -> None:
         """Tell Dynamo which sizes differ from prompt to prompt and step to step, before it compiles for one of them."""
-        tokens = {0: (self.tail,), 1: (self.index, self.slot, *(segment.coefficient for segment in self.segments)), 2: (self,)}
+        tokens = {0: (self.count,), 1: (self.index, self.slot, *(segment.coefficient for segment in self.segments)), 2: (self,)}
         for dim, tensors in tokens.items():
             for tensor in tensors:
                 # What `torch._dynamo.maybe_mark_dynamic` does; on a wrapper that would also mark dimension 2 of every part.
                 tensor._dynamo_weak_dynamic_indices = {dim}
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = ["tail", "index", "slot"]
+        names = ["rows", "count", "index", "slot"]
         for number in range(len(self.segments)):
             names += [f"coefficient_{number}", f"basis_{number}"]
         return names, (self.modalities, self.placement.ragged)
@@ -155,9 +158,9 @@ class PackedTensor(torch.Tensor):
         segments = tuple(
             Segment(inner[f"coefficient_{number}"], inner[f"basis_{number}"]) for number in range(len(modalities))
         )
-        tail = inner["tail"]
-        lease = TailBuffer(tail).lease(tail.shape[0] - SPARE_ROWS)
-        return PackedTensor(segments, modalities, lease, Placement(inner["index"], inner["slot"], ragged), (tail, outer_size))
+        count = inner["count"]
+        lease = TailBuffer(inner["rows"]).lease(count.shape[0] - SPARE_ROWS)
+        return PackedTensor(segments, modalities, lease, Placement(inner["index"], inner["slot"], ragged), (count, outer_size))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -220,7 +223,7 @@ torch.serialization.add_safe_globals([_rebuild])
 
 def _is_fake(packed: object) -> bool:
     """While Dynamo traces, a packed value means its dense form; the rewrite decides what really happens."""
-    return isinstance(packed, PackedTensor) and isinstance(packed.tail, FakeTensor)
+    return isinstance(packed, PackedTensor) and isinstance(packed.rows, FakeTensor)
 
 
 def _cat(tensors, dim=0):

@@ -1,10 +1,9 @@
 """Pack a dense key/value pair outside a compiled graph: the same operators, called eagerly."""
 
-import torch
 from torch import Tensor
 
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.parts import INITIAL_ROOM, Segment
+from attnpack_fx.kernels.parts import Segment
 from attnpack_fx.placement import Placement
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT, VISION, Modality
@@ -38,15 +37,8 @@ def pack(
         held = {
             name: Segment(*ops.compress(dense, index[name], pair[number])) for name, pair in ranks.items() if index[name].shape[1]
         }
-        rows = ops.take_rows(dense, indices[2], INITIAL_ROOM)
+        rows = ops.take_rows(dense, indices[2], 0)
         lease = TailBuffer(rows).lease(indices[2].shape[1])
         packed.append(PackedTensor(tuple(held.values()), tuple(held), lease, placement))
     return packed[0], packed[1]
 
-
-def pack_cache(past_key_values, policy: PackPolicy, *, modality: Tensor | None = None, real: Tensor | None = None):
-    """Pack every dense layer of a transformers cache in place; returns the cache. Arguments as in `pack`."""
-    for layer in past_key_values.layers:
-        if isinstance(layer.keys, torch.Tensor) and not isinstance(layer.keys, PackedTensor):
-            layer.keys, layer.values = pack(layer.keys, layer.values, policy, modality=modality, real=real)
-    return past_key_values

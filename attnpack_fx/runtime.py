@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx import modality
-from attnpack_fx.kernels.parts import INITIAL_ROOM, Segment
+from attnpack_fx.kernels.parts import Segment
 from attnpack_fx.placement import Placement
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.packing import pack
@@ -23,7 +23,7 @@ from attnpack_fx.passes.state import (
     Part,
     Plain,
     Room,
-    VisibleRows,
+    PaddedLength,
 )
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.tail import TailBuffer
@@ -63,12 +63,12 @@ class Runtime:
                 return arguments[position]
             case Part(position, name):
                 return getattr(arguments[position], name)
-            case VisibleRows(position):
-                return arguments[position].tail.shape[0]
+            case PaddedLength(position):
+                return arguments[position].count.shape[0]
             case Room(position, count):
                 if position not in grown:
                     grown[position] = arguments[position].grow(count.evaluate(arguments))
-                return grown[position].tail
+                return grown[position].lease.visible()
             case ModalityMask(batch, tokens):
                 return _modality(arguments, batch.evaluate(arguments), tokens.evaluate(arguments))
 
@@ -130,5 +130,5 @@ def _assemble(spec: Packed, results: Sequence[Any], placements: dict[int, Placem
         if results[coefficient].shape[1]
     ]
     rows = results[spec.tail]
-    lease = TailBuffer(rows).lease(rows.shape[0] - INITIAL_ROOM)
+    lease = TailBuffer(rows).lease(rows.shape[0])
     return PackedTensor(tuple(segment for _, segment in held), tuple(name for name, _ in held), lease, placements[spec.slot])

@@ -7,22 +7,30 @@ extended in place only while no other live lease reads beyond its end; otherwise
 
 import threading
 import weakref
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.parts import SPARE_ROWS
 
-_MINIMUM_CAPACITY = 64
+_MINIMUM_ROOM = 16
 
 
 class TailBuffer:
-    """Rows `[capacity, B, H, D]`; the leases alive on it decide which of them may be written."""
+    """Rows `[capacity, B, H, D]`; the leases alive on it decide which of them may be written.
+
+    template: no rows, the same dims: what Dynamo sees of the buffer, so that its capacity never matters to a compiled graph.
+    """
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
         self._leases: weakref.WeakSet[TailLease] = weakref.WeakSet()
         self._lock = threading.Lock()
+
+    @cached_property
+    def template(self) -> Tensor:
+        return torch.empty((0, *self.rows.shape[1:]), dtype=self.rows.dtype, device=self.rows.device)
 
     @property
     def capacity(self) -> int:
@@ -38,7 +46,7 @@ class TailBuffer:
         """A lease on `count` more rows: on this buffer if they are free, else on a copy with room."""
         needed = lease.length + count
         with self._lock:
-            free = all(other.length <= lease.length for other in self._leases)
+            free = count == 0 or all(other.length <= lease.length for other in self._leases)
             if free and needed + SPARE_ROWS <= self.capacity:
                 longer = TailLease(self, needed)
                 self._leases.add(longer)
@@ -56,18 +64,18 @@ class TailLease:
         self.length = length
 
     def visible(self) -> Tensor:
-        """The rows held plus `SPARE_ROWS`, as a tensor that shares the buffer's memory.
-
-        Not a view in autograd's sense: Dynamo would trace a view's base too, and compile anew when the capacity changes.
-        """
+        """The rows held plus `SPARE_ROWS`, as a tensor that shares the buffer's memory and knows nothing of its capacity."""
         rows = self.buffer.rows
         size = (self.length + SPARE_ROWS, *rows.shape[1:])
         return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(rows.untyped_storage(), 0, size, rows.stride())
 
 
 def allocate(rows: Tensor, needed: int) -> TailBuffer:
-    """A new buffer that starts with `rows` and holds at least `needed`, with room to double."""
-    capacity = max(_MINIMUM_CAPACITY, 2 * needed) + SPARE_ROWS
+    """A new buffer that starts with `rows` and holds at least `needed`, with room to grow.
+
+    A quarter of room: each token is copied about five times in all, little beside the reads of attention, and little stands empty.
+    """
+    capacity = needed + max(_MINIMUM_ROOM, needed // 4) + SPARE_ROWS
     grown = rows.new_empty((capacity, *rows.shape[1:]))
     grown[: rows.shape[0]].copy_(rows)
     return TailBuffer(grown)

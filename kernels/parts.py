@@ -18,12 +18,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-#: Rows of the tail that are visible beyond its length. They keep the visible length above 1: Dynamo compiles separate
-#: graphs for sizes 0 and 1.
+#: What is added to a tail's length wherever Dynamo or Inductor can see it as a size: they compile separate graphs for sizes 0 and 1.
 SPARE_ROWS = 2
-
-#: Rows a freshly packed tail has free: how many decode steps pass before it first grows.
-INITIAL_ROOM = 64
 
 
 @dataclass(frozen=True)

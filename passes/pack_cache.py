@@ -13,7 +13,6 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
-from attnpack_fx.kernels.parts import INITIAL_ROOM
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.patterns import argument, is_call, layer_of, through_no_ops
 from attnpack_fx.passes.state import (
@@ -27,7 +26,6 @@ from attnpack_fx.passes.state import (
     Packed,
     PackedInput,
     Plain,
-    Room,
     Site,
     SiteReport,
     Size,
@@ -81,9 +79,7 @@ def _append(state: GraphState) -> dict[Node, _Appended]:
         count = state.size(tokens)
         if count is None:
             continue
-        visible = packed.fakes.tail
-        example = visible.new_empty((visible.shape[0] + tokens, *visible.shape[1:]))
-        tail = state.add_input(Room(packed.position, count), example, f"{packed.node.name}_room")
+        tail = state.room(packed, tokens, count)
         length = state.length(packed)
         with state.graph.inserting_before(cat):
             detached = state.graph.call_method("detach", (new,))
@@ -148,11 +144,15 @@ def _packed_operand(state: GraphState, node: Node, appended: dict[Node, _Appende
     if node in appended:
         return appended[node]
     if node in state.packed:
-        packed = state.packed[node]
-        size = state.size(0)
-        assert size is not None
-        return _Appended(packed, size, state.part(packed, "tail"), state.length(packed))
+        return _read(state, state.packed[node])
     return None
+
+
+def _read(state: GraphState, packed: PackedInput) -> _Appended:
+    """A packed input with nothing appended."""
+    nothing = state.size(0)
+    assert nothing is not None
+    return _Appended(packed, nothing, state.room(packed, 0, nothing), state.length(packed))
 
 
 def _ranks(packed: PackedInput) -> dict[str, int]:
@@ -173,9 +173,9 @@ def _decompress_rest(state: GraphState, appended: dict[Node, _Appended]) -> None
         state.graph.erase_node(cat)
     for packed in state.packed.values():
         if packed.node.users:
-            tail, length = state.part(packed, "tail"), state.length(packed)
-            with state.graph.inserting_after(length):
-                dense = _decompress(state, packed, tail, length)
+            read = _read(state, packed)
+            with state.graph.inserting_after(read.length):
+                dense = _decompress(state, packed, read.tail, read.length)
             packed.node.replace_all_uses_with(dense)
 
 
@@ -252,10 +252,10 @@ class _Planner:
             if value.dtype != torch.bool:
                 allowed = graph.call_function(operator.gt, (mask, torch.finfo(value.dtype).min / 2))
             if value.dim() == 2:
-                real = graph.call_method("any", (allowed, 0))
-                self._real[mask] = graph.call_method("unsqueeze", (real, 0))
+                self._real[mask] = graph.call_function(torch.any, (allowed, 0, True))
             else:
-                self._real[mask] = graph.call_method("any", (graph.call_method("any", (allowed, 2)), 1))
+                over_queries = graph.call_function(torch.any, (allowed, 2))
+                self._real[mask] = graph.call_function(torch.any, (over_queries, 1))
         return self._real[mask]
 
 
@@ -307,7 +307,7 @@ def _compress(
             for name, pair in ranks.items():
                 pair_node = graph.call_function(torch.ops.attnpack.compress.default, (source, index[name], pair[number]))
                 factors.append(tuple(flat.add(graph.call_function(operator.getitem, (pair_node, item))) for item in (0, 1)))
-            tail = graph.call_function(torch.ops.attnpack.take_rows.default, (source, indices[2], INITIAL_ROOM))
+            tail = graph.call_function(torch.ops.attnpack.take_rows.default, (source, indices[2], 0))
             compressed[node] = Packed(
                 modalities=tuple(ranks),
                 factors=tuple(factors),

@@ -62,15 +62,15 @@ class Part:
 
 
 @dataclass(frozen=True)
-class VisibleRows:
-    """Rows visible in the tail of the packed argument `position`, before anything is appended (an int)."""
+class PaddedLength:
+    """Length of the tail of the packed argument `position` before anything is appended, plus `SPARE_ROWS` (an int)."""
 
     position: int
 
 
 @dataclass(frozen=True)
 class Room:
-    """Tail of the packed argument `position` with room for `count` more tokens."""
+    """Tail rows of the packed argument `position` with room for `count` more tokens, and `SPARE_ROWS` beyond."""
 
     position: int
     count: Size
@@ -84,7 +84,7 @@ class ModalityMask:
     tokens: Size
 
 
-InputSpec = Argument | Part | VisibleRows | Room | ModalityMask
+InputSpec = Argument | Part | PaddedLength | Room | ModalityMask
 
 # ---- what each of Dynamo's outputs becomes -----------------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ OutputSpec = Plain | Grown | Packed
 class PackedInput:
     """A placeholder of Dynamo's graph that holds a packed value.
 
-    fakes: its parts as fake tensors (`length` unused); modalities, ragged: as in `PackedTensor`.
+    fakes: its parts as fake tensors, with a tail of no rows and a length padded by `SPARE_ROWS`; modalities, ragged: as in `PackedTensor`.
     """
 
     node: Node
@@ -220,7 +220,7 @@ class GraphState:
         return node
 
     def part(self, packed: PackedInput, name: str) -> Node:
-        """The placeholder of one part: `index`, `slot`, `tail`, `coefficient_<n>` or `basis_<n>`."""
+        """The placeholder of one part: `index`, `slot`, `coefficient_<n>` or `basis_<n>`."""
         kind, _, number = name.partition("_")
         if number:
             fake = getattr(packed.fakes.segments[int(number)], kind)
@@ -234,10 +234,15 @@ class GraphState:
 
     def length(self, packed: PackedInput) -> Node:
         """A node holding how many tail rows of a packed input hold tokens."""
-        rows = packed.fakes.tail.shape[0]
-        visible = self.add_input(VisibleRows(packed.position), rows, f"{packed.node.name}_rows")
+        padded = self.add_input(PaddedLength(packed.position), packed.fakes.length, f"{packed.node.name}_length")
         with self.graph.inserting_before(self.first_computation()):
-            return self.graph.call_function(operator.sub, (visible, SPARE_ROWS))
+            return self.graph.call_function(operator.sub, (padded, SPARE_ROWS))
+
+    def room(self, packed: PackedInput, tokens: int | torch.SymInt, count: Size) -> Node:
+        """The placeholder of a packed input's tail rows, with room for `tokens` more."""
+        template, padded = packed.fakes.tail, packed.fakes.length
+        example = template.new_empty((padded + tokens, *template.shape[1:]))
+        return self.add_input(Room(packed.position, count), example, f"{packed.node.name}_tail")
 
     def first_computation(self) -> Node:
         return next(node for node in self.graph.nodes if node.op != "placeholder")

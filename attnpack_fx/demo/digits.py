@@ -222,9 +222,7 @@ def sample_grids(
     return pixels, labels[chosen].reshape(count, CELLS)
 
 
-def _pick_samples(
-    rng: np.random.Generator, split: Split, digits: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _pick_samples(rng: np.random.Generator, split: Split, digits: NDArray[np.int64]) -> NDArray[np.int64]:
     """A random sample of ``split`` for each entry of ``digits``, as indices into `load_split`."""
     order, first, sizes = _class_table(split)
     offset = (rng.random(len(digits)) * sizes[digits]).astype(np.int64)

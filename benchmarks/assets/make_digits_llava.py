@@ -6,9 +6,11 @@ The model is a `LlavaForConditionalGeneration` with a CLIP vision tower and a Ll
 training split of `attnpack_fx.demo.digits`.  Training has two phases.  First the vision tower and the
 projector learn to name, from every patch, the digit the patch belongs to.  Then the tower is frozen and the
 decoder and the projector learn the four tasks, with a curriculum over the number of images in a prompt; a
-context holds several questions, each about another image, and the loss is taken on the answers only.  While
-prompts are short, a part of them are cut out of a 16-image prompt: images are left out, but names and
-positions stay those of the full prompt.  The weights that are saved are an exponential average.
+context holds several questions, and the loss is taken on the answers only.  In most contexts each question
+sees the images but no other question, and has the positions it would have alone; in the others the questions
+follow each other as turns.  Half of the prompts of less than 16 images are cut out of a prompt of 16: images
+are left out, but names and positions stay those of the full prompt.  The weights that are saved are an
+exponential average.
 
 The schedule is a share of ``--minutes`` of training time, so that a slower machine gets fewer steps.  With
 ``--state`` the run is saved regularly and resumed from there.
@@ -76,8 +78,8 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{{ parts.text | trim }}"
 )
 
-TASK_SHARES = {"read": 0.42, "cell": 0.22, "count": 0.16, "locate": 0.20}
-TASK_WEIGHTS = {"read": 1.0, "cell": 2.0, "count": 2.0, "locate": 2.0}
+TASK_SHARES = {"read": 0.30, "cell": 0.30, "count": 0.18, "locate": 0.22}
+TASK_WEIGHTS = {"read": 1.0, "cell": 3.0, "count": 2.0, "locate": 2.0}
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,17 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage({1: 1.0}, until=0.12, advance_at=0.90),
-    Stage({1: 0.2, 2: 0.8}, until=0.24, advance_at=0.90),
-    Stage({1: 0.1, 2: 0.2, 4: 0.7}, until=0.40, advance_at=0.90),
-    Stage({1: 0.1, 2: 0.1, 4: 0.2, 8: 0.6}, until=0.55, advance_at=0.92),
+    Stage({1: 1.0}, until=0.12, advance_at=0.85),
+    Stage({1: 0.2, 2: 0.8}, until=0.22, advance_at=0.85),
+    Stage({1: 0.1, 2: 0.2, 4: 0.7}, until=0.36, advance_at=0.85),
+    Stage({1: 0.1, 2: 0.1, 4: 0.2, 8: 0.6}, until=0.50, advance_at=0.88),
     Stage({1: 0.15, 2: 0.1, 4: 0.2, 8: 0.15, 16: 0.4}, until=1.0, advance_at=2.0),
 )
-SEQUENCES = {1: 48, 2: 32, 4: 20, 8: 10, 16: 6}
-QUESTIONS = {1: 2, 2: 2, 4: 4, 8: 8, 16: 14}
+SEQUENCES = {1: 28, 2: 18, 4: 10, 8: 6, 16: 4}
+QUESTIONS = {1: 8, 2: 10, 4: 16, 8: 24, 16: 32}
+TURNS = {1: 2, 2: 2, 4: 4, 8: 8, 16: 16}
+SPREAD_SHARE = 0.5
+TURNS_SHARE = 0.3
 
 VISION_SHARE = 0.13
 VISION_BATCH = 64
@@ -211,7 +216,9 @@ class Batch:
         input_ids: ``[batch, length]``, images expanded to their placeholder tokens.
         positions: ``[batch, length]`` position of every token.
         pixels: ``[batch * images, 3, 64, 64]``.
-        asked: ``[answers]`` indices of the tokens that are followed by a token of an answer; the same in each row.
+        mask: ``[length, length]``, true where a token (row) sees another (column); None if it sees all of its
+            predecessors.
+        asked: ``[answers]`` indices of the tokens followed by a token of an answer; the same in each row.
         weights: ``[answers]`` loss weights.
         tasks: the task of each of ``asked``.
     """
@@ -219,6 +226,7 @@ class Batch:
     input_ids: Tensor
     positions: Tensor
     pixels: Tensor
+    mask: Tensor | None
     asked: Tensor
     weights: Tensor
     tasks: list[str]
@@ -243,14 +251,15 @@ class BatchMaker:
     def _encode(self, text: str) -> list[int]:
         return [self.ids[word] for word in text.split()]
 
-    def draw(self, images: int, sequences: int, tasks: list[str], spread: bool) -> Batch:
+    def draw(self, images: int, sequences: int, tasks: list[str], spread: bool, turns: bool) -> Batch:
         """Draw a batch.
 
         Args:
             images: images in each context.
             sequences: contexts in the batch.
-            tasks: the questions of every context, in order; each is about another image as long as there are
-                enough of them.
+            tasks: the questions of every context, in order.
+            turns: the questions follow each other as turns of a conversation, each about another image if
+                there are enough of them; otherwise each sees the images only, as if it stood alone.
             spread: give the images names and positions picked from a prompt of 16 images.
 
         Returns:
@@ -274,27 +283,35 @@ class BatchMaker:
             for name, place in zip(names, places, strict=True):
                 row += self._encode(f"image {name} :") + image_part
                 starts.append(1 + place * block + np.arange(block))
-            if len(tasks) <= images:
+            if turns and len(tasks) <= images:
                 targets = self.rng.permutation(images)[: len(tasks)]
             else:
                 targets = self.rng.integers(images, size=len(tasks))
-            for task, target in zip(tasks, targets, strict=True):
-                text, answer = digits.ask(task, labels[index], int(target), names[int(target)], self.rng)
-                row += self._encode(text)
-                reply = [*self._encode(answer), self.eos]
-                if index == 0:
-                    asked += range(len(row) - 1, len(row) - 1 + len(reply))
-                    kinds += [task] * len(reply)
-                row += reply
-            tail = len(row) - 1 - images * block
             end = 1 + (digits.MAX_IMAGES if spread else images) * block
-            starts.append(end + np.arange(tail))
+            segments = [0] * len(row)
+            for number, (task, target) in enumerate(zip(tasks, targets, strict=True)):
+                text, answer = digits.ask(task, labels[index], int(target), names[int(target)], self.rng)
+                query = self._encode(text)
+                reply = [*self._encode(answer), self.eos]
+                row += query + reply
+                if index == 0:
+                    asked += range(len(row) - len(reply) - 1, len(row) - 1)
+                    kinds += [task] * len(reply)
+                starts.append(end + np.arange(len(query) + len(reply)))
+                segments += [number + 1] * (len(query) + len(reply))
+                if turns:
+                    end += len(query) + len(reply)
             rows.append(row)
             positions.append(np.concatenate(starts))
+        mask = None
+        if not turns:
+            part = torch.tensor(segments)
+            mask = ((part == 0)[None, :] | (part[None, :] == part[:, None])).tril()
         return Batch(
             input_ids=torch.tensor(rows),
             positions=torch.from_numpy(np.stack(positions)),
             pixels=pixel_values(pixels),
+            mask=mask,
             asked=torch.tensor(asked),
             weights=torch.tensor([TASK_WEIGHTS[kind] for kind in kinds]),
             tasks=kinds,
@@ -304,18 +321,24 @@ class BatchMaker:
         """Draw a training batch of a curriculum stage; also returns its number of images."""
         choices = list(stage.images)
         images = int(self.rng.choice(choices, p=[stage.images[choice] for choice in choices]))
+        turns = bool(self.rng.random() < TURNS_SHARE)
+        count = (TURNS if turns else QUESTIONS)[images]
         shares = [TASK_SHARES[task] for task in digits.TASKS]
-        tasks = [str(task) for task in self.rng.choice(digits.TASKS, size=QUESTIONS[images], p=shares)]
-        spread = images < digits.MAX_IMAGES and bool(self.rng.random() < 0.5)
-        return images, self.draw(images, SEQUENCES[images], tasks, spread)
+        tasks = [str(task) for task in self.rng.choice(digits.TASKS, size=count, p=shares)]
+        spread = images < digits.MAX_IMAGES and bool(self.rng.random() < SPREAD_SHARE)
+        return images, self.draw(images, SEQUENCES[images], tasks, spread, turns)
 
 
 def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits ``[batch, answers, vocabulary]`` in float32 and the expected tokens ``[batch, answers]``."""
+    if batch.mask is None:
+        mask = torch.ones_like(batch.input_ids[:, :-1])
+    else:
+        mask = batch.mask[None, None, :-1, :-1]
     hidden = model.model(
         input_ids=batch.input_ids[:, :-1],
         pixel_values=batch.pixels,
-        attention_mask=torch.ones_like(batch.input_ids[:, :-1]),
+        attention_mask=mask,
         position_ids=batch.positions[:, :-1],
         use_cache=False,
     ).last_hidden_state
@@ -478,7 +501,7 @@ class Run:
         for images in (1, 4, 16):
             maker = BatchMaker(self.processor.tokenizer, "held_out", [self.seed, 3, images])
             for task in digits.TASKS:
-                batch = maker.draw(images, 96 // images if images < 16 else 16, [task], spread=False)
+                batch = maker.draw(images, 96 // images if images < 16 else 16, [task], False, True)
                 with torch.autocast("cpu", torch.bfloat16):
                     logits, expected = answer_logits(self.average, batch)
                 right = logits.argmax(-1) == expected

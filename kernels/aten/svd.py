@@ -14,10 +14,10 @@ and the SVD of the thin Z follows from the eigenvectors of Z^T Z. All of it is m
 import torch
 from torch import Tensor
 
-#: Columns beyond the rank: they make the leading R converge.
-OVERSAMPLING = 16
-#: Pairs of products with A and A^T after the first. One leaves 0.5 % of error above the optimum on k^-0.5 spectra.
-ITERATIONS = 1
+#: Columns beyond the rank, and pairs of products after the first: together they leave less than 1 % of error above the
+#: optimum at rank 64 on spectra as slow as k^-0.5.
+OVERSAMPLING = 32
+ITERATIONS = 2
 #: Directions below this share of the largest singular value are fp32 rounding.
 NEGLIGIBLE = 1e-5
 
@@ -39,7 +39,7 @@ def _power_iteration(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     start = torch.randn((rows, rank + OVERSAMPLING), generator=generator, device=a.device)
     z = a.mT @ start
     for _ in range(ITERATIONS):
-        y = orthonormal(a @ orthonormal(z))
+        y = orthonormal(orthonormal(a @ orthonormal(z)))
         z = a.mT @ y
     wide = z.double()
     squared, vectors = torch.linalg.eigh(wide.mT @ wide)
@@ -49,7 +49,7 @@ def _power_iteration(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     # Where the matrix has no more directions, random ones complete the basis; their coefficients come out as zero.
     filling = torch.randn((columns, rank), generator=generator, device=a.device) if bool(missing.any()) else 0
     basis = torch.where(missing[:, None], filling, (wide @ (vectors / singular.masked_fill(missing, 1)[:, None])).float())
-    basis = orthonormal(orthonormal(basis))
+    basis = orthonormal(basis)
     return y @ (z.mT @ basis), basis.mT
 
 

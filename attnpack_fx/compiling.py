@@ -1,0 +1,32 @@
+"""`attnpack_fx.compile`: the one call that works whatever form the model comes in."""
+
+from typing import Any
+
+import torch
+
+from attnpack_fx.backend import attnpack_backend
+from attnpack_fx.policy import PackPolicy
+
+
+def compile(
+    model: torch.nn.Module, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+) -> torch.nn.Module:
+    """Compile `model` in place with the attnpack backend, and return it.
+
+    model: a module, or what `torch.compile(module)` returned: its `generate` runs the original module uncompiled, so the original is what
+    gets compiled and returned.
+    mode, dynamic, fullgraph: as in `torch.compile`. options: fields of `PackPolicy`, or one as `policy=...`, and Inductor's options.
+
+    Raises ValueError at once for a bad option.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a torch.nn.Module; "
+            "compile a function with torch.compile(function, backend=attnpack_backend)"
+        )
+    PackPolicy.from_options(options, mode, dynamic)
+    original = getattr(model, "_orig_mod", model)
+    # torch.compile takes either a mode or options: the mode rides along among the options.
+    given = options if mode is None else {**options, "mode": mode}
+    original.compile(backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given)
+    return original

@@ -1,0 +1,151 @@
+"""`explain`: what the backend does to a model, measured on one prompt."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from attnpack_fx import hf
+from attnpack_fx.backend import attnpack_backend
+from attnpack_fx.cache_bytes import cache_bytes
+from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.passes.state import SiteReport
+from attnpack_fx.policy import PackPolicy
+
+_DECODE_STEPS = 2
+
+
+class Report(dict[str, Any]):
+    """What `explain` found, as a dict that prints as a table.
+
+    graphs: for every graph compiled, in order, the list of its attention sites: `layer`, `kind`, `action`, `reason`, ranks.
+    layers: for every layer of the cache: where its tokens are, ranks, bytes, and the relative Frobenius error of keys and values
+    against the dense prefill (None where dense).
+    bytes_before, bytes_after: what the dense and the packed cache hold after the same tokens.
+    policy: the policy, as a dict.
+    """
+
+    def __str__(self) -> str:
+        lines = ["attention sites (one line per site; what each graph that has it does)"]
+        for layer, actions in _by_layer(self["graphs"]).items():
+            lines.append(f"  {layer:<48} {', '.join(actions)}")
+        lines.append("")
+        lines.append(f"  {'layer':>5}  {'tokens':<34} {'rank k/v':<22} {'error k':>9} {'error v':>9} {'bytes':>11} {'dense':>11}")
+        for layer in self["layers"]:
+            tokens = ", ".join(f"{name} {count}" for name, count in layer["tokens"].items())
+            ranks = ", ".join(f"{name} {key}/{layer['value_rank'][name]}" for name, key in layer["key_rank"].items()) or "-"
+            errors = [f"{layer[name]:.4f}" if layer[name] is not None else "-" for name in ("key_error", "value_error")]
+            lines.append(
+                f"  {layer['layer']:>5}  {tokens:<34} {ranks:<22} {errors[0]:>9} {errors[1]:>9} "
+                f"{layer['bytes']:>11,} {layer['dense_bytes']:>11,}"
+            )
+        before, after = self["bytes_before"], self["bytes_after"]
+        ratio = f"{before / after:.2f}x smaller" if after else "no cache"
+        lines.append(f"  cache: {before:,} bytes dense, {after:,} bytes packed, {ratio}")
+        return "\n".join(lines)
+
+
+def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **inputs: Any) -> Report:
+    """Run one prefill and two decode steps, dense and packed, and report every attention site and cache layer.
+
+    model: left as it was found, compiled or not. A model with `generate` (transformers) is run through it; any other module is called
+    once with `inputs`, and the packed tensors among its results are reported.
+    policy: default `PackPolicy()`. inputs: what the model or its processor would be given.
+    """
+    policy = policy or PackPolicy()
+    model = getattr(model, "_orig_mod", model)
+    graphs: list[list[SiteReport]] = []
+    with torch.no_grad():
+        with _call_through(model, None):
+            dense = _run(model, inputs)
+        # A partial is a new backend to Dynamo: nothing compiled earlier is reused, so every graph is seen.
+        backend = partial(attnpack_backend, options={"policy": policy}, observer=graphs.append)
+        with _call_through(model, backend):
+            packed = _run(model, inputs)
+    layers = [
+        _layer(number, before, after) for number, (before, after) in enumerate(zip(dense, packed, strict=True))
+    ]
+    return Report(
+        policy=policy.to_dict(),
+        graphs=[[asdict(site) for site in sites] for sites in graphs],
+        layers=layers,
+        bytes_before=cache_bytes(dense),
+        bytes_after=cache_bytes(packed),
+    )
+
+
+def _run(model: torch.nn.Module, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer after the run."""
+    if callable(getattr(model, "generate", None)):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=1 + _DECODE_STEPS,
+            min_new_tokens=1 + _DECODE_STEPS,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+        )
+        return hf.keys_and_values(out.past_key_values)
+    leaves = [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, Tensor) and leaf.dim() == 4]
+    return list(zip(leaves[0::2], leaves[1::2], strict=True))
+
+
+@contextmanager
+def _call_through(model: torch.nn.Module, backend: Callable[..., Any] | None) -> Iterator[None]:
+    """Let calls of `model` go through `backend`, or eagerly, and undo it after."""
+    before = model._compiled_call_impl
+    model._compiled_call_impl = None
+    if backend is not None:
+        model.compile(backend=backend)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = before
+
+
+def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    key, value = packed
+    report: dict[str, Any] = {
+        "layer": number,
+        "tokens": {"dense": key.shape[2]},
+        "key_rank": {},
+        "value_rank": {},
+        "key_error": None,
+        "value_error": None,
+        "bytes": cache_bytes([packed]),
+        "dense_bytes": cache_bytes([dense]),
+    }
+    if isinstance(key, PackedTensor) and isinstance(value, PackedTensor):
+        report |= {
+            "tokens": key.tokens,
+            "key_rank": key.ranks,
+            "value_rank": value.ranks,
+            "key_error": _relative_error(key, dense[0]),
+            "value_error": _relative_error(value, dense[1]),
+        }
+    return report
+
+
+def _relative_error(packed: PackedTensor, dense: Tensor) -> float:
+    """Frobenius error over the stored prompt tokens: later tokens may differ because the text does."""
+    prompt = packed.slot.shape[1]
+    stored = (packed.slot >= 0)[:, None, :, None]
+    reference = dense[:, :, :prompt].float() * stored
+    difference = packed.dense()[:, :, :prompt].float() - reference
+    return float(difference.norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _by_layer(graphs: list[list[dict[str, Any]]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for sites in graphs:
+        for site in sites:
+            text = site["action"] + (f" ({site['reason']})" if site["reason"] else "")
+            actions = found.setdefault(site["layer"], [])
+            if text not in actions:
+                actions.append(text)
+    return found

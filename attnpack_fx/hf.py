@@ -1,0 +1,41 @@
+"""All that knows how transformers holds a cache. Duck-typed: nothing here imports transformers at import time."""
+
+from typing import Any
+
+from torch import Tensor
+
+from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.packing import pack
+from attnpack_fx.policy import PackPolicy
+
+
+def self_attention_layers(past_key_values: Any) -> list[Any]:
+    """The layer objects of a cache, each with `keys` and `values`; of an encoder-decoder cache, those of its self-attention."""
+    cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise ValueError(
+            f"past_key_values: got {type(past_key_values).__name__}, expected a transformers Cache with layers "
+            "(transformers 5.10 or later); pack single tensors with attnpack_fx.pack"
+        )
+    return list(layers)
+
+
+def keys_and_values(past_key_values: Any) -> list[tuple[Tensor, Tensor]]:
+    """`(keys, values)` of every layer that holds any."""
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in self_attention_layers(past_key_values)]
+    return [(key, value) for key, value in pairs if isinstance(key, Tensor) and isinstance(value, Tensor) and key.dim() == 4]
+
+
+def pack_cache(
+    past_key_values: Any, policy: PackPolicy, *, modality: Tensor | None = None, real: Tensor | None = None
+) -> Any:
+    """Pack every dense, growing layer of a transformers cache in place; returns the cache. Arguments as in `attnpack_fx.pack`.
+
+    Sliding-window layers stay as they are: what they keep changes with every token.
+    """
+    for layer in self_attention_layers(past_key_values):
+        key = getattr(layer, "keys", None)
+        if isinstance(key, Tensor) and key.dim() == 4 and not isinstance(key, PackedTensor) and not getattr(layer, "is_sliding", False):
+            layer.keys, layer.values = pack(key, layer.values, policy, modality=modality, real=real)
+    return past_key_values

@@ -1,0 +1,146 @@
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnpack_fx.kernels import reference
+from attnpack_fx.kernels.aten.attention import attention
+
+from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, relative_error, shapes
+
+# The package re-exports the function under the module's name.
+implementation = import_module("attnpack_fx.kernels.aten.attention")
+
+
+def check(shape: Shapes) -> None:
+    arguments = attention_arguments(shape)
+    out = attention(**arguments)
+    assert out.dtype == shape.dtype and out.is_contiguous()
+    assert_close(out, reference.attention(**arguments), floor=ATTENTION_FLOOR)
+
+
+@given(shape=shapes())
+@settings(max_examples=250, deadline=None)
+def test_matches_the_reference(shape):
+    check(shape)
+
+
+@given(shape=shapes(mask="none", ragged=False, queries=1, segments=(33,)))
+@settings(max_examples=60, deadline=None)
+def test_decode_step_matches_the_reference(shape):
+    check(shape)
+
+
+@given(shape=shapes(), partial=st.booleans(), interleaved=st.booleans())
+@settings(max_examples=120, deadline=None)
+def test_keys_before_rotary_embedding_are_rotated(shape, partial, interleaved):
+    rotary = shape.key_dim // 2 if partial else shape.key_dim
+    fields = shape.__dict__ | {"rotary": rotary, "interleaved": interleaved}
+    check(Shapes(**fields))
+
+
+@given(shape=shapes(queries=7), rotary=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_tiles_over_queries_and_keys_change_nothing(shape, rotary):
+    arguments = attention_arguments(Shapes(**shape.__dict__ | {"rotary": shape.key_dim if rotary else 0}))
+    with pytest.MonkeyPatch.context() as patch:
+        slots = sum(shape.segments) + arguments["length"]
+        patch.setattr(implementation, "SCORE_BYTES", 4 * 2 * shape.batch * shape.heads * shape.group * max(slots, 1))
+        patch.setattr(implementation, "KEY_TILE_BYTES", 4 * 5 * shape.batch * shape.heads * shape.key_dim)
+        out = attention(**arguments)
+    assert_close(out, reference.attention(**arguments), floor=ATTENTION_FLOOR)
+
+
+@pytest.mark.parametrize("cos_batch", [1, 2])
+def test_rotation_shared_by_the_batch(cos_batch):
+    arguments = attention_arguments(Shapes(batch=2, rotary=8, segments=(5, 7)))
+    arguments |= {"cos": arguments["cos"][:cos_batch], "sin": arguments["sin"][:cos_batch]}
+    assert_close(attention(**arguments), reference.attention(**arguments), floor=ATTENTION_FLOOR)
+
+
+def test_rows_whose_every_token_is_masked_are_zero():
+    arguments = attention_arguments(Shapes(queries=3, mask="bool"))
+    arguments["mask"] = torch.ones_like(arguments["mask"])
+    arguments["mask"][..., 1, :] = False
+    out = attention(**arguments)
+    assert out[:, :, 1].eq(0).all() and out[:, :, 0].ne(0).any() and out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masks_with_the_smallest_number_instead_of_infinity(dtype):
+    arguments = attention_arguments(Shapes(dtype=dtype, mask="additive", queries=2, ragged=True))
+    arguments["mask"] = arguments["mask"].clamp(min=torch.finfo(dtype).min)
+    assert_close(attention(**arguments), reference.attention(**arguments), floor=ATTENTION_FLOOR)
+
+
+def test_nothing_to_attend_to_gives_zeros():
+    arguments = attention_arguments(Shapes(segments=(), kept=0, appended=0))
+    assert attention(**arguments).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_scores_stay_finite_and_accurate(dtype):
+    arguments = attention_arguments(Shapes(dtype=dtype, queries=2)) | {"scale": 20.0}
+    out = attention(**arguments)
+    limit = {torch.float32: 1e-4, torch.float16: 0.06, torch.bfloat16: 0.5}[dtype]
+    error = (out.double() - reference.attention(**arguments)).norm() / out.double().norm()
+    assert out.isfinite().all() and error < limit
+
+
+@given(shape=shapes(mask="none", ragged=False, padding=0))
+@settings(max_examples=40, deadline=None)
+def test_agrees_with_attention_on_the_dense_meaning(shape):
+    arguments = attention_arguments(shape)
+    index = arguments["index"]
+    slot = torch.argsort(index, 1)
+    common = (arguments["length"], index, slot)
+    key = reference.decompress(arguments["key_coefficients"], arguments["key_bases"], arguments["key_tail"], *common)
+    value = reference.decompress(
+        arguments["value_coefficients"], arguments["value_bases"], arguments["value_tail"], *common
+    )
+    if key.shape[2]:
+        query = arguments["query"].double()
+        dense = F.scaled_dot_product_attention(query, key, value, scale=arguments["scale"], enable_gqa=True)
+        assert_close(attention(**arguments), dense, floor=ATTENTION_FLOOR)
+
+
+@pytest.mark.parametrize("transposed", ["query", "key_tail"])
+def test_strided_arguments(transposed):
+    arguments = attention_arguments(Shapes(batch=2, queries=3, heads=3))
+    arguments[transposed] = arguments[transposed].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_close(attention(**arguments), reference.attention(**arguments), floor=ATTENTION_FLOOR)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_accuracy_at_a_typical_size(dtype, limit):
+    shape = Shapes(dtype=dtype, heads=8, group=2, key_dim=64, value_dim=64, segments=(576,), key_rank=64, value_rank=64)
+    arguments = attention_arguments(shape)
+    assert relative_error(attention(**arguments), reference.attention(**arguments)) < limit
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements of any tensor an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("rotary", [0, 64])
+@pytest.mark.parametrize("queries", [1, 64])
+def test_no_dense_keys_or_values_are_built(rotary, queries, monkeypatch):
+    shape = Shapes(heads=8, key_dim=64, value_dim=64, segments=(600,), queries=queries, rotary=rotary)
+    arguments = attention_arguments(shape)
+    monkeypatch.setattr(implementation, "SCORE_BYTES", 100_000)
+    monkeypatch.setattr(implementation, "KEY_TILE_BYTES", 100_000)
+    with LargestTensor() as recorded:
+        attention(**arguments)
+    assert 0 < recorded.largest <= 32 * 8 * 64 * 2
