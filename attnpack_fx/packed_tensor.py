@@ -180,6 +180,24 @@ class PackedTensor(torch.Tensor):
         args, kwargs = tree_map_only(PackedTensor, PackedTensor.dense, (args, kwargs))
         return func(*args, **kwargs)
 
+    def __getitem__(self, key):
+        # Straight to the slice: through autograd the result would be a view that keeps `self` and its lease alive, and the next append
+        # after a crop would have to copy the tail.
+        if isinstance(key, tuple) and len(key) in (3, 4) and not _is_fake(self):
+            *leading, tokens, last = key
+            full = all(item is Ellipsis or item == slice(None) for item in (*leading, last))
+            if full and isinstance(tokens, slice) and (Ellipsis in leading or len(key) == 4):
+                result = _slice(self, 2, tokens.start, tokens.stop, tokens.step or 1)
+                if result is not NotImplemented:
+                    return result
+        return super().__getitem__(key)
+
+    def repeat_interleave(self, repeats, dim=None, *, output_size=None):
+        # The operator is composite: below Python only its `unsqueeze` and `expand` would be seen.
+        if dim != 0 or not isinstance(repeats, int) or _is_fake(self):
+            return super().repeat_interleave(repeats, dim, output_size=output_size)
+        return self.select(torch.arange(self.shape[0], device=self.device).repeat_interleave(repeats))
+
     def __setitem__(self, key, value):
         raise NotImplementedError(
             "a PackedTensor cannot be written by index: its dense form does not exist in memory. Call `.dense()` and write into that."

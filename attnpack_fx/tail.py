@@ -30,7 +30,7 @@ class TailBuffer:
 
     @cached_property
     def template(self) -> Tensor:
-        return torch.empty((0, *self.rows.shape[1:]), dtype=self.rows.dtype, device=self.rows.device)
+        return _alias(self.rows, 0)
 
     @property
     def capacity(self) -> int:
@@ -65,9 +65,7 @@ class TailLease:
 
     def visible(self) -> Tensor:
         """The rows held plus `SPARE_ROWS`, as a tensor that shares the buffer's memory and knows nothing of its capacity."""
-        rows = self.buffer.rows
-        size = (self.length + SPARE_ROWS, *rows.shape[1:])
-        return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(rows.untyped_storage(), 0, size, rows.stride())
+        return _alias(self.buffer.rows, self.length + SPARE_ROWS)
 
 
 def allocate(rows: Tensor, needed: int) -> TailBuffer:
@@ -79,3 +77,9 @@ def allocate(rows: Tensor, needed: int) -> TailBuffer:
     grown = rows.new_empty((capacity, *rows.shape[1:]))
     grown[: rows.shape[0]].copy_(rows)
     return TailBuffer(grown)
+
+
+def _alias(rows: Tensor, count: int) -> Tensor:
+    """The first `count` rows sharing memory, but not a view: Dynamo would trace a view's base too, capacity and all."""
+    alias = torch.empty(0, dtype=rows.dtype, device=rows.device)
+    return alias.set_(rows.untyped_storage(), 0, (count, *rows.shape[1:]), rows.stride())

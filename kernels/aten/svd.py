@@ -2,64 +2,82 @@
 
 A: fp32 `[B, N, M]`; coefficient `[B, N, R]` carries the singular values; basis `[B, R, M]` has orthonormal rows.
 
-For ranks well below min(N, M), block power iteration with an oversampled random start (Halko, Martinsson & Tropp 2011,
-algorithms 4.4 and 5.1):
+For ranks well below min(N, M), a randomised block Krylov method (Musco & Musco 2015, algorithm 2): with b = R / 2 + 16 columns
+at a time, and every block of Y made orthonormal to those before it,
 
-    Z = A^T Omega;   repeat: Y = orth(A orth(Z)),  Z = A^T Y;     A ~ Y Z^T
+    Y_1 = orth(A Omega),  Z_i = A^T Y_i,  Y_i+1 = orth(A Z_i)          A ~ Y Z^T,  Y [N, 3 b],  Z [M, 3 b]
 
-and the SVD of the thin Z follows from the eigenvectors of Z^T Z. All of it is matrix products and factorisations of
-`[k, k]` matrices (k = R + oversampling): Householder QR of the tall factors costs more than the products, on CPU and on GPU.
+and the SVD of the thin Z follows from the eigenvectors of Z^T Z. It needs half the products with A that power iteration with
+oversampling does for the same error. All of it is matrix products and factorisations of small matrices: Householder QR of the
+tall factors costs more than the products, on CPU and on GPU.
 """
 
 import torch
 from torch import Tensor
 
-#: Columns beyond the rank, and pairs of products after the first: together they leave less than 1 % of error above the
-#: optimum at rank 64 on spectra as slow as k^-0.5.
-OVERSAMPLING = 32
-ITERATIONS = 2
+#: Blocks, and columns of a block beyond R / 2. Together they leave less than 1 % of error above the optimum at rank 64 on
+#: spectra as slow as k^-0.5.
+BLOCKS = 3
+OVERSAMPLING = 16
 #: Directions below this share of the largest singular value are fp32 rounding.
-NEGLIGIBLE = 1e-5
+NEGLIGIBLE = 1e-6
 
 
 def truncated_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-`rank` approximation of a `[B, N, M]`, exact or (for small ranks) within 1 % of its error."""
     smallest = min(a.shape[1:])
     rank = min(rank, smallest)
-    if 2 * (rank + OVERSAMPLING) > smallest:
+    block = rank // 2 + OVERSAMPLING
+    if 2 * BLOCKS * block > smallest:
         left, singular, right = torch.linalg.svd(a, full_matrices=False)
         return left[..., :rank] * singular[:, None, :rank], right[:, :rank]
-    return _power_iteration(a, rank)
+    return _block_krylov(a, rank, block)
 
 
-def _power_iteration(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    batch, rows, columns = a.shape
+def _block_krylov(a: Tensor, rank: int, block: int) -> tuple[Tensor, Tensor]:
     # A generator of its own: the same matrix gives the same factors, and the global random state stays untouched.
     generator = torch.Generator(device=a.device).manual_seed(0)
-    start = torch.randn((rows, rank + OVERSAMPLING), generator=generator, device=a.device)
-    z = a.mT @ start
-    for _ in range(ITERATIONS):
-        y = orthonormal(orthonormal(a @ orthonormal(z)))
+    z = torch.randn((1, a.shape[2], block), generator=generator, device=a.device).expand(a.shape[0], -1, -1)
+    ys: list[Tensor] = []
+    zs: list[Tensor] = []
+    for _ in range(BLOCKS):
+        y = a @ (orthonormal(z, torch.float32) if zs else z)
+        for _ in range(2):  # once loses orthogonality where little of the block is new
+            for before in ys:
+                y = y - before @ (before.mT @ y)
+            y = orthonormal(y)
         z = a.mT @ y
+        ys.append(y)
+        zs.append(z)
+    left, right = torch.cat(ys, -1), torch.cat(zs, -1)
+    basis = _leading_directions(right, rank, generator)
+    return left @ (right.mT @ basis), basis.mT
+
+
+def _leading_directions(z: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """The first left singular vectors of z `[B, M, k]`: `[B, M, rank]`."""
     wide = z.double()
     squared, vectors = torch.linalg.eigh(wide.mT @ wide)
-    squared, vectors = squared.flip(-1)[:, :rank], vectors.flip(-1)[..., :rank]
-    singular = squared.clamp(min=0).sqrt()
+    singular = squared.flip(-1)[:, :rank].clamp(min=0).sqrt()
     missing = singular <= NEGLIGIBLE * singular[:, :1]
-    # Where the matrix has no more directions, random ones complete the basis; their coefficients come out as zero.
-    filling = torch.randn((columns, rank), generator=generator, device=a.device) if bool(missing.any()) else 0
-    basis = torch.where(missing[:, None], filling, (wide @ (vectors / singular.masked_fill(missing, 1)[:, None])).float())
-    basis = orthonormal(basis)
-    return y @ (z.mT @ basis), basis.mT
+    turn = vectors.flip(-1)[..., :rank] / singular.masked_fill(missing, 1)[:, None]
+    directions = z @ turn.to(z.dtype)
+    if z.is_cuda or missing.any():
+        # Where the matrix has no more directions, random ones complete the basis; their coefficients come out as rounding.
+        random = torch.randn(directions.shape[1:], generator=generator, device=z.device)
+        directions = torch.where(missing[:, None], random, directions)
+    return orthonormal(directions)
 
 
-def orthonormal(z: Tensor) -> Tensor:
-    """Columns of z `[B, n, k]` made orthonormal by Cholesky QR, twice for full accuracy; zero columns stay near zero."""
-    wide = z.double()
-    gram = wide.mT @ wide
-    # The shift keeps a rank-deficient Gram matrix positive definite (Fukaya et al. 2020).
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    gram.diagonal(dim1=-2, dim2=-1).add_((1e-13 * trace + 1e-60)[:, None])
-    factor = torch.linalg.cholesky(gram)
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(z.shape[-1], dtype=gram.dtype, device=z.device), upper=False)
+def orthonormal(z: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
+    """Columns of z `[B, n, k]` made orthonormal by Cholesky QR with the Gram matrix in `precision`; zero stays zero.
+
+    A shift keeps the Gram matrix of dependent columns positive definite (Fukaya et al. 2020): for those, a second call is
+    needed, and in single precision the result is only better conditioned.
+    """
+    gram = z.mT.to(precision) @ z.to(precision)
+    shift = gram.diagonal(dim1=-2, dim2=-1).sum(-1).double() * (1e-13 if precision == torch.float64 else 1e-6) + 1e-60
+    gram = gram.double() + torch.diag_embed(shift[:, None].expand(-1, z.shape[-1]))
+    identity = torch.eye(z.shape[-1], dtype=gram.dtype, device=z.device)
+    inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), identity, upper=False)
     return z @ inverse.mT.to(z.dtype)

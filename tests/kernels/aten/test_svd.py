@@ -30,7 +30,7 @@ def test_error_is_within_one_percent_of_the_optimum(decay, rows, columns, rank):
     a = with_spectrum(rows, columns, singular)
     coefficient, basis = truncated_svd(a, rank)
     error = torch.linalg.norm(a.double() - coefficient.double() @ basis.double())
-    assert error <= 1.01 * singular[rank:].square().sum().sqrt() + 1e-6 * singular.norm()
+    assert error <= 1.01 * singular[rank:].square().sum().sqrt() + 5e-6 * singular.norm()
     assert orthonormality_error(basis) < 1e-5
 
 

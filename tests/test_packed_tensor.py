@@ -1,0 +1,248 @@
+"""PackedTensor behaves as the dense tensor it stands for, and stays packed where a cache needs it to."""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnpack_fx import PackedTensor, PackPolicy, cache_bytes, pack
+from tests.packing_inputs import FULL, VISION_ONLY, dense_pair, packed_pair, vision_mask
+
+
+def assert_stands_for(packed, dense, tolerance=2e-5):
+    assert isinstance(packed, PackedTensor)
+    assert packed.shape == dense.shape
+    torch.testing.assert_close(packed.dense(), dense, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("policy", [FULL, VISION_ONLY])
+def test_packs_losslessly_at_full_rank(policy):
+    key, value, dense_key, dense_value = packed_pair(policy)
+    assert_stands_for(key, dense_key)
+    assert_stands_for(value, dense_value)
+    assert key.placement is value.placement
+
+
+def test_tokens_and_ranks_are_reported():
+    key, *_ = packed_pair(PackPolicy(vision_rank=(3, 2)), tokens=40, dim=16)
+    assert key.tokens == {"vision": 6, "dense": 34}
+    assert key.ranks == {"vision": 3}
+    assert "vision (2, 6) at rank 3" in repr(key)
+
+
+def test_padding_is_not_stored():
+    dense, _ = dense_pair(batch=2, tokens=10)
+    real = torch.ones((2, 10), dtype=torch.bool)
+    real[0, :3] = False
+    key, _ = pack(dense, dense, FULL, real=real)
+    assert key.placement.ragged
+    expected = dense.clone()
+    expected[0, :, :3] = 0
+    assert_stands_for(key, expected)
+
+
+def test_a_sample_of_nothing_but_padding():
+    dense, _ = dense_pair(batch=2, tokens=6)
+    real = torch.tensor([[False] * 6, [True] * 6])
+    key, _ = pack(dense, dense, FULL, real=real)
+    expected = dense.clone()
+    expected[0] = 0
+    assert_stands_for(key, expected)
+
+
+def test_vision_tokens_stay_dense_where_packing_saves_nothing():
+    dense, _ = dense_pair(tokens=12, dim=4, heads=1)
+    key, _ = pack(dense, dense, PackPolicy(vision_rank=(4, 4)), modality=vision_mask(12, 2, 6))
+    assert key.tokens == {"dense": 12}
+    assert_stands_for(key, dense)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_tokens_are_refused(bad):
+    dense, _ = dense_pair(tokens=12)
+    dense[0, 0, 3, 0] = bad
+    with pytest.raises(ValueError, match=r"NaN|Inf|finite"):
+        pack(dense, dense, FULL)
+
+
+# ---- against a dense mirror --------------------------------------------------------------------------------------------------------
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 20)),
+        st.tuples(st.just("crop"), st.integers(1, 14)),
+        st.tuples(st.just("select"), st.lists(st.integers(0, 1), min_size=1, max_size=3)),
+        st.tuples(st.just("index"), st.lists(st.integers(-1, 0), min_size=1, max_size=2)),
+        st.tuples(st.just("repeat"), st.integers(1, 2)),
+        st.tuples(st.just("clone"), st.none()),
+        st.tuples(st.just("detach"), st.none()),
+        st.tuples(st.just("fork"), st.integers(1, 3)),
+        st.tuples(st.just("to"), st.none()),
+    ),
+    max_size=6,
+)
+
+
+def apply(step, tensor, new):
+    name, argument = step
+    match name:
+        case "append":
+            return torch.cat([tensor, new[:, :, :argument]], dim=-2)
+        case "crop":
+            return tensor[..., : -min(argument, tensor.shape[2] - 1), :]
+        case "select":
+            return tensor.index_select(0, torch.tensor([item % tensor.shape[0] for item in argument]))
+        case "index":
+            return tensor[torch.tensor(argument), ...]
+        case "repeat":
+            return tensor.repeat_interleave(argument, dim=0)
+        case "clone":
+            return tensor.clone()
+        case "detach":
+            return tensor.detach()
+        case "to":
+            return tensor.to(torch.float64).to(torch.float32)
+        case "fork":
+            torch.cat([tensor, new[:, :, :argument] + 1.0], dim=2)
+            return tensor
+    raise AssertionError(name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS, policy=st.sampled_from([FULL, VISION_ONLY]), ragged=st.booleans())
+def test_any_sequence_of_cache_operations_equals_the_dense_cache(steps, policy, ragged):
+    dense, _ = dense_pair(tokens=12)
+    real = torch.ones((2, 12), dtype=torch.bool)
+    if ragged:
+        real[0, :2] = False
+        dense[0, :, :2] = 0
+    packed, _ = pack(dense, dense, policy, modality=vision_mask(12, 3, 5), real=real)
+    generator = torch.Generator().manual_seed(1)
+    history = []
+    for step in steps:
+        new = torch.randn((dense.shape[0], 2, 20, 8), generator=generator)
+        history.append((packed, dense))
+        packed, dense = apply(step, packed, new), apply(step, dense, new)
+        assert isinstance(packed, PackedTensor), step
+    for earlier, expected in [*history, (packed, dense)]:
+        assert_stands_for(earlier, expected)
+
+
+def test_two_continuations_of_one_cache_do_not_see_each_other():
+    key, _, dense, _ = packed_pair()
+    first, second = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    left = torch.cat([key, first], dim=2)
+    right = torch.cat([key, second], dim=2)
+    assert_stands_for(left, torch.cat([dense, first], dim=2))
+    assert_stands_for(right, torch.cat([dense, second], dim=2))
+    assert_stands_for(key, dense)
+
+
+def test_appending_is_in_place_while_nobody_else_reads():
+    key, *_ = packed_pair()
+    key = torch.cat([key, torch.randn(2, 2, 1, 8)], dim=2)
+    before = key.lease.buffer
+    key = torch.cat([key, torch.randn(2, 2, 1, 8)], dim=2)
+    assert key.lease.buffer is before
+
+
+def test_cropping_and_appending_reuses_the_rows():
+    key, _, dense, _ = packed_pair()
+    key = torch.cat([key, torch.randn(2, 2, 3, 8)], dim=2)
+    buffer = key.lease.buffer
+    key = key[..., :-3, :]
+    new = torch.randn(2, 2, 2, 8)
+    key = torch.cat([key, new], dim=2)
+    assert key.lease.buffer is buffer
+    assert_stands_for(key, torch.cat([dense, new], dim=2))
+
+
+def test_layers_share_one_placement_after_reordering():
+    key, value, *_ = packed_pair()
+    order = torch.tensor([1, 0])
+    assert key.index_select(0, order).placement is value.index_select(0, order).placement
+
+
+def test_a_reordering_tensor_changed_in_place_is_not_mistaken_for_the_old():
+    dense, _ = dense_pair(tokens=8)
+    real = torch.ones((2, 8), dtype=torch.bool)
+    real[0, :3] = False
+    key, _ = pack(dense, dense, FULL, real=real)
+    order = torch.tensor([0, 1])
+    key.index_select(0, order)
+    order.copy_(torch.tensor([1, 0]))
+    assert_stands_for(key.index_select(0, order), key.dense()[order])
+
+
+# ---- everything else ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_operation_decompresses_and_is_right():
+    key, _, dense, _ = packed_pair()
+    query = torch.randn(2, 2, 1, 8)
+    result = query @ key.transpose(-1, -2)
+    assert not isinstance(result, PackedTensor)
+    torch.testing.assert_close(result, query @ dense.transpose(-1, -2), atol=1e-4, rtol=1e-4)
+
+
+def test_the_shape_interface_of_a_cache():
+    key, *_ = packed_pair()
+    assert key.shape[-2] == 12 and key.numel() == 2 * 2 * 12 * 8 and key.dim() == 4
+    assert key.dtype == torch.float32 and key.device.type == "cpu" and not key.requires_grad
+
+
+def test_appending_to_nothing_keeps_it_packed():
+    key, _, dense, _ = packed_pair()
+    assert_stands_for(torch.cat([torch.tensor([]), key], dim=-2), dense)
+
+
+def test_reset_zeroes_this_cache_and_no_fork():
+    key, _, dense, _ = packed_pair()
+    fork = key.detach()
+    assert key.zero_() is key
+    assert_stands_for(key, torch.zeros_like(dense))
+    assert_stands_for(fork, dense)
+
+
+def test_writing_through_is_refused():
+    key, *_ = packed_pair()
+    with pytest.raises(NotImplementedError, match="dense"):
+        key[0] = 1.0
+    with pytest.raises(NotImplementedError, match="in-place"):
+        key.mul_(2.0)
+
+
+def test_half_precision_round_trip():
+    key, _, dense, _ = packed_pair()
+    half = key.to(torch.bfloat16)
+    assert isinstance(half, PackedTensor) and half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.dense().float(), dense, atol=0.1, rtol=0.1)
+
+
+def test_deepcopy_is_independent():
+    key, _, dense, _ = packed_pair()
+    other = copy.deepcopy(key)
+    key.zero_()
+    assert_stands_for(other, dense)
+
+
+def test_saves_and_loads_with_weights_only():
+    key, _, dense, _ = packed_pair()
+    key = torch.cat([key, torch.zeros(2, 2, 1, 8)], dim=2)
+    file = io.BytesIO()
+    torch.save(key, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert_stands_for(loaded, torch.cat([dense, torch.zeros(2, 2, 1, 8)], dim=2))
+    assert loaded.modalities == ("vision",)
+
+
+def test_bytes_are_those_of_factors_and_rows():
+    key, value, *_ = packed_pair(PackPolicy(vision_rank=2), tokens=40, dim=16)
+    factors = sum(part.numel() * 4 for packed in (key, value) for s in packed.segments for part in (s.coefficient, s.basis))
+    rows = 2 * 34 * 2 * 2 * 16 * 4
+    indices = key.index.numel() * 8 + key.slot.numel() * 8
+    assert cache_bytes([(key, value)]) == factors + rows + indices + 2  # one byte each tells Dynamo the length
