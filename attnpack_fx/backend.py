@@ -94,6 +94,8 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
         modality_given=modality.stated() is not None or modality.carried(example_inputs) is not None,
         carries=bool(getattr(reason, "graph_break", False)),
     )
+    # Dynamo removed what is dead: what nobody reads now is wanted for its effect. Only a packed value's size getters are not.
+    state.wanted = {node for node in graph.nodes if not node.users and node.op not in ("placeholder", "output")}
     originals = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for position, (original, example) in enumerate(zip(originals, example_inputs, strict=True)):
         node = copies[original]

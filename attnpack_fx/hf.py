@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnpack_fx.packed_tensor import PackedTensor
@@ -39,3 +40,22 @@ def pack_cache(
         if isinstance(key, Tensor) and key.dim() == 4 and not isinstance(key, PackedTensor) and not getattr(layer, "is_sliding", False):
             layer.keys, layer.values = pack(key, layer.values, policy, modality=modality, real=real)
     return past_key_values
+
+
+def empty_cache(model: Any) -> Any:
+    """The cache `model.generate` would make for itself; passed in, it can be watched while generation goes on."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    config = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
+    return EncoderDecoderCache(cache, DynamicCache(config=config)) if model.config.is_encoder_decoder else cache
+
+
+def image_positions(model: Any, input_ids: Tensor) -> Tensor:
+    """Bool `[B, T]`: which prompt tokens stand for images; all False for a model that has no token for them."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    tokens = {token for name in names if isinstance(token := getattr(model.config, name, None), int)}
+    found = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in tokens:
+        found |= input_ids == token
+    return found

@@ -1,4 +1,4 @@
-"""One layer's attention at one decode step: on the dense cache, on the packed one, and on the one rebuilt from it."""
+"""One layer's attention at one decode step: on the dense cache, on the packed one, and decompressed."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ _SAMPLE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Case:
-    """One attention shape. rank: of keys and values; the cache contents have half of it, so nothing is lost."""
+    """One attention shape. rank: of keys and values; the contents have half of it, so nothing is lost."""
 
     batch: int
     tokens: int
@@ -101,14 +101,16 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
 
 def _cache(case: Case, rank: int, generator: torch.Generator) -> Tensor:
     tokens = case.tokens - APPENDED
-    return measure.low_rank(case.batch, case.kv_heads, tokens, case.head_dim, rank // 2, generator)
+    return measure.low_rank(
+        case.batch, case.kv_heads, tokens, case.head_dim, rank // 2, case.dtype, generator
+    )
 
 
 def _packed(
     key: Tensor, value: Tensor, case: Case, generator: torch.Generator
 ) -> tuple[PackedTensor, PackedTensor]:
     """The cache as prefill leaves it, and tokens appended to it."""
-    packed = pack(key.to(case.dtype), value.to(case.dtype), PackPolicy(text_rank=case.rank))
+    packed = pack(key, value, PackPolicy(text_rank=case.rank))
     if any(tensor.ranks != {"text": rank} for tensor, rank in zip(packed, case.rank, strict=True)):
         raise RuntimeError(
             f"{case}: packing at these ranks saves nothing, or there are too few tokens for them"

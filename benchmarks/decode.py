@@ -4,9 +4,9 @@
     python benchmarks/decode.py --part attention --batch 1 8 --tokens 1024 8192 --dtype fp32 bf16
     python benchmarks/decode.py --part end-to-end --batch 8 --tokens 4096 --json decode.json
 
-attention: the attention operator of one layer. end-to-end: a decoder with random weights. Contenders take turns, weights,
-tokens and cache contents are the same for all, and results are compared before any time is reported. Ratios are those of
-medians; times are the medians, and in brackets the extremes, of all rounds.
+attention: the attention operator of one layer. end-to-end: a decoder with random weights. Contenders take
+turns; weights, tokens and cache contents are the same for all, and results are compared before any timing.
+Times are medians, and in brackets the extremes, of all rounds; ratios are those of medians.
 """
 
 import argparse
@@ -114,9 +114,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             print(_row(_attention_row(result["attention"][-1]), _ATTENTION), flush=True)
     if given.part in ("end-to-end", "all"):
         for decoder in end_to_end_cases(given):
-            print(
-                f"\nDecoding: {_shape(vars(decoder))}, {decoder.layers} layers, {decoder.hidden}/{decoder.mlp}"
-            )
+            sizes = f"layers={decoder.layers} hidden={decoder.hidden} MLP={decoder.mlp}"
+            print(f"\nDecoding: {_shape(vars(decoder))} {sizes}")
             result["end_to_end"].append(end_to_end.run(decoder, steps, rounds, tell=_progress))
             _print_end_to_end(result["end_to_end"][-1])
     return result

@@ -1,7 +1,7 @@
 """A decoder decodes with its cache held in several ways: same weights, same tokens, same cache contents.
 
-Caches are filled directly, so no long prefill runs. Every contender decodes the same given tokens, in turn with the others, and
-its logits are compared with those of the uncompiled model on a dense cache.
+Caches are filled directly, so no long prefill runs. Every contender decodes the same given tokens, in turn
+with the others, and its logits are compared with those of the uncompiled model on a dense cache.
 """
 
 import copy
@@ -19,7 +19,7 @@ import attnpack_fx
 from attnpack_fx import PackedTensor, PackPolicy, cache_bytes
 from benchmarks import measure
 
-#: Steps before timing: the cache is packed on the first, and compilers have seen every shape that changes after three.
+#: Steps before timing: the cache is packed on the first; after three, every size that changes was seen.
 WARMUP = 4
 OURS = "attnpack"
 _EAGER = "dense, eager"
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass
 class Contender:
-    """A model, perhaps compiled, and the cache it decodes with. exact: whether it must give the dense model's logits."""
+    """A model, perhaps compiled, and its cache. exact: whether it must give the dense model's logits."""
 
     model: torch.nn.Module
     cache: Cache
@@ -70,15 +70,15 @@ def run(
 ) -> dict[str, Any]:
     """Decode `steps` tokens a round with each contender in turn; tokens per second, cache bytes and ratios.
 
-    tell: called with a line of text whenever a contender is ready or does not run. quantized: whether transformers'
-    quantized caches take part.
+    tell: called with a line of text whenever a contender is ready or does not run.
+    quantized: whether transformers' quantized caches take part.
 
-    Raises RuntimeError when logits differ between contenders, or when our cache is not packed while it is timed.
+    Raises RuntimeError when logits differ between contenders, or when our cache is not packed while timed.
     """
     torch._dynamo.reset()
     model = _model(case)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(_VOCABULARY, (case.batch, WARMUP + steps * rounds), generator=generator)
+    tokens = torch.randint(_VOCABULARY, (case.batch, WARMUP + steps * (1 + rounds)), generator=generator)
     skipped: dict[str, str] = {}
     contenders: dict[str, Contender] = {}
     # Contenders share forward's code, which must not count as one function recompiled too often.
@@ -93,6 +93,7 @@ def run(
             contender.decode(tokens, WARMUP)
             contenders[name] = contender
             gc.collect()
+            measure.release_free_memory()
             tell(f"{name}: ready, cache {cache_bytes(contender.cache) / 1e6:.1f} MB")
         _check_packed(contenders[OURS].cache)
         errors = _errors(contenders, case)
@@ -102,7 +103,9 @@ def run(
         def decode(contender: Contender) -> Callable[[], None]:
             return lambda: contender.decode(tokens, steps)
 
-        timed = measure.in_turn({name: decode(each) for name, each in contenders.items()}, rounds)
+        turns = {name: decode(each) for name, each in contenders.items()}
+        measure.in_turn(turns, 1)  # Not timed: it takes back the memory that was released.
+        timed = measure.in_turn(turns, rounds)
         compiled = counters["stats"]["unique_graphs"] - graphs
     _check_packed(contenders[OURS].cache)
     last_errors = _errors(contenders, case)
@@ -150,7 +153,7 @@ def _makers(
 ) -> dict[str, Callable[[], Contender]]:
     """What makes each contender, in the order of their warm-up.
 
-    The static cache comes first: Dynamo takes a size that changed under one cache for one that changes under all.
+    The static cache comes first: a size that changed under one cache, Dynamo expects to change under all.
     """
     config = model.config
 
@@ -200,14 +203,14 @@ def _makers(
 
 
 def _fill(cache: Cache, case: Case) -> None:
-    """Put the same `tokens` random tokens into a cache, layer by layer: only one layer is held twice at any time."""
+    """Put the same random tokens into a cache, layer by layer: only one layer is held twice at any time."""
     widest = min(case.tokens, case.kv_heads * case.head_dim)
     key_rank, value_rank = (widest, widest) if case.rank == "full" else (case.rank[0] // 2, case.rank[1] // 2)
     for layer in range(case.layers):
         generator = torch.Generator().manual_seed(2 + layer)
         shape = case.batch, case.kv_heads, case.tokens, case.head_dim
-        key = measure.low_rank(*shape, key_rank, generator).to(case.dtype)
-        value = measure.low_rank(*shape, value_rank, generator).to(case.dtype)
+        key = measure.low_rank(*shape, key_rank, case.dtype, generator)
+        value = measure.low_rank(*shape, value_rank, case.dtype, generator)
         cache.update(key, value, layer)
 
 

@@ -1,5 +1,6 @@
 """Timing several contenders in turn, and saying on what they ran."""
 
+import ctypes
 import math
 import os
 import platform
@@ -19,17 +20,24 @@ ROOT = Path(__file__).resolve().parents[1]
 #: glibc otherwise maps and unmaps every large tensor, and half of the time goes to page faults.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
 
-#: Largest difference between contenders that compute the same thing, as a part of the largest number compared.
+#: Largest difference between contenders that compute the same, as a part of the largest number compared.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 _PACKAGES = ("torch", "transformers", "attnpack-fx", "optimum-quanto", "hqq")
 
 
 def restart_with_malloc_settings() -> None:
-    """Start this command again with `MALLOC`, unless the environment has settings: glibc reads them once, at start."""
+    """Start this command again with `MALLOC`, unless the environment has it: glibc reads it at start."""
     missing = {name: value for name, value in MALLOC.items() if name not in os.environ}
     if missing and sys.platform == "linux":
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **missing})
+
+
+def release_free_memory() -> None:
+    """Give the pages that `MALLOC` makes glibc keep back to the system; other C libraries do so by themselves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def in_turn(
@@ -76,11 +84,16 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def low_rank(batch: int, heads: int, tokens: int, dim: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Random fp32 `[B, H, T, D]` with unit variance whose `[T, H * D]` matrices have rank `rank`."""
-    coefficient = torch.randn(batch, tokens, rank, generator=generator)
+def low_rank(
+    batch: int, heads: int, tokens: int, dim: int, rank: int, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """Random `[B, H, T, D]` with unit variance whose `[T, H * D]` matrices have rank `rank`."""
     basis = torch.randn(rank, heads * dim, generator=generator) / math.sqrt(rank)
-    return (coefficient @ basis).view(batch, tokens, heads, dim).transpose(1, 2).contiguous()
+    dense = torch.empty((batch, heads, tokens, dim), dtype=dtype)
+    for sample in dense:
+        coefficient = torch.randn(tokens, rank, generator=generator)
+        sample.copy_((coefficient @ basis).view(tokens, heads, dim).transpose(0, 1))
+    return dense
 
 
 def environment() -> dict[str, Any]:
@@ -95,7 +108,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit(root: Path) -> str | None:
-    """The commit checked out at `root`, None outside a repository. Read from its files: git need not be installed."""
+    """The commit checked out at `root`, or None. Read from files: git need not be installed."""
     folder = root / ".git"
     try:
         head = (folder / "HEAD").read_text().strip()

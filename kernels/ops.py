@@ -228,7 +228,9 @@ def no_gradient(grad: Tensor, shape: Sequence[int]) -> Tensor:
 
     An operator, because AOTAutograd traces the backward of every graph, also of those that never run it.
     """
-    raise RuntimeError("the packed cache is not differentiable; run under torch.no_grad() or keep the cache dense")
+    raise RuntimeError(
+        "the packed cache is not differentiable; run under torch.no_grad() or keep the cache dense"
+    )
 
 
 @_fake("no_gradient")
@@ -238,7 +240,9 @@ def _(grad, shape):
 
 def _remember_shapes(ctx, inputs, output):
     ctx.shapes = [
-        [tensor.shape for tensor in argument] if isinstance(argument, list | tuple) else getattr(argument, "shape", None)
+        [tensor.shape for tensor in argument]
+        if isinstance(argument, list | tuple)
+        else getattr(argument, "shape", None)
         for argument in inputs
     ]
 
@@ -253,4 +257,6 @@ def _refuse_gradient(ctx, grad):
     return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=False))
 
 
-torch.library.register_autograd("attnpack::attention", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY)
+torch.library.register_autograd(
+    "attnpack::attention", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY
+)

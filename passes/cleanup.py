@@ -1,12 +1,21 @@
-"""What every rewrite ends in: dead code out, placeholders nobody reads out, graph checked."""
+"""What every rewrite ends in: what it left dead out, placeholders nobody reads out, graph checked."""
+
+import torch
+from torch.fx import Node
 
 from attnpack_fx.passes.state import GraphState
 
+_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "imatmul", "setitem")
+
 
 def cleanup(state: GraphState) -> int:
-    """Remove dead nodes and packed placeholders; returns how many nodes went. Raises when the graph is not well formed."""
+    """Remove what the rewrite made dead; returns how many nodes went. Raises when the graph is not well formed.
+
+    Dynamo's graph is not functional: nodes nobody reads are there for what they do (a write in place, a mode entered), and FX alone
+    does not know them. So only nodes that had readers before the rewrite, and write nothing, are removed.
+    """
     before = len(state.graph.nodes)
-    state.graph.eliminate_dead_code()
+    state.graph.eliminate_dead_code(lambda node: node.is_impure() or node in state.wanted or writes(node))
     for packed in state.packed.values():
         if packed.node.users:
             raise RuntimeError(f"packed value {packed.node.name} is still read by {list(packed.node.users)}")
@@ -17,3 +26,18 @@ def cleanup(state: GraphState) -> int:
             del state.inputs[node], state.examples[node]
     state.graph.lint()
     return before - len(state.graph.nodes)
+
+
+def writes(node: Node) -> bool:
+    """Whether a node may change a tensor in place."""
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            return node.target._schema.is_mutable
+        name = getattr(node.target, "__name__", "")
+        return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return node.op == "call_module"

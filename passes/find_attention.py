@@ -84,7 +84,7 @@ def _match_eager(softmax: Node) -> Site | None:
     product = _weights_consumer(softmax)
     if key is None or product is None or argument(softmax, 1, "dim") not in (-1, 3):
         return None
-    weights, output = product
+    weights, output, dropout = product
     site = Site(
         node=output,
         kind="eager",
@@ -99,6 +99,8 @@ def _match_eager(softmax: Node) -> Site | None:
     readers = [user for user in weights.users if user is not output and user.op != "call_method"]
     if any(user.op == "output" for user in readers):
         site.obstacle = "the attention weights are returned (output_attentions)"
+    elif dropout:
+        site.obstacle = "attention dropout is active"
     else:
         site.obstacle = _shape_obstacle(site)
     return site
@@ -111,23 +113,19 @@ def _untransposed(node: Any) -> Node | None:
     return through_no_ops(node.args[0]) if is_call(node, "mT") else None
 
 
-def _weights_consumer(softmax: Node) -> tuple[Node, Node] | None:
-    """The attention weights as they are multiplied with the values, and that product."""
-    weights = softmax
+def _weights_consumer(softmax: Node) -> tuple[Node, Node, bool] | None:
+    """The attention weights as they are multiplied with the values, that product, and whether dropout stands between."""
+    weights, dropout = softmax, False
     while True:
         products = [user for user in weights.users if is_call(user, "matmul", "bmm") and user.args[0] is weights]
         if products:
-            return weights, products[0]
-        steps = [user for user in weights.users if _passes_weights(user)]
+            return weights, products[0], dropout
+        steps = [user for user in weights.users if is_call(user, "dropout", "to", "type", "type_as", "float", "contiguous")]
         if len(steps) != 1:
             return None
         weights = steps[0]
-
-
-def _passes_weights(node: Node) -> bool:
-    if is_call(node, "dropout"):
-        return not argument(node, 2, "training", True) or argument(node, 1, "p", 0.5) == 0.0
-    return is_call(node, "to", "type", "type_as", "float", "contiguous")
+        if is_call(weights, "dropout"):
+            dropout |= bool(argument(weights, 2, "training", True)) and argument(weights, 1, "p", 0.5) != 0.0
 
 
 def _shape_obstacle(site: Site) -> str | None:

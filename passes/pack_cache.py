@@ -41,6 +41,7 @@ class _Appended:
     packed: PackedInput
     count: Size
     tail: Node
+    before: Node
     length: Node
 
 
@@ -86,7 +87,7 @@ def _append(state: GraphState) -> dict[Node, _Appended]:
             state.graph.call_function(torch.ops.attnpack.append_.default, (tail, detached, length))
             added = tokens if isinstance(tokens, int) else state.graph.call_method("size", (new, 2))
             longer = state.graph.call_function(operator.add, (length, added))
-        appended[cat] = _Appended(packed, count, tail, longer)
+        appended[cat] = _Appended(packed, count, tail, length, longer)
     return appended
 
 
@@ -144,15 +145,19 @@ def _packed_operand(state: GraphState, node: Node, appended: dict[Node, _Appende
     if node in appended:
         return appended[node]
     if node in state.packed:
-        return _read(state, state.packed[node])
+        return _read(state, state.packed[node], appended)
     return None
 
 
-def _read(state: GraphState, packed: PackedInput) -> _Appended:
-    """A packed input with nothing appended."""
+def _read(state: GraphState, packed: PackedInput, appended: dict[Node, _Appended]) -> _Appended:
+    """A packed input as it was before anything was appended; appending moves no row, so both may read one tail."""
     nothing = state.size(0)
     assert nothing is not None
-    return _Appended(packed, nothing, state.room(packed, 0, nothing), state.length(packed))
+    for grown in appended.values():
+        if grown.packed is packed:
+            return _Appended(packed, nothing, grown.tail, grown.before, grown.before)
+    length = state.length(packed)
+    return _Appended(packed, nothing, state.room(packed, 0, nothing), length, length)
 
 
 def _ranks(packed: PackedInput) -> dict[str, int]:
@@ -172,8 +177,11 @@ def _decompress_rest(state: GraphState, appended: dict[Node, _Appended]) -> None
             cat.replace_all_uses_with(dense)
         state.graph.erase_node(cat)
     for packed in state.packed.values():
+        for user in list(packed.node.users):
+            if user in state.wanted and is_call(user, "numel", "size", "dim"):
+                state.graph.erase_node(user)
         if packed.node.users:
-            read = _read(state, packed)
+            read = _read(state, packed, appended)
             with state.graph.inserting_after(read.length):
                 dense = _decompress(state, packed, read.tail, read.length)
             packed.node.replace_all_uses_with(dense)

@@ -182,6 +182,7 @@ class GraphState:
     packed: dict[Node, PackedInput]
     inputs: dict[Node, InputSpec]
     examples: dict[Node, Any]
+    wanted: set[Node] = field(default_factory=set)
     modality_given: bool = False
     carries: bool = False
     pairs: list[tuple[int, int]] = field(default_factory=list)

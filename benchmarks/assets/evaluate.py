@@ -118,11 +118,14 @@ def main() -> None:
         arguments.model, dtype=getattr(torch, arguments.dtype)
     ).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
+    out = arguments.out or arguments.model / "accuracy.json"
     rows: list[dict[str, Any]] = []
+    record = {"split": "held_out", "seed": arguments.seed, "dtype": arguments.dtype, "results": rows}
     print(f"{'task':<12}{'images':>7}{'questions':>11}{'score':>9}{'+-':>8}{'all right':>11}{'seconds':>9}")
 
     def add(row: dict[str, Any], seconds: float) -> None:
         rows.append(row)
+        out.write_text(json.dumps(record, indent=1) + "\n")
         print(
             f"{row['task']:<12}{row['images']:>7}{row['questions']:>11}{row['score']:>9.4f}"
             f"{row['standard_error']:>8.4f}{row['all_right']:>11.4f}{seconds:>9.1f}",
@@ -141,9 +144,6 @@ def main() -> None:
                 model, processor, images, arguments.questions // 2, arguments.seed, batch
             )
             add(row, time.monotonic() - began)
-    record = {"split": "held_out", "seed": arguments.seed, "dtype": arguments.dtype, "results": rows}
-    out = arguments.out or arguments.model / "accuracy.json"
-    out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

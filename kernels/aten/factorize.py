@@ -57,7 +57,9 @@ def _per_head(basis: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor
 def require_finite(tokens: Tensor, operator: str) -> None:
     """Refuse NaN and Inf, which would spread over a whole basis. On a GPU the check does not wait for the device."""
     if tokens.is_cuda:
-        torch._assert_async(tokens.isfinite().all(), f"attnpack::{operator}: keys or values to be packed hold NaN or Inf")
+        torch._assert_async(
+            tokens.isfinite().all(), f"attnpack::{operator}: keys or values to be packed hold NaN or Inf"
+        )
         return
     if tokens.numel() == 0 or all(bound.isfinite() for bound in torch.aminmax(tokens)):
         return

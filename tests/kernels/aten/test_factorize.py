@@ -88,7 +88,9 @@ def test_samples_of_filler_alone_give_zeros(tokens):
     rank=st.integers(1, 40),
 )
 @settings(max_examples=150, deadline=None)
-def test_fold_is_the_optimal_truncation_of_the_stacked_rows(seed, dtype, batch, tokens, added, old_rank, rank):
+def test_fold_is_the_optimal_truncation_of_the_stacked_rows(
+    seed, dtype, batch, tokens, added, old_rank, rank
+):
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 2, tokens, 8, generator=random).to(dtype)
     rows = torch.randn(added, batch, 2, 8, generator=random).to(dtype)
@@ -118,7 +120,10 @@ def test_fold_from_nothing_equals_compress():
 
 
 def test_fold_with_more_directions_than_old_rows():
-    coefficient, basis = torch.randn(1, 1, 4), torch.linalg.qr(torch.randn(1, 16, 4)).Q.mT.view(1, 4, 2, 8).transpose(1, 2)
+    coefficient, basis = (
+        torch.randn(1, 1, 4),
+        torch.linalg.qr(torch.randn(1, 16, 4)).Q.mT.view(1, 4, 2, 8).transpose(1, 2),
+    )
     rows = torch.randn(2, 1, 2, 8)
     new = fold(coefficient, basis.contiguous(), rows, 6)
     expected = reference.fold(coefficient, basis, rows, 6)

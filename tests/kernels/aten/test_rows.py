@@ -20,7 +20,11 @@ from ..inputs import DTYPES, SEEDS, assert_close, attention_arguments, shapes
 def test_take_rows_matches_the_reference(seed, dtype, size, chosen, spare):
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(size, generator=random).to(dtype)
-    index = torch.randint(-1, size[2], (size[0], chosen), generator=random) if size[2] else torch.full((size[0], chosen), -1)
+    index = (
+        torch.randint(-1, size[2], (size[0], chosen), generator=random)
+        if size[2]
+        else torch.full((size[0], chosen), -1)
+    )
     rows = take_rows(x, index, spare)
     assert rows.is_contiguous() and torch.equal(rows, reference.take_rows(x, index, spare))
     assert torch.equal(select_tokens(x, index), rows[:chosen].transpose(0, 1))

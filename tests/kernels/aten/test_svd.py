@@ -79,7 +79,9 @@ def test_scale_of_the_matrix_does_not_matter(factor):
     a = with_spectrum(220, 300, torch.arange(1, 221, dtype=torch.float64) ** -1.0)
     coefficient, basis = truncated_svd(a * factor, 20)
     plain, plain_basis = truncated_svd(a, 20)
-    assert relative_error(coefficient @ basis / factor, a) == pytest.approx(relative_error(plain @ plain_basis, a), rel=1e-3)
+    assert relative_error(coefficient @ basis / factor, a) == pytest.approx(
+        relative_error(plain @ plain_basis, a), rel=1e-3
+    )
 
 
 def test_is_deterministic_and_leaves_the_global_random_state_alone():

@@ -1,0 +1,133 @@
+"""Models, processors and prompts from transformers: the only place of the command line that loads any."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnpack_fx.demo.errors import UserError, require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Where the trained model lies in a checkout of the repository.
+TRAINED = Path("benchmarks", "assets", "digits-llava")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to generate.
+
+    name: as the user gave it. model: in eval mode. processor: a transformers processor, or a tokenizer when the model has no vision.
+    vision: whether it takes images.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    vision: bool
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+def trained_model() -> Path:
+    """The folder of the trained model; looked for in the checkout this package runs from, then in the working directory.
+
+    Raises `UserError` when it is in neither.
+    """
+    places = [root / TRAINED for root in (Path(__file__).resolve().parents[2], Path.cwd())]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise UserError(
+        f"the trained model of the demo is not installed with the package; looked in {' and in '.join(map(str, places))}. "
+        "Run from a clone of the repository, or use a model of yours: attnpack demo --model ID_OR_PATH --image FILE --prompt TEXT"
+    )
+
+
+def load(name: str, dtype: str = "float32") -> Loaded:
+    """Load a vision-language model with its processor, or a text-only model with its tokenizer.
+
+    name: a folder or a model id of the Hugging Face hub. dtype: one of `DTYPES`.
+
+    Raises `UserError` when there is no such model, or transformers is missing.
+    """
+    require("transformers", "PIL")
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(name)
+        vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        models = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        model = models.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load the model {name!r}: {error}") from error
+    return Loaded(name, model, processor, vision)
+
+
+def open_images(files: Sequence[str]) -> list["Image"]:
+    """The pictures in `files` as RGB. Raises `UserError` for a file that is missing or no picture."""
+    require("PIL")
+    from PIL import Image, UnidentifiedImageError
+
+    images = []
+    for file in files:
+        try:
+            images.append(Image.open(file).convert("RGB"))
+        except FileNotFoundError:
+            raise UserError(f"--image {file}: no such file") from None
+        except UnidentifiedImageError:
+            raise UserError(f"--image {file}: not a picture that Pillow can read") from None
+        except OSError as error:
+            raise UserError(f"--image {file}: {error.strerror or error}") from None
+    return images
+
+
+def model_inputs(loaded: Loaded, prompt: str, images: Sequence["Image"]) -> dict[str, Any]:
+    """What to call the model with, for one prompt: put into the chat template if there is one, else taken as it is.
+
+    Without a template, the image tokens that `prompt` lacks are put before it. Raises `UserError` for images and a model without vision.
+    """
+    if images and not loaded.vision:
+        raise UserError(f"{loaded.name} takes text only: leave --image out")
+    text = _templated(loaded, prompt, len(images))
+    if not loaded.vision:
+        return dict(loaded.processor(text, return_tensors="pt"))
+    return batch_inputs(loaded, [text], [images])
+
+
+def batch_inputs(loaded: Loaded, texts: Sequence[str], images: Sequence[Sequence["Image"]]) -> dict[str, Any]:
+    """Processed prompts of equal length, one sequence of images for each; `texts` hold the image tokens."""
+    pictures: dict[str, Any] = {"images": [list(group) for group in images]} if any(images) else {}
+    try:
+        inputs = loaded.processor(text=list(texts), return_tensors="pt", **pictures)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"the processor of {loaded.name} refuses this prompt: {error}") from error
+    return dict(inputs.to(dtype=loaded.model.dtype, device=loaded.model.device))
+
+
+def _templated(loaded: Loaded, prompt: str, images: int) -> str:
+    if getattr(loaded.processor, "chat_template", None) is None:
+        token = getattr(loaded.processor, "image_token", None) if images else None
+        missing = images - prompt.count(token) if token else 0
+        return "".join([f"{token}\n" * missing, prompt])
+    content: Any = prompt
+    if loaded.vision:
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
+    messages = [{"role": "user", "content": content}]
+    return loaded.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

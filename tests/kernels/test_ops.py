@@ -1,0 +1,157 @@
+import pytest
+import torch
+from torch.library import opcheck
+
+from attnpack_fx.kernels import ops
+
+from .inputs import Shapes, assert_close, attention_arguments
+
+attnpack = torch.ops.attnpack
+
+#: Shapes that differ in what exists at all: segments, their tokens, tail rows, masks, rotation.
+SHAPES = {
+    "one segment": Shapes(),
+    "two segments, GQA, batch": Shapes(
+        batch=2, group=2, queries=3, segments=(9, 5), key_dim=32, mask="bool", ragged=True
+    ),
+    "empty segment": Shapes(segments=(0, 7), mask="additive", mask_shape=(False, True, True, True)),
+    "dense rows alone": Shapes(segments=(), dtype=torch.bfloat16),
+    "no appended rows": Shapes(kept=0, appended=0, dtype=torch.float16),
+    "nothing": Shapes(segments=(), kept=0, appended=0),
+    "keys before rotation": Shapes(rotary=16, segments=(5, 6), batch=2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_attention(shape):
+    opcheck(attnpack.attention.default, tuple(attention_arguments(shape).values()))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_decompress(shape):
+    arguments = attention_arguments(shape)
+    names = ("key_coefficients", "key_bases", "key_tail", "length", "index")
+    slot = torch.arange(arguments["index"].shape[1] + 1).expand(shape.batch, -1).contiguous()
+    slot = torch.where(slot < arguments["index"].shape[1], slot, -1)
+    opcheck(
+        attnpack.decompress.default,
+        (*(arguments[name] for name in names), slot, arguments["cos"], arguments["sin"]),
+    )
+
+
+@pytest.mark.parametrize("modality", [None, torch.arange(20)[None] < 12, torch.rand(2, 20) < 0.5])
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("gain", [[], [4, 4, 32, 32], [64, 64, 1, 1]])
+def test_plan(modality, text, gain):
+    opcheck(
+        attnpack.plan.default,
+        (modality, torch.arange(20)[None] > 1, torch.empty(2, 4, 20, 8), text, gain, gain),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "rank"), [(0, 4), (1, 4), (12, 4), (12, 40), (300, 8)])
+def test_compress(dtype, tokens, rank):
+    x = torch.randn(2, 4, 300, 64).to(dtype)
+    opcheck(attnpack.compress.default, (x, torch.arange(tokens).expand(2, -1).clone(), rank))
+
+
+@pytest.mark.parametrize(("tokens", "spare"), [(0, 0), (0, 2), (5, 0), (5, 3)])
+def test_take_rows(tokens, spare):
+    x = torch.randn(2, 9, 4, 8).transpose(1, 2)
+    opcheck(attnpack.take_rows.default, (x, torch.arange(-1, tokens - 1).expand(2, -1).clone(), spare))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_append(count):
+    opcheck(
+        attnpack.append_.default, (torch.randn(6, 2, 4, 8), torch.randn(2, count, 4, 8).transpose(1, 2), 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "old", "added", "rank"), [(9, 4, 3, 5), (0, 0, 3, 5), (9, 4, 0, 2), (9, 4, 3, 40)]
+)
+def test_fold(tokens, old, added, rank):
+    basis = torch.linalg.qr(torch.randn(2, 16, old)).Q.mT.unflatten(-1, (2, 8)).transpose(1, 2).contiguous()
+    opcheck(attnpack.fold.default, (torch.randn(2, tokens, old), basis, torch.randn(added, 2, 2, 8), rank))
+
+
+def attend(query, arguments):
+    return ops.attention(query, *list(arguments.values())[1:])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("differentiable", ["query", "key_tail", "value_bases"])
+def test_backward_through_the_cache_is_an_error(compiled, differentiable):
+    arguments = attention_arguments(Shapes())
+    leaf = arguments[differentiable]
+    (leaf[0] if isinstance(leaf, list) else leaf).requires_grad_()
+    function = torch.compile(attend, fullgraph=True) if compiled else attend
+    out = function(arguments["query"], arguments)
+    with pytest.raises(
+        RuntimeError, match=r"not differentiable; run under torch.no_grad\(\) or keep the cache dense"
+    ):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("vision_tokens", [0, 1, 30])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_packing_compiles_as_one_graph_with_sizes_that_depend_on_the_data(vision_tokens, dynamic):
+    def pack(key, modality):
+        vision, text, dense, slot = attnpack.plan(modality, None, key, False, [], [])
+        coefficient, basis = attnpack.compress(key * 2.0, vision, 8)
+        return (
+            coefficient,
+            basis,
+            attnpack.take_rows(key, dense, 4),
+            torch.cat([vision, text, dense], 1),
+            slot,
+        )
+
+    key, modality = torch.randn(2, 4, 50, 16), (torch.arange(50) < vision_tokens).expand(2, -1).clone()
+    torch.compiler.reset()
+    compiled = torch.compile(pack, fullgraph=True, dynamic=dynamic)(key, modality)
+    for actual, expected in zip(compiled, pack(key, modality), strict=True):
+        assert actual.shape == expected.shape and torch.allclose(actual, expected, atol=1e-5)
+
+
+def test_decode_steps_compile_once_and_match_eager():
+    def step(query, new, tail, length, coefficient, basis, index):
+        attnpack.append_(tail, new, length)
+        out = attnpack.attention(
+            query,
+            [coefficient],
+            [basis],
+            [coefficient],
+            [basis],
+            tail,
+            tail,
+            length + 1,
+            index,
+            None,
+            0.25,
+            False,
+        )
+        return torch.relu(out)
+
+    arguments = attention_arguments(Shapes(kept=3, appended=0))
+    fixed = (arguments["key_coefficients"][0], arguments["key_bases"][0], arguments["index"])
+    tails = [torch.zeros(16, 1, 2, 16), torch.zeros(16, 1, 2, 16)]
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for length in range(3, 9):
+        query, new = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+        outs = [
+            function(query, new, tail, length, *fixed)
+            for function, tail in zip((compiled, step), tails, strict=True)
+        ]
+        assert_close(*outs)
+        assert torch.equal(*tails)
+    assert counter.frame_count <= 2  # the second, with a length that varies, serves all further steps
+
+
+def test_operators_explain_themselves():
+    for name in ("plan", "compress", "take_rows", "append_", "decompress", "attention", "fold"):
+        assert getattr(ops, name).__doc__ == getattr(attnpack, name).__doc__ != ""

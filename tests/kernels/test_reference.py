@@ -1,0 +1,74 @@
+"""The specification itself, against what is known independently of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attnpack_fx.kernels import reference
+
+from .inputs import Shapes, attention_arguments, relative_error
+
+
+def test_attention_over_lossless_parts_is_attention_over_the_dense_cache():
+    key, value = (torch.randn(2, 3, 20, 8, dtype=torch.float64) for _ in range(2))
+    query = torch.randn(2, 6, 4, 8, dtype=torch.float64)
+    mask = torch.rand(2, 1, 4, 20) < 0.7
+    modality = torch.arange(20)[None] % 3 > 0
+    vision, text, dense, slot = reference.plan(modality, None, key[:, :, :17], False, [], [])
+    index = torch.cat([vision, text, dense], 1)
+    tails, factors = [], []
+    for x in (key, value):
+        tails.append(torch.cat([reference.take_rows(x, dense, 0), x[:, :, 17:].permute(2, 0, 1, 3)]))
+        factors.append(reference.compress(x, vision, 1000))
+    (kc, kb), (vc, vb) = factors
+    length = dense.shape[1] + 3
+    out = reference.attention(query, [kc], [kb], [vc], [vb], *tails, length, index, mask, 0.3, False)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    assert relative_error(out, expected) < 1e-12
+    assert relative_error(reference.decompress([kc], [kb], tails[0], length, index, slot), key) < 1e-12
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_makes_scores_depend_on_distance_alone(interleaved):
+    frequency = 10 ** -torch.linspace(0, 2, 4, dtype=torch.float64)
+    frequency = frequency.repeat_interleave(2) if interleaved else frequency.repeat(2)
+    angle = torch.arange(30)[None, :, None] * frequency
+    query, key = torch.randn(2, 8, dtype=torch.float64)
+
+    def rotated(x):
+        return reference.rotate(x.expand(1, 1, 30, 8), angle.cos(), angle.sin(), interleaved)[0, 0]
+
+    scores = rotated(query) @ rotated(key).T
+    assert torch.allclose(scores[5:20, 5:20], scores[10:25, 10:25])
+    assert torch.allclose(scores[0, 0], query @ key)
+
+
+def test_compress_is_the_optimal_approximation():
+    x = torch.randn(1, 2, 30, 8, dtype=torch.float64)
+    coefficient, basis = reference.compress(x, torch.arange(30)[None], 5)
+    a = x.transpose(1, 2).flatten(2)
+    error = (a - coefficient @ basis.transpose(1, 2).flatten(2)).norm()
+    assert torch.isclose(error, torch.linalg.svdvals(a)[0, 5:].norm())
+
+
+def test_fold_after_compress_is_the_truncation_of_all_rows():
+    x = torch.randn(2, 2, 30, 8, dtype=torch.float64)
+    coefficient, basis = reference.compress(x, torch.arange(20).expand(2, -1), 16)
+    folded = reference.fold(coefficient, basis, x[:, :, 20:].permute(2, 0, 1, 3), 6)
+    direct = reference.compress(x, torch.arange(30).expand(2, -1), 6)
+
+    def product(pair):
+        return pair[0] @ pair[1].transpose(1, 2).flatten(2)
+
+    assert relative_error(product(folded[:2]), product(direct)) < 1e-10
+    dropped = (product(direct) - x.transpose(1, 2).flatten(2)).norm(dim=(1, 2))
+    assert torch.allclose(folded[2].double(), dropped, rtol=1e-6)
+
+
+def test_filler_is_left_out_of_attention():
+    shape = Shapes(ragged=True, segments=(12,), kept=4, batch=2)
+    arguments = attention_arguments(shape)
+    out = reference.attention(**arguments)
+    filler = (arguments["index"] < 0)[:, :12, None]
+    arguments["value_coefficients"] = [torch.where(filler, 1e3, arguments["value_coefficients"][0])]
+    assert filler.any() and torch.equal(out, reference.attention(**arguments))
