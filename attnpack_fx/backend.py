@@ -140,7 +140,9 @@ def _announce(reports: list[SiteReport]) -> None:
     for report in reports:
         log.info("%s (%s): %s %s", report.layer, report.kind, report.action, report.reason)
     rewritten = sum(report.action in ("packed", "compressed") for report in reports)
-    dense = [report for report in reports if report.action == "dense" or (report.action == "uncached" and report.causal)]
+    dense = [
+        report for report in reports if report.action == "dense" or (report.action == "uncached" and report.causal)
+    ]
     if not dense:
         return
     reasons = "; ".join(sorted({report.reason for report in dense}))

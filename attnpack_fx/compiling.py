@@ -9,7 +9,12 @@ from attnpack_fx.policy import PackPolicy
 
 
 def compile(
-    model: torch.nn.Module, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+    model: torch.nn.Module,
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    **options: Any,
 ) -> torch.nn.Module:
     """Compile `model` in place with the attnpack backend, and return it.
 

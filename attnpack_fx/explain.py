@@ -35,10 +35,14 @@ class Report(dict[str, Any]):
         for layer, actions in _by_layer(self["graphs"]).items():
             lines.append(f"  {layer:<48} {', '.join(actions)}")
         lines.append("")
-        lines.append(f"  {'layer':>5}  {'tokens':<34} {'rank k/v':<22} {'error k':>9} {'error v':>9} {'bytes':>11} {'dense':>11}")
+        lines.append(
+            f"  {'layer':>5}  {'tokens':<34} {'rank k/v':<22} {'error k':>9} {'error v':>9} {'bytes':>11} {'dense':>11}"
+        )
         for layer in self["layers"]:
             tokens = ", ".join(f"{name} {count}" for name, count in layer["tokens"].items())
-            ranks = ", ".join(f"{name} {key}/{layer['value_rank'][name]}" for name, key in layer["key_rank"].items()) or "-"
+            ranks = (
+                ", ".join(f"{name} {key}/{layer['value_rank'][name]}" for name, key in layer["key_rank"].items()) or "-"
+            )
             errors = [f"{layer[name]:.4f}" if layer[name] is not None else "-" for name in ("key_error", "value_error")]
             lines.append(
                 f"  {layer['layer']:>5}  {tokens:<34} {ranks:<22} {errors[0]:>9} {errors[1]:>9} "
@@ -67,9 +71,7 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
         backend = partial(attnpack_backend, options={"policy": policy}, observer=graphs.append)
         with _call_through(model, backend):
             packed = _run(model, inputs)
-    layers = [
-        _layer(number, before, after) for number, (before, after) in enumerate(zip(dense, packed, strict=True))
-    ]
+    layers = [_layer(number, before, after) for number, (before, after) in enumerate(zip(dense, packed, strict=True))]
     return Report(
         policy=policy.to_dict(),
         graphs=[[asdict(site) for site in sites] for sites in graphs],
@@ -145,7 +147,12 @@ def _by_layer(graphs: list[list[dict[str, Any]]]) -> dict[str, list[str]]:
     for sites in graphs:
         for site in sites:
             text = site["action"] + (f" ({site['reason']})" if site["reason"] else "")
-            actions = found.setdefault(site["layer"], [])
+            # Frames entered below the top name the same module by a shorter path.
+            layer = next(
+                (name for name in found if name.endswith(site["layer"]) or site["layer"].endswith(name)),
+                site["layer"],
+            )
+            actions = found.setdefault(layer, [])
             if text not in actions:
                 actions.append(text)
     return found

@@ -24,8 +24,13 @@ def self_attention_layers(past_key_values: Any) -> list[Any]:
 
 def keys_and_values(past_key_values: Any) -> list[tuple[Tensor, Tensor]]:
     """`(keys, values)` of every layer that holds any."""
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in self_attention_layers(past_key_values)]
-    return [(key, value) for key, value in pairs if isinstance(key, Tensor) and isinstance(value, Tensor) and key.dim() == 4]
+    pairs = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None))
+        for layer in self_attention_layers(past_key_values)
+    ]
+    return [
+        (key, value) for key, value in pairs if isinstance(key, Tensor) and isinstance(value, Tensor) and key.dim() == 4
+    ]
 
 
 def pack_cache(
@@ -37,7 +42,12 @@ def pack_cache(
     """
     for layer in self_attention_layers(past_key_values):
         key = getattr(layer, "keys", None)
-        if isinstance(key, Tensor) and key.dim() == 4 and not isinstance(key, PackedTensor) and not getattr(layer, "is_sliding", False):
+        if (
+            isinstance(key, Tensor)
+            and key.dim() == 4
+            and not isinstance(key, PackedTensor)
+            and not getattr(layer, "is_sliding", False)
+        ):
             layer.keys, layer.values = pack(key, layer.values, policy, modality=modality, real=real)
     return past_key_values
 

@@ -27,7 +27,9 @@ def modality(mask: Tensor) -> Iterator[None]:
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"modality mask: got {got}, expected a bool tensor [batch, tokens]; use e.g. input_ids == image_token_id")
+        raise ValueError(
+            f"modality mask: got {got}, expected a bool tensor [batch, tokens]; use e.g. input_ids == image_token_id"
+        )
     token = _stated.set(mask)
     try:
         yield

@@ -66,7 +66,9 @@ class PackedTensor(torch.Tensor):
         self.placement = placement
         self.rows = lease.buffer.template if traced is None else lease.buffer.rows
         # Tells Dynamo the tail's length as a size, in one byte.
-        self.count = torch.empty_strided((lease.length + SPARE_ROWS,), (0,), dtype=torch.uint8) if traced is None else traced[0]
+        self.count = (
+            torch.empty_strided((lease.length + SPARE_ROWS,), (0,), dtype=torch.uint8) if traced is None else traced[0]
+        )
         for number, segment in enumerate(segments):
             setattr(self, f"coefficient_{number}", segment.coefficient)
             setattr(self, f"basis_{number}", segment.basis)
@@ -88,12 +90,16 @@ class PackedTensor(torch.Tensor):
     @property
     def ranks(self) -> dict[str, int]:
         """Rank by modality."""
-        return {name: segment.coefficient.shape[-1] for name, segment in zip(self.modalities, self.segments, strict=True)}
+        return {
+            name: segment.coefficient.shape[-1] for name, segment in zip(self.modalities, self.segments, strict=True)
+        }
 
     @property
     def tokens(self) -> dict[str, int]:
         """Stored tokens (of the longest sample) by where they are: each modality packed, and `"dense"`."""
-        counts = {name: segment.coefficient.shape[1] for name, segment in zip(self.modalities, self.segments, strict=True)}
+        counts = {
+            name: segment.coefficient.shape[1] for name, segment in zip(self.modalities, self.segments, strict=True)
+        }
         return counts | {"dense": self.lease.length}
 
     def dense(self) -> Tensor:
@@ -121,7 +127,8 @@ class PackedTensor(torch.Tensor):
     def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
         segments = tuple(
-            Segment(segment.coefficient.index_select(0, rows), segment.basis.index_select(0, rows)) for segment in self.segments
+            Segment(segment.coefficient.index_select(0, rows), segment.basis.index_select(0, rows))
+            for segment in self.segments
         )
         length = self.lease.length
         lease = allocate(self.lease.buffer.rows[:length].index_select(1, rows), length).lease(length)
@@ -140,7 +147,11 @@ class PackedTensor(torch.Tensor):
 
     def _mark_dynamic(self) -> None:
         """Tell Dynamo which sizes differ from prompt to prompt and step to step, before it compiles for one of them."""
-        tokens = {0: (self.count,), 1: (self.index, self.slot, *(segment.coefficient for segment in self.segments)), 2: (self,)}
+        tokens = {
+            0: (self.count,),
+            1: (self.index, self.slot, *(segment.coefficient for segment in self.segments)),
+            2: (self,),
+        }
         for dim, tensors in tokens.items():
             for tensor in tensors:
                 # What `torch._dynamo.maybe_mark_dynamic` does; on a wrapper that would also mark dimension 2 of every part.
@@ -153,14 +164,18 @@ class PackedTensor(torch.Tensor):
         return names, (self.modalities, self.placement.ragged)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> "PackedTensor":
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
+    ) -> "PackedTensor":
         modalities, ragged = context
         segments = tuple(
             Segment(inner[f"coefficient_{number}"], inner[f"basis_{number}"]) for number in range(len(modalities))
         )
         count = inner["count"]
         lease = TailBuffer(inner["rows"]).lease(count.shape[0] - SPARE_ROWS)
-        return PackedTensor(segments, modalities, lease, Placement(inner["index"], inner["slot"], ragged), (count, outer_size))
+        return PackedTensor(
+            segments, modalities, lease, Placement(inner["index"], inner["slot"], ragged), (count, outer_size)
+        )
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -210,7 +225,14 @@ class PackedTensor(torch.Tensor):
         length = self.lease.length
         factors = [part for segment in self.segments for part in (segment.coefficient, segment.basis)]
         rows = self.lease.buffer.rows[:length].clone()
-        return _rebuild, (factors, self.modalities, rows, self.placement.index, self.placement.slot, self.placement.ragged)
+        return _rebuild, (
+            factors,
+            self.modalities,
+            rows,
+            self.placement.index,
+            self.placement.slot,
+            self.placement.ragged,
+        )
 
     def __repr__(self, *, tensor_contents=None):
         held = ", ".join(

@@ -12,7 +12,12 @@ from attnpack_fx.tail import TailBuffer
 
 
 def pack(
-    key: Tensor, value: Tensor, policy: PackPolicy, *, modality: Tensor | None = None, real: Tensor | None = None
+    key: Tensor,
+    value: Tensor,
+    policy: PackPolicy,
+    *,
+    modality: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> tuple[PackedTensor, PackedTensor]:
     """Pack one layer's cache, as the compiled graph does at prefill.
 
@@ -35,10 +40,11 @@ def pack(
     packed = []
     for number, dense in enumerate((key.detach(), value.detach())):
         held = {
-            name: Segment(*ops.compress(dense, index[name], pair[number])) for name, pair in ranks.items() if index[name].shape[1]
+            name: Segment(*ops.compress(dense, index[name], pair[number]))
+            for name, pair in ranks.items()
+            if index[name].shape[1]
         }
         rows = ops.take_rows(dense, indices[2], 0)
         lease = TailBuffer(rows).lease(indices[2].shape[1])
         packed.append(PackedTensor(tuple(held.values()), tuple(held), lease, placement))
     return packed[0], packed[1]
-

@@ -97,9 +97,7 @@ class PackPolicy:
                 "set the fields in the policy, e.g. with dataclasses.replace"
             )
         if mode is not None and inner_mode is not None and mode != inner_mode:
-            raise PolicyError(
-                f"mode: got {mode!r} and, in options, {inner_mode!r}, expected one; drop one of them"
-            )
+            raise PolicyError(f"mode: got {mode!r} and, in options, {inner_mode!r}, expected one; drop one of them")
         chosen = inner_mode if mode is None else mode
         return policy, {
             **_mode_patches(chosen, dynamic),
@@ -118,9 +116,7 @@ class PackPolicy:
         key, value = spec if isinstance(spec, tuple) else (spec, spec)
         clip = modality == "vision" and spec == DEFAULT_VISION_RANK
         name = f"{modality}_rank"
-        return _resolved(name, "key", key, key_width, clip), _resolved(
-            name, "value", value, value_width, clip
-        )
+        return _resolved(name, "key", key, key_width, clip), _resolved(name, "value", value, value_width, clip)
 
     def lossless(self, modality: Modality) -> bool:
         """Whether keys and values of `modality` are both packed at full rank."""
@@ -156,9 +152,7 @@ def _checked_rank(name: str, spec: Any) -> RankSpec:
         return None
     if isinstance(spec, (tuple, list)):
         if len(spec) != 2:
-            raise PolicyError(
-                f"{name}: got {spec!r}, expected {_RANK_EXPECTED}; a pair is (key rank, value rank)"
-            )
+            raise PolicyError(f"{name}: got {spec!r}, expected {_RANK_EXPECTED}; a pair is (key rank, value rank)")
         if None in spec:
             raise PolicyError(
                 f"{name}: got {spec!r}, expected {_RANK_EXPECTED}; keys and values of one token are packed "
@@ -174,14 +168,10 @@ def _checked_single(name: str, rank: Any, spec: Any) -> Rank:
     if isinstance(rank, int) and not isinstance(rank, bool):
         if rank >= 1:
             return rank
-        raise PolicyError(
-            f"{name}: got {spec!r}, expected {_RANK_EXPECTED}; use None to leave these tokens dense"
-        )
+        raise PolicyError(f"{name}: got {spec!r}, expected {_RANK_EXPECTED}; use None to leave these tokens dense")
     if isinstance(rank, str) and rank == "full":
         return "full"
-    raise PolicyError(
-        f"{name}: got {spec!r} ({type(rank).__name__}), expected {_RANK_EXPECTED}; e.g. {name}=64"
-    )
+    raise PolicyError(f"{name}: got {spec!r} ({type(rank).__name__}), expected {_RANK_EXPECTED}; e.g. {name}=64")
 
 
 def _resolved(name: str, role: str, rank: Rank, width: int, clip: bool) -> int:
@@ -203,9 +193,7 @@ def _normalised(options: Mapping[str, Any] | None) -> dict[str, Any]:
     if isinstance(options, PackPolicy):
         raise PolicyError("options: got a PackPolicy, expected a mapping; use options={'policy': policy}")
     if not isinstance(options, Mapping):
-        raise PolicyError(
-            f"options: got {type(options).__name__}, expected a mapping such as {{'vision_rank': 64}}"
-        )
+        raise PolicyError(f"options: got {type(options).__name__}, expected a mapping such as {{'vision_rank': 64}}")
     given: dict[str, Any] = {}
     for key, value in options.items():
         if not isinstance(key, str):
@@ -225,9 +213,7 @@ def _mode_patches(mode: str | None, dynamic: bool | None) -> dict[str, Any]:
 
     known = tuple(list_mode_options())
     if not isinstance(mode, str) or mode not in known:
-        raise PolicyError(
-            f"mode: got {mode!r}, expected one of {', '.join(map(repr, known))}{_hint(mode, known)}"
-        )
+        raise PolicyError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, known))}{_hint(mode, known)}")
     return dict(list_mode_options(mode, dynamic))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx import modality
-from attnpack_fx.kernels.parts import Segment
+from attnpack_fx.kernels.parts import SPARE_ROWS, Segment
 from attnpack_fx.placement import Placement
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.packing import pack
@@ -37,40 +37,24 @@ class Runtime:
     def __init__(self, compiled: Callable[..., Sequence[Any]], state: GraphState, policy: PackPolicy) -> None:
         self._compiled = compiled
         self._policy = policy
-        self._inputs: list[InputSpec] = list(state.inputs.values())
+        self._feeders = [_feeder(spec) for spec in state.inputs.values()]
         self._outputs: list[OutputSpec] = state.outputs
         self._pairs = state.pairs
         self._candidates = state.candidates
         self._carried = state.carried
         self._carries = state.carries
-        self._takes_modality = any(isinstance(spec, ModalityMask) for spec in self._inputs)
 
     def __call__(self, *arguments: Any) -> list[Any]:
         for key, value in self._pairs:
             _check_pair(arguments[key], arguments[value])
         grown: dict[int, PackedTensor] = {}
-        flat = [self._feed(spec, arguments, grown) for spec in self._inputs]
+        flat = [feed(arguments, grown) for feed in self._feeders]
         results = self._compiled(*flat)
         placements: dict[int, Placement] = {}
         outputs = [_collect(spec, results, grown, placements) for spec in self._outputs]
         self._pack_candidates(outputs)
         self._carry(arguments, results, outputs)
         return outputs
-
-    def _feed(self, spec: InputSpec, arguments: Sequence[Any], grown: dict[int, PackedTensor]) -> Any:
-        match spec:
-            case Argument(position):
-                return arguments[position]
-            case Part(position, name):
-                return getattr(arguments[position], name)
-            case PaddedLength(position):
-                return arguments[position].count.shape[0]
-            case Room(position, count):
-                if position not in grown:
-                    grown[position] = arguments[position].grow(count.evaluate(arguments))
-                return grown[position].lease.visible()
-            case ModalityMask(batch, tokens):
-                return _modality(arguments, batch.evaluate(arguments), tokens.evaluate(arguments))
 
     def _pack_candidates(self, outputs: list[Any]) -> None:
         """Pack what this graph was compiled to leave dense, when the caller states a modality after all."""
@@ -88,6 +72,26 @@ class Runtime:
         mask = results[self._carried] if self._carried is not None else modality.carried(arguments)
         if mask is not None:
             modality.carry(mask, (item for item in outputs if not isinstance(item, PackedTensor)))
+
+
+def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]], Any]:
+    """How one input of the compiled graph is found among Dynamo's arguments and the packed values grown for this call."""
+    match spec:
+        case Argument(position):
+            return lambda arguments, grown: arguments[position]
+        case Part(position, name):
+            return lambda arguments, grown: getattr(arguments[position], name)
+        case PaddedLength(position):
+            return lambda arguments, grown: arguments[position].lease.length + SPARE_ROWS
+        case Room(position, count):
+
+            def room(arguments: Sequence[Any], grown: dict[int, PackedTensor]) -> Tensor:
+                grown[position] = arguments[position].grow(count.evaluate(arguments))
+                return grown[position].lease.visible()
+
+            return room
+        case ModalityMask(batch, tokens):
+            return lambda arguments, grown: _modality(arguments, batch.evaluate(arguments), tokens.evaluate(arguments))
 
 
 def _modality(arguments: Sequence[Any], batch: int, tokens: int) -> Tensor:
@@ -131,4 +135,6 @@ def _assemble(spec: Packed, results: Sequence[Any], placements: dict[int, Placem
     ]
     rows = results[spec.tail]
     lease = TailBuffer(rows).lease(rows.shape[0])
-    return PackedTensor(tuple(segment for _, segment in held), tuple(name for name, _ in held), lease, placements[spec.slot])
+    return PackedTensor(
+        tuple(segment for _, segment in held), tuple(name for name, _ in held), lease, placements[spec.slot]
+    )

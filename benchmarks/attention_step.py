@@ -35,9 +35,7 @@ def default_cases() -> list[Case]:
     shapes = [(1, 512), (1, 1024), (1, 4096), (1, 8192), (8, 512), (8, 1024), (8, 4096)]
     dtypes = (torch.float32, torch.bfloat16)
     many = [Case(batch, tokens, dtype) for dtype in dtypes for batch, tokens in shapes]
-    grouped = [
-        Case(batch, tokens, dtype, kv_heads=8) for dtype in dtypes for batch, tokens in [(1, 4096), (8, 1024)]
-    ]
+    grouped = [Case(batch, tokens, dtype, kv_heads=8) for dtype in dtypes for batch, tokens in [(1, 4096), (8, 1024)]]
     return many + grouped
 
 
@@ -82,9 +80,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     errors = {name: measure.difference(function(), dense()) for name, function in contenders.items()}
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= measure.TOLERANCE[case.dtype]:
-        raise RuntimeError(
-            f"{case}: {worst} differs from dense attention by {errors[worst]:.1e} of its scale"
-        )
+        raise RuntimeError(f"{case}: {worst} differs from dense attention by {errors[worst]:.1e} of its scale")
     repeats = {name: measure.repeats_for(function, _SAMPLE_SECONDS) for name, function in contenders.items()}
     timed = measure.in_turn(contenders, rounds, repeats)
     seconds = {name: measure.summary(samples) for name, samples in timed.items()}
@@ -101,20 +97,14 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
 
 def _cache(case: Case, rank: int, generator: torch.Generator) -> Tensor:
     tokens = case.tokens - APPENDED
-    return measure.low_rank(
-        case.batch, case.kv_heads, tokens, case.head_dim, rank // 2, case.dtype, generator
-    )
+    return measure.low_rank(case.batch, case.kv_heads, tokens, case.head_dim, rank // 2, case.dtype, generator)
 
 
-def _packed(
-    key: Tensor, value: Tensor, case: Case, generator: torch.Generator
-) -> tuple[PackedTensor, PackedTensor]:
+def _packed(key: Tensor, value: Tensor, case: Case, generator: torch.Generator) -> tuple[PackedTensor, PackedTensor]:
     """The cache as prefill leaves it, and tokens appended to it."""
     packed = pack(key, value, PackPolicy(text_rank=case.rank))
     if any(tensor.ranks != {"text": rank} for tensor, rank in zip(packed, case.rank, strict=True)):
-        raise RuntimeError(
-            f"{case}: packing at these ranks saves nothing, or there are too few tokens for them"
-        )
+        raise RuntimeError(f"{case}: packing at these ranks saves nothing, or there are too few tokens for them")
     shape = (case.batch, case.kv_heads, APPENDED, case.head_dim)
     new_key, new_value = (torch.randn(shape, generator=generator).to(case.dtype) for _ in packed)
     return packed[0].append(new_key), packed[1].append(new_value)

@@ -45,13 +45,9 @@ _QUICK = {
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; shapes that are not given are None."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("attention", "end-to-end", "all"), default="all")
-    parser.add_argument(
-        "--batch", type=_positive, nargs="+", help="one or more; with --tokens: every combination"
-    )
+    parser.add_argument("--batch", type=_positive, nargs="+", help="one or more; with --tokens: every combination")
     parser.add_argument("--tokens", type=_positive, nargs="+", help="tokens in the cache, one or more")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="of weights and cache, one or more")
     parser.add_argument("--heads", type=_positive, help="query heads (32)")
@@ -64,12 +60,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=_positive, help="end to end: tokens decoded per round (8)")
     parser.add_argument("--rounds", type=_positive, help="samples of each contender (7)")
     parser.add_argument("--threads", type=_positive, help="CPU threads (as PyTorch chooses)")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write every sample, and on what it was measured"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny shapes: only shows that the benchmark works"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample, and on what it was measured")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: only shows that the benchmark works")
     given = parser.parse_args(arguments)
     if given.quick:
         for name, value in _QUICK.items():

@@ -218,9 +218,7 @@ def _check_packed(cache: Cache) -> None:
     for number, layer in enumerate(cache.layers):
         for held in (layer.keys, layer.values):
             if not isinstance(held, PackedTensor) or not held.segments:
-                raise RuntimeError(
-                    f"layer {number} of our cache is not packed, it holds a {type(held).__name__}"
-                )
+                raise RuntimeError(f"layer {number} of our cache is not packed, it holds a {type(held).__name__}")
 
 
 def _errors(contenders: dict[str, Contender], case: Case) -> dict[str, float]:
@@ -228,12 +226,8 @@ def _errors(contenders: dict[str, Contender], case: Case) -> dict[str, float]:
     expected = contenders[_EAGER]
     errors = {}
     for name, contender in contenders.items():
-        assert (
-            contender.step == expected.step and contender.logits is not None and expected.logits is not None
-        )
+        assert contender.step == expected.step and contender.logits is not None and expected.logits is not None
         errors[name] = measure.difference(contender.logits, expected.logits)
         if contender.exact and not errors[name] <= measure.TOLERANCE[case.dtype]:
-            raise RuntimeError(
-                f"{name}: logits differ from the dense model's by {errors[name]:.1e} of their scale"
-            )
+            raise RuntimeError(f"{name}: logits differ from the dense model's by {errors[name]:.1e} of their scale")
     return errors

@@ -34,7 +34,7 @@ def restart_with_malloc_settings() -> None:
 
 
 def release_free_memory() -> None:
-    """Give the pages that `MALLOC` makes glibc keep back to the system; other C libraries do so by themselves."""
+    """Give the pages that `MALLOC` makes glibc keep back to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -228,9 +228,7 @@ def no_gradient(grad: Tensor, shape: Sequence[int]) -> Tensor:
 
     An operator, because AOTAutograd traces the backward of every graph, also of those that never run it.
     """
-    raise RuntimeError(
-        "the packed cache is not differentiable; run under torch.no_grad() or keep the cache dense"
-    )
+    raise RuntimeError("the packed cache is not differentiable; run under torch.no_grad() or keep the cache dense")
 
 
 @_fake("no_gradient")
@@ -257,6 +255,4 @@ def _refuse_gradient(ctx, grad):
     return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=False))
 
 
-torch.library.register_autograd(
-    "attnpack::attention", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY
-)
+torch.library.register_autograd("attnpack::attention", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY)

@@ -190,9 +190,7 @@ def attention(
         full = mask.expand(*scores.shape[:3], mask.shape[-1])
         for sample in range(query.shape[0]):
             for number in range(slots):
-                position = (
-                    int(index[sample, number]) if number < prompt_slots else last + number - prompt_slots
-                )
+                position = int(index[sample, number]) if number < prompt_slots else last + number - prompt_slots
                 if mask.shape[-1] == 1:
                     position = 0
                 column = full[sample, :, :, max(position, 0)]

@@ -5,7 +5,18 @@ from torch.fx import Node
 
 from attnpack_fx.passes.state import GraphState
 
-_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "imatmul", "setitem")
+_IN_PLACE_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+    "setitem",
+)
 
 
 def cleanup(state: GraphState) -> int:

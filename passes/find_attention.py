@@ -120,7 +120,9 @@ def _weights_consumer(softmax: Node) -> tuple[Node, Node, bool] | None:
         products = [user for user in weights.users if is_call(user, "matmul", "bmm") and user.args[0] is weights]
         if products:
             return weights, products[0], dropout
-        steps = [user for user in weights.users if is_call(user, "dropout", "to", "type", "type_as", "float", "contiguous")]
+        steps = [
+            user for user in weights.users if is_call(user, "dropout", "to", "type", "type_as", "float", "contiguous")
+        ]
         if len(steps) != 1:
             return None
         weights = steps[0]
@@ -135,7 +137,9 @@ def _shape_obstacle(site: Site) -> str | None:
     if not all(isinstance(size, int) for size in (query[1], query[3], key[1], key[3], value[1], value[3])):
         return "heads or head dims are not fixed"
     if query[1] % key[1] or key[1] != value[1] or query[3] != key[3]:
-        return f"{query[1]} query heads of {query[3]} do not fit {key[1]} key heads of {key[3]} and {value[1]} value heads"
+        return (
+            f"{query[1]} query heads of {query[3]} do not fit {key[1]} key heads of {key[3]} and {value[1]} value heads"
+        )
     mask = site.mask.meta.get("example_value") if isinstance(site.mask, Node) else None
     if site.mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4)):
         return "the attention mask is not [tokens, tokens] or [batch, heads, tokens, tokens]"

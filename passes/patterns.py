@@ -65,7 +65,12 @@ def strip_repeat_kv(node: Any) -> Any:
         return node
     base = through_no_ops(viewed.args[0])
     before, after = base.meta.get("example_value"), node.meta.get("example_value")
-    if not isinstance(before, torch.Tensor) or before.dim() != 4 or not isinstance(after, torch.Tensor) or after.dim() != 4:
+    if (
+        not isinstance(before, torch.Tensor)
+        or before.dim() != 4
+        or not isinstance(after, torch.Tensor)
+        or after.dim() != 4
+    ):
         return node
     return base
 

@@ -36,6 +36,8 @@ class Size:
     symbols: tuple[tuple[sympy.Symbol, int, int | None], ...]  # symbol, argument, dimension (None: the argument itself)
 
     def evaluate(self, arguments: Sequence[Any]) -> int:
+        if not self.symbols:
+            return int(self.expression)
         values = {
             symbol: int(arguments[position] if dim is None else arguments[position].shape[dim])
             for symbol, position, dim in self.symbols

@@ -1,5 +1,7 @@
 """A hand-written decoder with its own cat-style cache and image features: no transformers needed."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ class Decoder(nn.Module):
     """`forward(ids, features, cache) -> (logits, cache)`; features take the places where `ids == IMAGE`.
 
     broken: Dynamo breaks the graph between the embeddings and the layers.
+    between: called there, if set.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Decoder(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.broken = broken
+        self.between: Callable[[], None] | None = None
         self.embed = nn.Embedding(32, width)
         self.layers = nn.ModuleList(
             Layer(width, heads, kv_heads, dim, window) for window in windows or (None,) * layers
@@ -64,14 +68,14 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, 32)
         self.requires_grad_(False).eval()
 
-    def forward(
-        self, ids: Tensor, features: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Cache]:
+    def forward(self, ids: Tensor, features: Tensor | None = None, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         hidden = self.embed(ids)
         if features is not None:
             hidden = hidden.masked_scatter((ids == IMAGE)[..., None].expand_as(hidden), features)
         if self.broken:
             torch._dynamo.graph_break()
+        if self.between is not None:
+            self.between()
         present: Cache = []
         for number, layer in enumerate(self.layers):
             hidden, pair = layer(hidden, None if cache is None else cache[number])

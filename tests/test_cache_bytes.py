@@ -82,18 +82,13 @@ def test_hand_written_cache_objects():
 
     slotted = Slotted()
     slotted.keys = torch.zeros(6)
-    cache = SimpleNamespace(
-        layers=[SimpleNamespace(keys=torch.zeros(4), values=torch.zeros(5)), slotted], step=3
-    )
+    cache = SimpleNamespace(layers=[SimpleNamespace(keys=torch.zeros(4), values=torch.zeros(5)), slotted], step=3)
     cache.itself = cache
     assert cache_bytes(cache) == (4 + 5 + 6) * 4
 
 
 def test_models_inside_a_cache_are_not_cache():
-    assert (
-        cache_bytes(SimpleNamespace(keys=torch.zeros(4), owner=torch.nn.Linear(9, 9), kind=torch.nn.Linear))
-        == 16
-    )
+    assert cache_bytes(SimpleNamespace(keys=torch.zeros(4), owner=torch.nn.Linear(9, 9), kind=torch.nn.Linear)) == 16
 
 
 @pytest.mark.parametrize(
@@ -158,9 +153,7 @@ class TestTransformersCaches:
         config = transformers.LlamaConfig(num_hidden_layers=3, num_attention_heads=4, hidden_size=32)
         cache = self.fill(transformers.StaticCache(config=config, max_cache_len=12))
         assert cache_bytes(cache) >= 3 * 2 * self.full * 2
-        assert (
-            cache_bytes(cache) < 3 * 2 * self.full * 2 + 200
-        )  # Beside the room: counters of a few bytes a layer.
+        assert cache_bytes(cache) < 3 * 2 * self.full * 2 + 200  # Beside the room: counters of a few bytes a layer.
 
     def test_encoder_decoder(self, transformers):
         cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())

@@ -1,4 +1,4 @@
-"""Zero-change exactness: every architecture generates from a full-rank packed cache what it generates from a dense one."""
+"""Zero-change exactness: at full rank every architecture generates what it generates from a dense cache."""
 
 import warnings
 
@@ -51,10 +51,9 @@ def _check(example: Example, attn_implementation: str, batch: int = 1, left_padd
     assert (packed - dense).abs().max() <= TOLERANCE * dense.abs().max()
 
     layers = actual.past_key_values.layers
-    held = [isinstance(layer.keys, PackedTensor) and isinstance(layer.values, PackedTensor) for layer in layers]
-    assert [number for number, is_packed in enumerate(held) if is_packed] == list(example.packed_layers)
-    dense_layers = [layer for layer, is_packed in zip(layers, held, strict=True) if not is_packed]
-    assert {type(tensor) for layer in dense_layers for tensor in (layer.keys, layer.values)} <= {torch.Tensor}
+    for number, layer in enumerate(layers):
+        kind = PackedTensor if number in example.packed_layers else torch.Tensor
+        assert (type(layer.keys), type(layer.values)) == (kind, kind), number
 
     # Packed once, then attended to without ever being decompressed.
     assert len(observer.sites("compressed")) == len(example.packed_layers)
@@ -65,7 +64,7 @@ def _check(example: Example, attn_implementation: str, batch: int = 1, left_padd
         assert not left_dense
         assert not announced
     else:
-        assert len(left_dense) >= len(dense_layers)
+        assert len(left_dense) >= len(layers) - len(example.packed_layers)
         assert all(example.dense_reason in site.reason for site in left_dense)
         assert any(example.dense_reason in message for message in announced)
 

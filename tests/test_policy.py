@@ -103,9 +103,7 @@ def test_every_refusal_is_a_policy_error():
 
 def test_from_dict_fills_defaults_and_refuses_unknown_fields():
     assert PackPolicy.from_dict({"text_rank": 4}) == PackPolicy(text_rank=4)
-    with pytest.raises(
-        ValueError, match=r"got 'vision_rnk', expected one of vision_rank.*did you mean 'vision_rank'"
-    ):
+    with pytest.raises(ValueError, match=r"got 'vision_rnk', expected one of vision_rank.*did you mean 'vision_rank'"):
         PackPolicy.from_dict({"vision_rnk": 4})
 
 
@@ -228,9 +226,7 @@ class TestFromOptions:
     )
     def test_unknown_option_names_what_is_allowed_and_what_was_meant(self, typo, meant):
         allowed = "vision_rank, text_rank, key_space, strict, policy, mode or any torch._inductor.config key"
-        with pytest.raises(
-            ValueError, match=rf"got '{typo}', expected one of {allowed}; did you mean '{meant}'\?"
-        ):
+        with pytest.raises(ValueError, match=rf"got '{typo}', expected one of {allowed}; did you mean '{meant}'\?"):
             PackPolicy.from_options({typo: 1})
 
     def test_passes_are_not_offered(self):
@@ -238,9 +234,7 @@ class TestFromOptions:
             PackPolicy.from_options({"passes": ()})
 
     def test_inductor_values_are_type_checked(self):
-        with pytest.raises(
-            ValueError, match=r"'max_autotune': got 'yes' \(str\), expected bool; its default is"
-        ):
+        with pytest.raises(ValueError, match=r"'max_autotune': got 'yes' \(str\), expected bool; its default is"):
             PackPolicy.from_options({"max_autotune": "yes"})
 
     def test_every_inductor_default_of_a_plain_type_is_accepted(self):
@@ -249,9 +243,7 @@ class TestFromOptions:
         assert len(plain) > 100
         assert PackPolicy.from_options(plain) == (PackPolicy(), plain)
 
-    @pytest.mark.parametrize(
-        "mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-    )
+    @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
     def test_mode_brings_inductors_options(self, mode):
         expected = torch._inductor.list_mode_options(mode)
         assert PackPolicy.from_options(None, mode=mode) == (PackPolicy(), expected)

@@ -1,6 +1,6 @@
-"""Tiny randomly initialised transformers models, one entry per architecture, each with inputs for its own forward.
+"""Tiny randomly initialised transformers models, one entry per architecture, with inputs for its own forward.
 
-Nothing is downloaded and nothing is tokenised: configurations, weights and token ids are made here from fixed seeds.
+Nothing is downloaded and nothing is tokenised: configurations, weights and token ids come from fixed seeds.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ def _add(
 
 
 def _liven(model: nn.Module) -> None:
-    """Weights at which attention is far from uniform and every branch counts, so that a wrong cache shows in the logits."""
+    """Weights at which attention is far from uniform and every branch counts, so a wrong cache shows."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -82,7 +82,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-# ---- inputs --------------------------------------------------------------------------------------------------------
+# ---- inputs ------------------------------------------------------------------------------------------------
 
 
 def prompt(batch: int, left_padding: int, *spans: tuple[int, int], tokens: int = 12) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def _mllama_inputs(batch: int, left_padding: int) -> dict[str, Tensor]:
     return made
 
 
-# ---- configurations ------------------------------------------------------------------------------------------------
+# ---- configurations ----------------------------------------------------------------------------------------
 
 _DECODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -202,9 +202,7 @@ def _clip(image_size: int) -> transformers.CLIPVisionConfig:
 
 
 def _siglip(image_size: int) -> transformers.SiglipVisionConfig:
-    return transformers.SiglipVisionConfig(
-        **_ENCODER, image_size=image_size, patch_size=14, vision_use_head=False
-    )
+    return transformers.SiglipVisionConfig(**_ENCODER, image_size=image_size, patch_size=14, vision_use_head=False)
 
 
 def llava_config(**decoder: Any) -> transformers.LlavaConfig:
@@ -352,7 +350,14 @@ def _mllama() -> transformers.MllamaConfig:
 
 def _gpt2() -> transformers.GPT2Config:
     return transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=1024, n_embd=HIDDEN, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCABULARY,
+        n_positions=1024,
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
     )
 
 
@@ -363,7 +368,12 @@ def _gpt_neox() -> transformers.GPTNeoXConfig:
 
 _llava_inputs = _image_inputs(16, (3, 56, 56))
 
-_add("llava-mha", transformers.LlavaForConditionalGeneration, lambda: llava_config(num_key_value_heads=4), _llava_inputs)
+_add(
+    "llava-mha",
+    transformers.LlavaForConditionalGeneration,
+    lambda: llava_config(num_key_value_heads=4),
+    _llava_inputs,
+)
 _add("llava-gqa", transformers.LlavaForConditionalGeneration, llava_config, _llava_inputs)
 _add(
     "llava-next",
@@ -400,7 +410,12 @@ _add(
     dense_reason="cross-attention",
 )
 _add("llama", transformers.LlamaForCausalLM, _llama, text_inputs)
-_add("qwen3", transformers.Qwen3ForCausalLM, lambda: transformers.Qwen3Config(**_DECODER, head_dim=16), text_inputs)
+_add(
+    "qwen3",
+    transformers.Qwen3ForCausalLM,
+    lambda: transformers.Qwen3Config(**_DECODER, head_dim=16),
+    text_inputs,
+)
 _add("gpt2", transformers.GPT2LMHeadModel, _gpt2, text_inputs)
 _add("gpt-neox", transformers.GPTNeoXForCausalLM, _gpt_neox, text_inputs)
 _add("phi3", transformers.Phi3ForCausalLM, lambda: transformers.Phi3Config(**_DECODER), text_inputs)

@@ -248,9 +248,7 @@ def images_text(names: Sequence[str]) -> str:
     return " ".join(f"image {name} : {IMAGE_TOKEN}" for name in names)
 
 
-def ask(
-    task: str, labels: NDArray[np.int64], target: int, name: str, rng: np.random.Generator
-) -> tuple[str, str]:
+def ask(task: str, labels: NDArray[np.int64], target: int, name: str, rng: np.random.Generator) -> tuple[str, str]:
     """Put one question about one image into words.
 
     Args:
@@ -303,9 +301,7 @@ def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def held_out_questions(
-    task: str, images: int, count: int, seed: int, split: Split = "held_out"
-) -> list[Question]:
+def held_out_questions(task: str, images: int, count: int, seed: int, split: Split = "held_out") -> list[Question]:
     """Make questions, each with images of its own.
 
     The same arguments always give the same questions.

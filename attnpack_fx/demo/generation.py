@@ -2,21 +2,23 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import attnpack_fx
-from attnpack_fx import hf
+from attnpack_fx import explain, hf
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.demo.load import Loaded
+from attnpack_fx.explain import Report
 from attnpack_fx.policy import PackPolicy
 
 DENSE, INDUCTOR, PACKED = "dense, eager", "dense, Inductor", "packed, attnpack"
 _ATTEMPTS = 6
+_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,11 @@ def compiled(model: Any, variant: str, policy: PackPolicy) -> Iterator[None]:
         model.compile()
     elif variant == PACKED:
         attnpack_fx.compile(model, policy=policy)
-    # A check of transformers that counts image tokens would break every prefill into several graphs; the eager run has made it.
-    with _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", None if variant == DENSE else "1"):
-        try:
+    try:
+        with nullcontext() if variant == DENSE else _without_checks():
             yield
-        finally:
-            model._compiled_call_impl = None
+    finally:
+        model._compiled_call_impl = None
 
 
 def timed(loaded: Loaded, inputs: dict[str, Any], tokens: int, exactly: bool = False) -> Run:
@@ -88,14 +89,18 @@ def timed(loaded: Loaded, inputs: dict[str, Any], tokens: int, exactly: bool = F
     return run
 
 
-def warmed(loaded: Loaded, inputs: dict[str, Any], tokens: int, advance: Callable[[], object]) -> Run:
-    """Like `timed`, after one run that does not count; calls `advance` after it."""
-    _generate(loaded, inputs, tokens, False)
-    advance()
-    return timed(loaded, inputs, tokens)
+def warm_up(loaded: Loaded, inputs: dict[str, Any]) -> None:
+    """Compile, and do what happens only once, in a run of a few tokens that is not timed."""
+    _generate(loaded, inputs, _WARM_UP_TOKENS, exactly=True)
 
 
-def decode(loaded: Loaded, run: Run) -> list[str]:
+def explained(loaded: Loaded, inputs: dict[str, Any], policy: PackPolicy) -> Report:
+    """`attnpack_fx.explain` on these inputs."""
+    with _without_checks():
+        return explain(loaded.model, policy=policy, **inputs)
+
+
+def texts(loaded: Loaded, run: Run) -> list[str]:
     """The texts of a run, special tokens left out."""
     return [text.strip() for text in loaded.tokenizer.batch_decode(run.tokens, skip_special_tokens=True)]
 
@@ -122,14 +127,15 @@ def _graphs() -> int:
 
 
 @contextmanager
-def _environment(name: str, value: str | None) -> Iterator[None]:
+def _without_checks() -> Iterator[None]:
+    """Leave out transformers' checks that read a tensor's value: each would break the prefill's graph in two."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
-    if value is not None:
-        os.environ[name] = value
+    os.environ[name] = "1"
     try:
         yield
     finally:
         if before is None:
-            os.environ.pop(name, None)
+            del os.environ[name]
         else:
             os.environ[name] = before

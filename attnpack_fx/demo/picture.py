@@ -83,13 +83,23 @@ def _spectra(figure: Any, spectra: Sequence[Spectrum], policy: PackPolicy) -> No
                 heights = [max(value, _FLOOR / 10) for value in spectrum.values]
                 panel.plot(numbers, heights, _STYLES[spectrum.modality], color=shade.to_rgba(spectrum.layer), lw=1.4)
                 shown[spectrum.modality] = spectrum.tokens
-        marks = [Line2D([], [], color="black", ls=_STYLES[name], label=f"{name} ({count:,} tokens)") for name, count in shown.items()]
+        marks = [
+            Line2D([], [], color="black", ls=_STYLES[name], label=f"{name} ({count:,} tokens)")
+            for name, count in shown.items()
+        ]
         for modality, spec in (("vision", policy.vision_rank), ("text", policy.text_rank)):
             rank = spec[place] if isinstance(spec, tuple) else spec
             if isinstance(rank, int) and modality in shown:
                 colour = "tab:red" if modality == "vision" else "tab:orange"
-                marks.append(panel.axvline(rank, color=colour, ls="--", lw=1, label=f"{modality} packed at rank {rank}"))
-        panel.set(yscale="log", ylim=(_FLOOR, 1.5), xlabel="singular value number", title=f"{part}, [tokens, heads x head size]")
+                marks.append(
+                    panel.axvline(rank, color=colour, ls="--", lw=1, label=f"{modality} packed at rank {rank}")
+                )
+        panel.set(
+            yscale="log",
+            ylim=(_FLOOR, 1.5),
+            xlabel="singular value number",
+            title=f"{part}, [tokens, heads x head size]",
+        )
         panel.title.set_fontsize(10)
         panel.grid(alpha=0.3)
         if marks:
@@ -108,11 +118,26 @@ def _memory(panel: Any, speed: Speed) -> None:
         held = speed.held[variant]
         smaller = "" if variant == DENSE else f", {ratio(final[DENSE], final[variant])} smaller at the end"
         label = f"{variant}: {final[variant] / scale:.3g} {unit}{smaller}"
-        panel.plot(range(1, len(held) + 1), [count / scale for count in held], color=_COLOURS[variant], lw=2, label=label)
-        panel.fill_between(range(1, len(held) + 1), [count / scale for count in held], color=_COLOURS[variant], alpha=0.12)
+        panel.plot(
+            range(1, len(held) + 1),
+            [count / scale for count in held],
+            color=_COLOURS[variant],
+            lw=2,
+            label=label,
+        )
+        panel.fill_between(
+            range(1, len(held) + 1), [count / scale for count in held], color=_COLOURS[variant], alpha=0.12
+        )
     prompts = "one prompt" if speed.batch == 1 else f"{speed.batch} prompts at once"
-    panel.set_title(f"memory of the cache while generating ({prompts}, {speed.prompt_tokens:,} tokens each)", fontsize=11)
-    panel.set(xlabel="generated tokens", ylabel=f"cache, {unit}", xlim=(1, max(speed.new_tokens, 2)), ylim=(0, 1.35 * largest / scale))
+    panel.set_title(
+        f"memory of the cache while generating ({prompts}, {speed.prompt_tokens:,} tokens each)", fontsize=11
+    )
+    panel.set(
+        xlabel="generated tokens",
+        ylabel=f"cache, {unit}",
+        xlim=(1, max(speed.new_tokens, 2)),
+        ylim=(0, 1.35 * largest / scale),
+    )
     panel.grid(alpha=0.3)
     panel.legend(loc="upper right", fontsize=9, ncols=2)
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from attnpack_fx.demo.generation import DENSE, INDUCTOR, PACKED
+from attnpack_fx.demo.generation import DENSE, PACKED, Run
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,20 @@ class Speed:
     tokens_per_second: dict[str, float]
     held: dict[str, list[int]]
 
+    @classmethod
+    def of(cls, runs: dict[str, Run], images: int, inputs: dict[str, Any]) -> "Speed":
+        """From one run of each variant on the same inputs."""
+        batch, prompt_tokens = inputs["input_ids"].shape
+        return cls(
+            images,
+            batch,
+            prompt_tokens,
+            max(run.tokens.shape[1] for run in runs.values()),
+            {variant: run.prefill for variant, run in runs.items()},
+            {variant: run.tokens_per_second for variant, run in runs.items()},
+            {variant: run.held for variant, run in runs.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Example:
@@ -43,13 +58,49 @@ class Example:
     right: str | None = None
 
 
+def report(
+    examples: Sequence[Example],
+    scores: Sequence[Score],
+    speeds: Sequence[Speed],
+    found: dict[str, Any],
+    picture: Path,
+) -> str:
+    """Everything the demo prints."""
+    rule = f"vision rank {_rank(found['policy']['vision_rank'])}, text rank {_rank(found['policy']['text_rank'])}"
+    sections = [("Answers", examples_text(examples))]
+    if scores:
+        sections.append(
+            (
+                "Accuracy and memory (cache bytes of one prompt at the end of its answer)",
+                scores_table(scores, speeds),
+            )
+        )
+    sections += [
+        (
+            "Speed (tokens/s of the whole batch after the first token; compiling and warm-up not counted)",
+            speed_table(speeds),
+        ),
+        (f"Error per layer, relative to the dense cache ({rule}; attnpack_fx.explain)", layers_table(found)),
+    ]
+    return "\n\n".join(f"{title}\n\n{body}" for title, body in sections) + f"\n\nPicture: {picture}"
+
+
+def _rank(spec: Any) -> str:
+    if spec is None:
+        return "none (dense)"
+    return f"{spec[0]} for keys and {spec[1]} for values" if isinstance(spec, (list, tuple)) else str(spec)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns padded to their widest cell, the first `left` flush left and the others flush right."""
     cells = [list(header), *map(list, rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 
     def line(row: list[str]) -> str:
-        padded = [cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        padded = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         return ("  " + "  ".join(padded)).rstrip()
 
     return "\n".join([line(cells[0]), line(["-" * width for width in widths]), *map(line, cells[1:])])
@@ -74,7 +125,18 @@ def scores_table(scores: Sequence[Score], speeds: Sequence[Speed]) -> str:
                 *(rate(rates.get(variant)) for variant in (DENSE, PACKED)),
             ]
         )
-    header = ["task", "images", "questions", "right dense", "packed", "cache dense", "packed", "smaller", "tokens/s dense eager", "packed compiled"]
+    header = [
+        "task",
+        "images",
+        "questions",
+        "right dense",
+        "packed",
+        "cache dense",
+        "packed",
+        "smaller",
+        "tokens/s dense eager",
+        "packed compiled",
+    ]
     return table(header, rows)
 
 
@@ -96,7 +158,17 @@ def speed_table(speeds: Sequence[Speed]) -> str:
                     ratio(speed.held[DENSE][-1], speed.held[variant][-1]),
                 ]
             )
-    header = ["variant", "images", "batch", "prompt tokens", "new tokens", "prefill", "tokens/s", "cache of the batch", "smaller"]
+    header = [
+        "variant",
+        "images",
+        "batch",
+        "prompt tokens",
+        "new tokens",
+        "prefill",
+        "tokens/s",
+        "cache of the batch",
+        "smaller",
+    ]
     return table(header, rows)
 
 
@@ -119,7 +191,11 @@ def layers_table(report: dict[str, Any]) -> str:
         tokens = ", ".join(f"{count} {name}" for name, count in layer["tokens"].items() if count)
         ranks = ", ".join(f"{name} {key}/{layer['value_rank'][name]}" for name, key in layer["key_rank"].items()) or "-"
         errors = ["-" if layer[name] is None else f"{layer[name]:.2%}" for name in ("key_error", "value_error")]
-        sizes = [size(layer["dense_bytes"]), size(layer["bytes"]), ratio(layer["dense_bytes"], layer["bytes"])]
+        sizes = [
+            size(layer["dense_bytes"]),
+            size(layer["bytes"]),
+            ratio(layer["dense_bytes"], layer["bytes"]),
+        ]
         rows.append([str(layer["layer"]), tokens, ranks, *errors, *sizes])
     header = ["layer", "tokens", "rank key/value", "key error", "value error", "dense", "packed", "smaller"]
     return table(header, rows, left=3)
@@ -141,11 +217,10 @@ def ratio(dense: float, packed: float) -> str:
 
 def rate(tokens_per_second: float | None) -> str:
     """Tokens per second."""
-    return "-" if not tokens_per_second else f"{tokens_per_second:,.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.1f}"
-
-
-VARIANTS = {
-    DENSE: "the model as it is: eager, DynamicCache",
-    INDUCTOR: "the same cache, model.compile() with plain Inductor",
-    PACKED: "attnpack_fx.compile(model): packed cache, compiled",
-}
+    return (
+        "-"
+        if not tokens_per_second
+        else f"{tokens_per_second:,.0f}"
+        if tokens_per_second >= 10
+        else f"{tokens_per_second:.1f}"
+    )

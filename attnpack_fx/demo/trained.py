@@ -1,25 +1,46 @@
-"""The demo on the trained model: questions about held-out images of handwritten digits, answered dense and packed."""
+"""The demo on the trained model: questions about held-out pictures of handwritten digits, answered dense and packed."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from attnpack_fx.demo.errors import require
-from attnpack_fx.demo.generation import DENSE, INDUCTOR, PACKED, Run, compiled, decode, timed, warmed
-from attnpack_fx.demo.load import Loaded, batch_inputs, load, trained_model
+from attnpack_fx.demo import digits
+from attnpack_fx.demo.generation import (
+    DENSE,
+    INDUCTOR,
+    PACKED,
+    Run,
+    compiled,
+    explained,
+    texts,
+    timed,
+    warm_up,
+)
+from attnpack_fx.demo.load import Loaded, batch_inputs
 from attnpack_fx.demo.picture import draw
 from attnpack_fx.demo.spectra import spectra
-from attnpack_fx.demo.tables import VARIANTS, Example, Score, Speed, examples_text, layers_table, scores_table, speed_table
-from attnpack_fx.policy import PackPolicy
+from attnpack_fx.demo.tables import Example, Score, Speed, report
+from attnpack_fx.policy import PackPolicy, RankSpec
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+#: Ranks (keys, values) at which this model answers as it does dense; keys turned by RoPE need more than values.
+VISION_RANK: RankSpec = (32, 16)
 _ANSWER_TOKENS = 9
 _SEED = 0
+_EXAMPLES = 4
+
+Case = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """questions: per task and number of images, answered as one batch. new_tokens: of the speed runs.
-    inductor: whether to measure plain Inductor as well."""
+    """How much to measure.
+
+    images: numbers of images in a prompt, each asked in every task. questions: of each task and number of images, answered as one
+    batch. new_tokens: of the speed runs. inductor: whether to time plain Inductor as well.
+    """
 
     images: tuple[int, ...] = (1, 4, 16)
     questions: int = 8
@@ -27,4 +48,72 @@ class Settings:
     inductor: bool = True
 
 
-QUICK = Settings(images=(4,), questions=4, new_tokens=16, inductor=False)
+QUICK = Settings(images=(4,), questions=4, new_tokens=24, inductor=False)
+
+
+def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, progress: "tqdm") -> str:
+    """Answer, measure, draw to `out`; returns what to print."""
+    cases = [(task, images) for images in settings.images for task in digits.TASKS]
+    questions = {
+        (task, images): digits.held_out_questions(task, images, settings.questions, _SEED) for task, images in cases
+    }
+    inputs = {
+        case: batch_inputs(loaded, [question.prompt for question in asked], [question.images for question in asked])
+        for case, asked in questions.items()
+    }
+    variants = [DENSE, INDUCTOR, PACKED] if settings.inductor else [DENSE, PACKED]
+    answers: dict[str, dict[Case, Run]] = {}
+    speeds: dict[str, dict[int, Run]] = {}
+    progress.total = 2 + 2 * len(cases) + len(variants) * (1 + len(settings.images))
+    for variant in variants:
+        with compiled(loaded.model, variant, policy):
+            progress.set_description_str(f"{variant}: warming up")
+            # The largest and the smallest sizes: what is compiled for both holds for all between.
+            for case in (("read", max(settings.images)), ("locate", min(settings.images))):
+                warm_up(loaded, inputs[case])
+            progress.update()
+            answers[variant], speeds[variant] = {}, {}
+            for case in cases if variant != INDUCTOR else []:
+                progress.set_description_str(f"{variant}: {case[0]}, {case[1]} images")
+                answers[variant][case] = timed(loaded, inputs[case], _ANSWER_TOKENS)
+                progress.update()
+            for images in settings.images:
+                progress.set_description_str(f"{variant}: {settings.new_tokens} tokens, {images} images")
+                speeds[variant][images] = timed(loaded, inputs["read", images], settings.new_tokens, exactly=True)
+                progress.update()
+    shown = ("read", max(settings.images))
+    progress.set_description_str("explain")
+    found = explained(loaded, inputs[shown], policy)
+    progress.update()
+    progress.set_description_str("singular values, picture")
+    measured = [
+        Speed.of({variant: speeds[variant][images] for variant in variants}, images, inputs["read", images])
+        for images in settings.images
+    ]
+    scores = [_score(loaded, case, questions[case], answers[DENSE][case], answers[PACKED][case]) for case in cases]
+    asked = questions[shown][0]
+    title = f"{loaded.name}: the packed cache of {shown[1]} images of handwritten digits"
+    draw(out, title, _short(asked), asked.images, spectra(loaded, inputs[shown]), measured[-1], policy)
+    progress.update()
+    examples = [_example(loaded, case, questions[case][0], answers) for case in cases[-_EXAMPLES:]]
+    return report(examples, scores, measured, found, out)
+
+
+def _score(loaded: Loaded, case: Case, questions: list[digits.Question], dense: Run, packed: Run) -> Score:
+    count = len(questions)
+    right = [
+        sum(digits.score(question, text) for question, text in zip(questions, texts(loaded, answer), strict=True))
+        / count
+        for answer in (dense, packed)
+    ]
+    return Score(*case, count, *right, dense.cache_bytes / count, packed.cache_bytes / count)
+
+
+def _example(loaded: Loaded, case: Case, question: digits.Question, answers: dict[str, dict[Case, Run]]) -> Example:
+    dense, packed = (texts(loaded, answers[variant][case])[0] for variant in (DENSE, PACKED))
+    return Example(f"{case[1]} images; {_short(question)}", dense, packed, question.answer)
+
+
+def _short(question: digits.Question) -> str:
+    """The question without the images before it."""
+    return question.prompt.rpartition("question : ")[2].removesuffix(" answer :")

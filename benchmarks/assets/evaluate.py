@@ -114,9 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        arguments.model, dtype=getattr(torch, arguments.dtype)
-    ).eval()
+    model = LlavaForConditionalGeneration.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
     out = arguments.out or arguments.model / "accuracy.json"
     rows: list[dict[str, Any]] = []
@@ -140,9 +138,7 @@ def main() -> None:
             add(row, time.monotonic() - began)
         if images > 1:
             began = time.monotonic()
-            row = evaluate_second_turn(
-                model, processor, images, arguments.questions // 2, arguments.seed, batch
-            )
+            row = evaluate_second_turn(model, processor, images, arguments.questions // 2, arguments.seed, batch)
             add(row, time.monotonic() - began)
 
 

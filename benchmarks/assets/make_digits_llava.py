@@ -579,9 +579,7 @@ class Run:
                 if images == max(CURRICULUM[self.stage].images):
                     running += 0.03 * (right - running)
                 stage = CURRICULUM[self.stage]
-                if self.stage + 1 < len(CURRICULUM) and (
-                    running >= stage.advance_at or self.progress >= stage.until
-                ):
+                if self.stage + 1 < len(CURRICULUM) and (running >= stage.advance_at or self.progress >= stage.until):
                     self.note(end_of=f"stage {self.stage}", running=round(running, 4))
                     self.stage += 1
                     running = 0.0

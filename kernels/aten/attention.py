@@ -51,9 +51,7 @@ def attention(
     # CPUs have no fast fp16 matrix products: convert what is read.
     work = torch.float32 if dtype == torch.float16 and query.device.type == "cpu" else dtype
     keys = [
-        (c.to(work), b.to(work).flatten(0, 1))
-        for c, b in zip(key_coefficients, key_bases, strict=True)
-        if c.shape[1]
+        (c.to(work), b.to(work).flatten(0, 1)) for c, b in zip(key_coefficients, key_bases, strict=True) if c.shape[1]
     ]
     values = [
         (c.to(work), b.to(work).flatten(0, 1))
@@ -69,11 +67,7 @@ def attention(
         part = query if tile >= queries else query[:, :, start : start + tile]
         count = part.shape[2]
         q = (part * scale).to(work).reshape(batch * kv_heads, -1, part.shape[3])
-        scores = (
-            [_rebuilt_scores(q, keys, rotary, batch)]
-            if rotary and keys
-            else [_absorbed(q, c, b) for c, b in keys]
-        )
+        scores = [_rebuilt_scores(q, keys, rotary, batch)] if rotary and keys else [_absorbed(q, c, b) for c, b in keys]
         if length:
             scores.append(torch.bmm(key_rows, q.mT).mT.reshape(batch, heads * count, length))
         p = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
@@ -121,9 +115,7 @@ def _rebuilt_scores(
 ) -> Tensor:
     """Scores of segments that hold keys before rotary embedding, one bounded tile of rebuilt keys at a time."""
     q = q.view(batch, -1, *q.shape[1:])
-    scores = [
-        torch.matmul(q, tile).view(batch, -1, tile.shape[-1]) for tile in _rotated_tiles(keys, *rotary, batch)
-    ]
+    scores = [torch.matmul(q, tile).view(batch, -1, tile.shape[-1]) for tile in _rotated_tiles(keys, *rotary, batch)]
     return torch.cat(scores, -1)
 
 
@@ -141,22 +133,16 @@ def _rotated_tiles(
             part = coefficient[:, start : start + size]
             end = first + part.shape[1]
             rows = torch.bmm(part, flat).unflatten(-1, (heads, dim))
-            yield rotate(rows, cos[:, first:end, None], sin[:, first:end, None], interleaved).permute(
-                0, 2, 3, 1
-            )
+            yield rotate(rows, cos[:, first:end, None], sin[:, first:end, None], interleaved).permute(0, 2, 3, 1)
             first = end
 
 
-def _bias(
-    mask: Tensor | None, index: Tensor, packed: int, length: int, ragged: bool, batch: int
-) -> Tensor | None:
+def _bias(mask: Tensor | None, index: Tensor, packed: int, length: int, ragged: bool, batch: int) -> Tensor | None:
     """The mask in slot order, `[B, Hq or 1, Tq or 1, slots or 1]`, with filler slots left out."""
     if mask is None and not ragged:
         return None
     appended = length - (index.shape[1] - packed)
-    filled = torch.cat([index >= 0, index.new_ones((index.shape[0], appended), dtype=torch.bool)], 1)[
-        :, None, None
-    ]
+    filled = torch.cat([index >= 0, index.new_ones((index.shape[0], appended), dtype=torch.bool)], 1)[:, None, None]
     if mask is None:
         return filled
     mask = mask[(None,) * (4 - mask.dim())]

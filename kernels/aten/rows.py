@@ -57,9 +57,7 @@ def decompress(
     out = tail.new_zeros((batch, heads, prompt + length - kept, dim))
     if stored.shape[2]:
         sample = torch.arange(batch, device=tail.device)[:, None]
-        logical = stored.transpose(1, 2)[sample, slot.clamp(min=0)].masked_fill_(
-            (slot < 0)[:, :, None, None], 0
-        )
+        logical = stored.transpose(1, 2)[sample, slot.clamp(min=0)].masked_fill_((slot < 0)[:, :, None, None], 0)
         out[:, :, :prompt] = logical.transpose(1, 2)
     out[:, :, prompt:] = rows[:, :, kept:]
     return out

@@ -76,10 +76,7 @@ def orthonormal(z: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
     needed, and in single precision the result is only better conditioned.
     """
     gram = z.mT.to(precision) @ z.to(precision)
-    shift = (
-        gram.diagonal(dim1=-2, dim2=-1).sum(-1).double() * (1e-13 if precision == torch.float64 else 1e-6)
-        + 1e-60
-    )
+    shift = gram.diagonal(dim1=-2, dim2=-1).sum(-1).double() * (1e-13 if precision == torch.float64 else 1e-6) + 1e-60
     gram = gram.double() + torch.diag_embed(shift[:, None].expand(-1, z.shape[-1]))
     identity = torch.eye(z.shape[-1], dtype=gram.dtype, device=z.device)
     inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), identity, upper=False)

@@ -118,14 +118,10 @@ def test_flags_make_the_cases():
     assert [(case.batch, case.tokens) for case in cases] == [(1, 512), (8, 512)]
     assert {(case.heads, case.kv_heads, case.rank) for case in cases} == {(16, 16, (32, 64))}
     given = decode.parse(["--layers", "2", "--hidden", "64", "--mlp", "96", "--dtype", "bf16"])
-    assert decode.end_to_end_cases(given) == [
-        end_to_end.Case(dtype=torch.bfloat16, layers=2, hidden=64, mlp=96)
-    ]
+    assert decode.end_to_end_cases(given) == [end_to_end.Case(dtype=torch.bfloat16, layers=2, hidden=64, mlp=96)]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--rank", "1"], ["--batch", "0"], ["--heads", "6", "--kv-heads", "4"]]
-)
+@pytest.mark.parametrize("arguments", [["--rank", "1"], ["--batch", "0"], ["--heads", "6", "--kv-heads", "4"]])
 def test_flags_that_make_no_sense_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         decode.parse(arguments)

@@ -31,9 +31,7 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> floa
     return float(difference / torch.linalg.vector_norm(expected.double()).clamp(min=least))
 
 
-def assert_close(
-    actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None, floor: float = 0.0
-) -> None:
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None, floor: float = 0.0) -> None:
     limit = TOLERANCE[dtype or actual.dtype]
     error = relative_error(actual, expected, floor)
     assert error <= limit, f"relative error {error:.2e} over {limit:.1e}"

@@ -64,14 +64,10 @@ def test_take_rows(tokens, spare):
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_append(count):
-    opcheck(
-        attnpack.append_.default, (torch.randn(6, 2, 4, 8), torch.randn(2, count, 4, 8).transpose(1, 2), 2)
-    )
+    opcheck(attnpack.append_.default, (torch.randn(6, 2, 4, 8), torch.randn(2, count, 4, 8).transpose(1, 2), 2))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "old", "added", "rank"), [(9, 4, 3, 5), (0, 0, 3, 5), (9, 4, 0, 2), (9, 4, 3, 40)]
-)
+@pytest.mark.parametrize(("tokens", "old", "added", "rank"), [(9, 4, 3, 5), (0, 0, 3, 5), (9, 4, 0, 2), (9, 4, 3, 40)])
 def test_fold(tokens, old, added, rank):
     basis = torch.linalg.qr(torch.randn(2, 16, old)).Q.mT.unflatten(-1, (2, 8)).transpose(1, 2).contiguous()
     opcheck(attnpack.fold.default, (torch.randn(2, tokens, old), basis, torch.randn(added, 2, 2, 8), rank))
@@ -89,9 +85,7 @@ def test_backward_through_the_cache_is_an_error(compiled, differentiable):
     (leaf[0] if isinstance(leaf, list) else leaf).requires_grad_()
     function = torch.compile(attend, fullgraph=True) if compiled else attend
     out = function(arguments["query"], arguments)
-    with pytest.raises(
-        RuntimeError, match=r"not differentiable; run under torch.no_grad\(\) or keep the cache dense"
-    ):
+    with pytest.raises(RuntimeError, match=r"not differentiable; run under torch.no_grad\(\) or keep the cache dense"):
         out.sum().backward()
 
 
@@ -144,8 +138,7 @@ def test_decode_steps_compile_once_and_match_eager():
     for length in range(3, 9):
         query, new = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
         outs = [
-            function(query, new, tail, length, *fixed)
-            for function, tail in zip((compiled, step), tails, strict=True)
+            function(query, new, tail, length, *fixed) for function, tail in zip((compiled, step), tails, strict=True)
         ]
         assert_close(*outs)
         assert torch.equal(*tails)

@@ -28,5 +28,7 @@ def capture(function: Callable[..., Any], *arguments: Any, policy: PackPolicy | 
 def operations(state: GraphState) -> list[str]:
     """Names of the operations in the graph, in order."""
     return [
-        getattr(node.target, "__name__", str(node.target)) for node in state.graph.nodes if node.op in ("call_function", "call_method")
+        getattr(node.target, "__name__", str(node.target))
+        for node in state.graph.nodes
+        if node.op in ("call_function", "call_method")
     ]

@@ -96,7 +96,9 @@ def test_three_dimensional_attention_is_an_obstacle():
 
 
 def test_two_attentions_are_two_sites():
-    sites = sites_of(lambda q, k, v: F.scaled_dot_product_attention(F.scaled_dot_product_attention(q, k, v), k, v), Q, K, V)
+    sites = sites_of(
+        lambda q, k, v: F.scaled_dot_product_attention(F.scaled_dot_product_attention(q, k, v), k, v), Q, K, V
+    )
     assert len(sites) == 2
 
 

@@ -49,9 +49,7 @@ def test_tiles_over_queries_and_keys_change_nothing(shape, rotary):
     arguments = attention_arguments(Shapes(**shape.__dict__ | {"rotary": shape.key_dim if rotary else 0}))
     with pytest.MonkeyPatch.context() as patch:
         slots = sum(shape.segments) + arguments["length"]
-        patch.setattr(
-            implementation, "SCORE_BYTES", 4 * 2 * shape.batch * shape.heads * shape.group * max(slots, 1)
-        )
+        patch.setattr(implementation, "SCORE_BYTES", 4 * 2 * shape.batch * shape.heads * shape.group * max(slots, 1))
         patch.setattr(implementation, "KEY_TILE_BYTES", 4 * 5 * shape.batch * shape.heads * shape.key_dim)
         out = attention(**arguments)
     assert_close(out, reference.attention(**arguments), floor=ATTENTION_FLOOR)
@@ -100,9 +98,7 @@ def test_agrees_with_attention_on_the_dense_meaning(shape):
     index = arguments["index"]
     slot = torch.argsort(index, 1)
     common = (arguments["length"], index, slot)
-    key = reference.decompress(
-        arguments["key_coefficients"], arguments["key_bases"], arguments["key_tail"], *common
-    )
+    key = reference.decompress(arguments["key_coefficients"], arguments["key_bases"], arguments["key_tail"], *common)
     value = reference.decompress(
         arguments["value_coefficients"], arguments["value_bases"], arguments["value_tail"], *common
     )
@@ -119,13 +115,9 @@ def test_strided_arguments(transposed):
     assert_close(attention(**arguments), reference.attention(**arguments), floor=ATTENTION_FLOOR)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
-)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_accuracy_at_a_typical_size(dtype, limit):
-    shape = Shapes(
-        dtype=dtype, heads=8, group=2, key_dim=64, value_dim=64, segments=(576,), key_rank=64, value_rank=64
-    )
+    shape = Shapes(dtype=dtype, heads=8, group=2, key_dim=64, value_dim=64, segments=(576,), key_rank=64, value_rank=64)
     arguments = attention_arguments(shape)
     assert relative_error(attention(**arguments), reference.attention(**arguments)) < limit
 

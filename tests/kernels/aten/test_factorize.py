@@ -88,9 +88,7 @@ def test_samples_of_filler_alone_give_zeros(tokens):
     rank=st.integers(1, 40),
 )
 @settings(max_examples=150, deadline=None)
-def test_fold_is_the_optimal_truncation_of_the_stacked_rows(
-    seed, dtype, batch, tokens, added, old_rank, rank
-):
+def test_fold_is_the_optimal_truncation_of_the_stacked_rows(seed, dtype, batch, tokens, added, old_rank, rank):
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 2, tokens, 8, generator=random).to(dtype)
     rows = torch.randn(added, batch, 2, 8, generator=random).to(dtype)

@@ -8,9 +8,7 @@ from attnpack_fx.kernels.aten.rotary import rotate
 from ..inputs import SEEDS, assert_close
 
 
-@given(
-    seed=SEEDS, dim=st.sampled_from([8, 16, 64]), part=st.sampled_from([2, 4, 8]), interleaved=st.booleans()
-)
+@given(seed=SEEDS, dim=st.sampled_from([8, 16, 64]), part=st.sampled_from([2, 4, 8]), interleaved=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_matches_the_reference(seed, dim, part, interleaved):
     torch.manual_seed(seed)

@@ -1,0 +1,146 @@
+"""Attention over a packed past: `cat` becomes a write into the tail, attention reads the factors, other readers decompress."""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.passes.find_attention import scale_of
+from attnpack_fx.passes.patterns import argument, is_call, layer_of
+from attnpack_fx.passes.state import GraphState, PackedInput, Site, SiteReport, Size, shape_of
+
+
+@dataclass
+class Appended:
+    """A packed input after new tokens were appended to its tail."""
+
+    packed: PackedInput
+    count: Size
+    tail: Node
+    before: Node
+    length: Node
+
+
+def append(state: GraphState) -> dict[Node, Appended]:
+    """Turn `cat([packed, new], dim=2)` into a write to the tail's spare rows; the first per packed input."""
+    appended = {}
+    for packed in state.packed.values():
+        cat = next((user for user in packed.node.users if _appends_to(user, packed.node)), None)
+        if cat is None:
+            continue
+        new = cat.args[0][1]  # type: ignore[index]
+        tokens = new.meta["example_value"].shape[2]
+        count = state.size(tokens)
+        if count is None:
+            continue
+        tail = state.room(packed, tokens, count)
+        length = state.length(packed)
+        with state.graph.inserting_before(cat):
+            detached = state.graph.call_method("detach", (new,))
+            state.graph.call_function(torch.ops.attnpack.append_.default, (tail, detached, length))
+            added = tokens if isinstance(tokens, int) else state.graph.call_method("size", (new, 2))
+            longer = state.graph.call_function(operator.add, (length, added))
+        appended[cat] = Appended(packed, count, tail, length, longer)
+    return appended
+
+
+def _appends_to(node: Node, packed: Node) -> bool:
+    if not is_call(node, "cat", "concat") or argument(node, 1, "dim", 0) not in (2, -2):
+        return False
+    pieces = node.args[0] if node.args else node.kwargs.get("tensors")
+    if not isinstance(pieces, list | tuple) or len(pieces) != 2 or pieces[0] is not packed or pieces[1] is packed:
+        return False
+    new, past = shape_of(pieces[1]), shape_of(packed)
+    return new is not None and past is not None and len(new) == 4 and new[1] == past[1] and new[3] == past[3]
+
+
+def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> SiteReport | None:
+    """Attend to packed keys and values, just grown or only read (as in cross-attention)."""
+    key, value = _packed_operand(state, site.key, appended), _packed_operand(state, site.value, appended)
+    if key is None or value is None:
+        return None
+    obstacle = site.obstacle
+    if obstacle is None and site.is_causal:
+        obstacle = "is_causal over a cached past aligns the mask to the first token; give an explicit mask"
+    if obstacle is not None:
+        return SiteReport(layer_of(site.node), site.kind, "dense", f"decompressed: {obstacle}")
+    graph = state.graph
+    with graph.inserting_before(site.node):
+        mask = site.mask
+        if mask is not None and len(shape_of(mask)) == 2:  # type: ignore[arg-type]
+            mask = graph.call_function(operator.getitem, (mask, (None, None)))
+        attention = graph.call_function(
+            torch.ops.attnpack.attention.default,
+            (
+                site.query,
+                state.factors(key.packed, "coefficient"),
+                state.factors(key.packed, "basis"),
+                state.factors(value.packed, "coefficient"),
+                state.factors(value.packed, "basis"),
+                key.tail,
+                value.tail,
+                key.length,
+                state.part(key.packed, "index"),
+                mask,
+                scale_of(site),
+                key.packed.ragged,
+            ),
+        )
+    attention.meta["example_value"] = site.node.meta.get("example_value")
+    site.node.replace_all_uses_with(attention)
+    state.pairs.append((key.packed.position, value.packed.position))
+    return SiteReport(layer_of(site.node), site.kind, "packed", causal=True)
+
+
+def _packed_operand(state: GraphState, node: Node, appended: dict[Node, Appended]) -> Appended | None:
+    if node in appended:
+        return appended[node]
+    if node in state.packed:
+        return _read(state, state.packed[node], appended)
+    return None
+
+
+def _read(state: GraphState, packed: PackedInput, appended: dict[Node, Appended]) -> Appended:
+    """A packed input as it was before anything was appended; appending moves no row, so both may read one tail."""
+    nothing = state.size(0)
+    assert nothing is not None
+    for grown in appended.values():
+        if grown.packed is packed:
+            return Appended(packed, nothing, grown.tail, grown.before, grown.before)
+    length = state.length(packed)
+    return Appended(packed, nothing, state.room(packed, 0, nothing), length, length)
+
+
+def decompress_rest(state: GraphState, appended: dict[Node, Appended]) -> None:
+    """Whatever still reads a packed value gets its dense form."""
+    for cat, grown in appended.items():
+        if cat.users:
+            with state.graph.inserting_before(cat):
+                dense = _decompress(state, grown.packed, grown.tail, grown.length)
+            cat.replace_all_uses_with(dense)
+        state.graph.erase_node(cat)
+    for packed in state.packed.values():
+        for user in list(packed.node.users):
+            if user in state.wanted and is_call(user, "numel", "size", "dim"):
+                state.graph.erase_node(user)
+        if packed.node.users:
+            read = _read(state, packed, appended)
+            with state.graph.inserting_after(read.length):
+                dense = _decompress(state, packed, read.tail, read.length)
+            packed.node.replace_all_uses_with(dense)
+
+
+def _decompress(state: GraphState, packed: PackedInput, tail: Node, length: Node) -> Node:
+    return state.graph.call_function(
+        torch.ops.attnpack.decompress.default,
+        (
+            state.factors(packed, "coefficient"),
+            state.factors(packed, "basis"),
+            tail,
+            length,
+            state.part(packed, "index"),
+            state.part(packed, "slot"),
+        ),
+    )

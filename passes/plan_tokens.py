@@ -1,0 +1,91 @@
+"""Which tokens of a cache are vision, text and padding, as graph nodes: `attnpack::plan`, once for all layers that agree."""
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.passes.state import (
+    TEXT,
+    VISION,
+    GraphState,
+    Modality,
+    ModalityMask,
+    Site,
+    same_size,
+    shape_of,
+)
+
+
+class TokenPlanner:
+    """Makes `attnpack::plan` once for all layers that place their tokens alike."""
+
+    def __init__(self, state: GraphState) -> None:
+        self.state = state
+        self._plans: dict[Any, list[Node]] = {}
+        self._real: dict[Node, Node] = {}
+        self._modality: Node | None = None
+
+    def modality(self, key: Node) -> Node | None:
+        """Bool `[B, T]` over all of `key`'s tokens, or None where no modality is known."""
+        if self._modality is not None:
+            return self._modality
+        state, shape = self.state, shape_of(key)
+        assert shape is not None
+        mask = state.modality
+        if mask is None and state.modality_given:
+            batch, tokens = state.size(shape[0]), state.size(shape[2])
+            if batch is None or tokens is None:
+                return None
+            example = key.meta["example_value"].new_empty((shape[0], shape[2]), dtype=torch.bool)
+            mask = state.add_input(ModalityMask(batch, tokens), example, "attnpack_modality")
+        elif mask is not None and not same_size(shape_of(mask)[1], shape[2]):  # type: ignore[index]
+            # The mask covers this call's tokens, the newest; older ones are text.
+            with state.graph.inserting_after(key if _follows(state, key, mask) else mask):
+                tokens = state.graph.call_method("size", (key, 2))
+            with state.graph.inserting_after(tokens):
+                seen = state.graph.call_method("size", (mask, 1))
+            with state.graph.inserting_after(seen):
+                older = state.graph.call_function(operator.sub, (tokens, seen))
+            with state.graph.inserting_after(older):
+                mask = state.graph.call_function(torch.nn.functional.pad, (mask, (older, 0)))
+        self._modality = mask
+        return mask
+
+    def plan(self, site: Site, key: Node, modality: Node | None, gains: dict[Modality, list[int]]) -> list[Node]:
+        """Nodes `(vision index, text index, dense index, slot)`, inserted at the current point."""
+        graph = self.state.graph
+        real = self._real_tokens(site.mask) if site.mask is not None else None
+        shape = shape_of(key)
+        assert shape is not None
+        known = (modality, real, str(shape[0]), str(shape[2]), key.meta["example_value"].device, repr(gains))
+        if known not in self._plans:
+            arguments = (modality, real, key, TEXT in gains, gains.get(VISION, []), gains.get(TEXT, []))
+            plan = graph.call_function(torch.ops.attnpack.plan.default, arguments)
+            self._plans[known] = [graph.call_function(operator.getitem, (plan, item)) for item in range(4)]
+        return self._plans[known]
+
+    def _real_tokens(self, mask: Node) -> Node:
+        """Bool `[B, T]`: tokens some query may attend to. What none may is padding."""
+        if mask not in self._real:
+            graph, value = self.state.graph, mask.meta["example_value"]
+            allowed = mask
+            if value.dtype != torch.bool:
+                allowed = graph.call_function(operator.gt, (mask, torch.finfo(value.dtype).min / 2))
+            if value.dim() == 2:
+                self._real[mask] = graph.call_function(torch.any, (allowed, 0, True))
+            else:
+                over_queries = graph.call_function(torch.any, (allowed, 2))
+                self._real[mask] = graph.call_function(torch.any, (over_queries, 1))
+        return self._real[mask]
+
+
+def _follows(state: GraphState, later: Node, earlier: Node) -> bool:
+    for node in state.graph.nodes:
+        if node is earlier:
+            return True
+        if node is later:
+            return False
+    return False
