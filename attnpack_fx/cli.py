@@ -48,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="answer questions about images, dense and packed, side by side",
-        description="Answer questions about images with a dense and with a packed cache; print answers, accuracy, memory, speed and "
-        "error, and draw a picture. Without --model: on the small trained model of the repository.",
+        description="Answer questions about images with a dense and with a packed cache; print answers, accuracy, "
+        "memory, speed and error, and draw a picture. Without --model: on the small trained model of the "
+        "repository.",
     )
     _common(demo)
     demo.add_argument("--model", metavar="ID_OR_PATH", help="a transformers model of yours")
@@ -72,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser(
         "explain",
         help="say what would be packed in a model, and what not and why",
-        description="Run one prefill and two decode steps of a transformers model, dense and packed, and report every attention site.",
+        description="Run one prefill and two decode steps of a transformers model, dense and packed, and report every "
+        "attention site.",
     )
     explain.add_argument("model", metavar="ID_OR_PATH")
     _common(explain)
@@ -186,7 +188,7 @@ def _refuse(arguments: argparse.Namespace, reason: str, *names: str) -> None:
 
 
 def _settle() -> None:
-    """Keep messages of libraries that are none of the user's business off the terminal, unless asked for by these variables."""
+    """Keep what libraries have to say to developers off the terminal, unless it is asked for."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
@@ -213,3 +215,7 @@ def _rank(text: str) -> "RankSpec":
         )
     first, *second = ("full" if part == "full" else int(part) for part in parts)
     return (first, second[0]) if second else first
+
+
+if __name__ == "__main__":
+    sys.exit(main())

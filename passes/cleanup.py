@@ -20,13 +20,9 @@ _IN_PLACE_OPERATORS = (
 
 
 def cleanup(state: GraphState) -> int:
-    """Remove what the rewrite made dead; returns how many nodes went. Raises when the graph is not well formed.
-
-    Dynamo's graph is not functional: nodes nobody reads are there for what they do (a write in place, a mode entered), and FX alone
-    does not know them. So only nodes that had readers before the rewrite, and write nothing, are removed.
-    """
+    """Remove what the rewrite made dead; returns how many nodes went. Raises when the graph is not well formed."""
     before = len(state.graph.nodes)
-    state.graph.eliminate_dead_code(lambda node: node.is_impure() or node in state.wanted or writes(node))
+    drop_dead(state)
     for packed in state.packed.values():
         if packed.node.users:
             raise RuntimeError(f"packed value {packed.node.name} is still read by {list(packed.node.users)}")
@@ -37,6 +33,15 @@ def cleanup(state: GraphState) -> int:
             del state.inputs[node], state.examples[node]
     state.graph.lint()
     return before - len(state.graph.nodes)
+
+
+def drop_dead(state: GraphState) -> None:
+    """Remove nodes whose readers the rewrite took away.
+
+    Dynamo's graph is not functional: nodes nobody reads are there for what they do (a write in place, a mode entered), and FX alone
+    does not know them. So only nodes that had readers before the rewrite, and write nothing, are removed.
+    """
+    state.graph.eliminate_dead_code(lambda node: node.is_impure() or node in state.wanted or writes(node))
 
 
 def writes(node: Node) -> bool:

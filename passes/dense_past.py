@@ -41,7 +41,7 @@ def compress(
 ) -> SiteReport | None:
     """Pack what this site puts into the cache."""
     results = state.results
-    if site.key not in results or site.value not in results or site.key in compressed:
+    if site.key not in results or site.value not in results or site.key in compressed or _is_static(site.key):
         return None
     layer = layer_of(site.node)
     obstacle = site.obstacle or _uncompressible(site)
@@ -104,6 +104,20 @@ def _uncompressible(site: Site) -> str | None:
     return None
 
 
+def _written(key: Node) -> Node:
+    """The tensor whose part, or whole, attention reads."""
+    base = through_no_ops(key)
+    while is_call(base, "getitem", "slice", "narrow") and isinstance(base.args[0], Node):
+        base = base.args[0]
+    return base
+
+
+def _is_static(key: Node) -> bool:
+    """Whether the keys are written into storage of a fixed size, as in StaticCache."""
+    base, writes = _written(key), ("index_copy_", "index_copy", "copy_", "setitem", "index_put_")
+    return is_call(base, *writes) or (base.op == "placeholder" and any(is_call(user, *writes) for user in base.users))
+
+
 def leave(state: GraphState, site: Site) -> SiteReport:
     """Say why a site stays as it is."""
     layer, key = layer_of(site.node), site.key
@@ -115,11 +129,8 @@ def leave(state: GraphState, site: Site) -> SiteReport:
     causal = site.is_causal
     if kept:
         return SiteReport(layer, site.kind, "dense", "sliding window: the cache keeps a slice of the keys", causal)
-    base = through_no_ops(key)
-    while is_call(base, "getitem", "slice", "narrow") and isinstance(base.args[0], Node):
-        base = base.args[0]
-    writes = ("index_copy_", "index_copy", "copy_", "setitem", "index_put_")
-    if is_call(base, *writes) or (base.op == "placeholder" and any(is_call(user, *writes) for user in base.users)):
+    base = _written(key)
+    if _is_static(key):
         return SiteReport(
             layer,
             site.kind,

@@ -110,7 +110,7 @@ def _untransposed(node: Any) -> Node | None:
     if is_call(node, "transpose"):
         dims = {argument(node, 1, "dim0"), argument(node, 2, "dim1")}
         return through_no_ops(node.args[0]) if dims in ({2, 3}, {-1, -2}) else None
-    return through_no_ops(node.args[0]) if is_call(node, "mT") else None
+    return through_no_ops(node.args[0]) if is_call(node, "getattr") and node.args[1] == "mT" else None
 
 
 def _weights_consumer(softmax: Node) -> tuple[Node, Node, bool] | None:

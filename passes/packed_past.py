@@ -7,6 +7,7 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.passes.cleanup import drop_dead
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.patterns import argument, is_call, layer_of
 from attnpack_fx.passes.state import GraphState, PackedInput, Site, SiteReport, Size, shape_of
@@ -114,22 +115,36 @@ def _read(state: GraphState, packed: PackedInput, appended: dict[Node, Appended]
 
 
 def decompress_rest(state: GraphState, appended: dict[Node, Appended]) -> None:
-    """Whatever still reads a packed value gets its dense form."""
-    for cat, grown in appended.items():
-        if cat.users:
-            with state.graph.inserting_before(cat):
-                dense = _decompress(state, grown.packed, grown.tail, grown.length)
-            cat.replace_all_uses_with(dense)
-        state.graph.erase_node(cat)
+    """Give whatever still reads a packed value its dense form, and report it."""
     for packed in state.packed.values():
         for user in list(packed.node.users):
             if user in state.wanted and is_call(user, "numel", "size", "dim"):
                 state.graph.erase_node(user)
+    drop_dead(state)
+    for cat, grown in appended.items():
+        if cat.users:
+            _report_readers(state, cat)
+            with state.graph.inserting_before(cat):
+                dense = _decompress(state, grown.packed, grown.tail, grown.length)
+            cat.replace_all_uses_with(dense)
+    drop_dead(state)
+    for packed in state.packed.values():
         if packed.node.users:
+            _report_readers(state, packed.node)
             read = _read(state, packed, appended)
             with state.graph.inserting_after(read.length):
                 dense = _decompress(state, packed, read.tail, read.length)
             packed.node.replace_all_uses_with(dense)
+
+
+def _report_readers(state: GraphState, value: Node) -> None:
+    """One report per packed value that is decompressed, unless its attention site was reported already."""
+    if any(value in (site.key, site.value) for site in state.sites):
+        return
+    reader = next(iter(value.users))
+    name = getattr(reader.target, "__name__", str(reader.target))
+    reason = f"decompressed: `{name}` reads the packed cache, and no known form of attention does"
+    state.reports.append(SiteReport(layer_of(reader), "other", "dense", reason, causal=True))
 
 
 def _decompress(state: GraphState, packed: PackedInput, tail: Node, length: Node) -> Node:

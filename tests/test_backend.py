@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnpack_fx import AttnpackWarning, PackedTensor, PackPolicy, attnpack_backend, backend
+from attnpack_fx import AttnpackWarning, PackedTensor, attnpack_backend
 from attnpack_fx.passes import pipeline
 from tests.decoder import Cache, Decoder, close, next_ids, prompt
 
@@ -153,7 +153,7 @@ def test_training_mode_and_gradients_are_those_of_eager(fresh_dynamo):
     for (name, actual), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (actual.grad is None) == (expected.grad is None), name
         if expected.grad is not None:
-            close(actual.grad, expected.grad, 1e-3) if expected.grad.abs().max() > 1e-6 else None
+            torch.testing.assert_close(actual.grad, expected.grad, atol=1e-6, rtol=1e-3)
 
 
 # ---- through Inductor --------------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def failing(state):
 
 
 def test_a_failing_pass_leaves_the_graph_dense_and_says_so(monkeypatch, without_inductor, caplog):
-    monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES[:3], failing))
+    monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES[:-1], failing))
     model = Decoder()
     step = torch.compile(model, backend=attnpack_backend, options={"vision_rank": "full"})
     with pytest.warns(AttnpackWarning, match="a pass went wrong"):
@@ -287,14 +287,14 @@ def storages() -> dict[int, int]:
 
 
 def test_no_dense_vision_keys_are_alive_after_prefill(fresh_dynamo):
-    model = Decoder(layers=3, width=20, heads=4, kv_heads=4, dim=16)
+    model = Decoder(layers=2, width=20, heads=4, kv_heads=4, dim=16)
     ids, features = prompt(text=7, vision=300, width=20)
     dense = 300 * 4 * 16 * 4  # bytes of the vision keys of one layer
 
     before = storages()
     _, kept = model(ids, features)
     grown = {address: size for address, size in storages().items() if address not in before}
-    assert sum(size >= dense for size in grown.values()) >= 6, "the scan must see what a dense cache holds"
+    assert sum(size >= dense for size in grown.values()) >= 4, "the scan must see what a dense cache holds"
     del kept, grown
 
     step = torch.compile(model, backend=attnpack_backend, options={"vision_rank": 8, "strict": True})
@@ -304,7 +304,7 @@ def test_no_dense_vision_keys_are_alive_after_prefill(fresh_dynamo):
     del logits
     alive = [size for address, size in storages().items() if address not in before]
     assert max(alive) < dense / 2
-    assert sum(alive) < 6 * dense / 4
+    assert sum(alive) < 4 * dense / 4
 
 
 def allocated(function) -> tuple[int, int]:
@@ -406,7 +406,7 @@ GENERATE = """
     import attnpack_fx
     from tests.decoder import Decoder, next_ids, prompt
 
-    model, reference = Decoder(), Decoder()
+    model, reference = Decoder(layers=1), Decoder(layers=1)
     attnpack_fx.compile(model, vision_rank="full", strict=True)
     logits, cache = model(*prompt())
     _, dense = reference(*prompt())
@@ -431,13 +431,6 @@ def test_without_transformers_and_a_second_process_reuses_the_compiled_code(tmp_
         assert not [name for name in found["aot"] if "bypass" in name]
         assert not found["inductor"].get("fxgraph_cache_bypass")
     assert first["inductor"]["fxgraph_cache_miss"] > 0
-    hits = second["inductor"].get("fxgraph_cache_hit", 0) + second["aot"].get("autograd_cache_hit", 0)
-    assert hits > 0
+    assert second["inductor"]["fxgraph_cache_hit"] > 0
     assert not second["inductor"].get("fxgraph_cache_miss")
     assert not second["aot"].get("autograd_cache_miss")
-
-
-def test_the_policy_is_a_policy():
-    """Guards the constant above."""
-    assert PackPolicy(**STRICT).vision_rank == "full"
-    assert backend.AttnpackWarning is AttnpackWarning

@@ -1,4 +1,4 @@
-"""Timed generation: one prompt or batch, through the model as it is, through Inductor, or through attnpack."""
+"""Timed generation: through the model as it is, through plain Inductor, or through attnpack."""
 
 import os
 import time
@@ -25,7 +25,8 @@ _WARM_UP_TOKENS = 4
 class Run:
     """One call of `generate`, greedy.
 
-    tokens: int64 `[B, new tokens]` on the CPU. prefill: seconds until the first token. steps: seconds of every later token.
+    tokens: int64 `[B, new tokens]` on the CPU. prefill: seconds until the first token. steps: seconds of
+    every later token.
     held: bytes of the cache after the prefill and after every step.
     """
 
@@ -46,7 +47,7 @@ class Run:
 
 
 class _Watch:
-    """A streamer that notes when each token comes and what the cache holds then; the noting itself is not timed."""
+    """A streamer that notes when each token comes and what the cache holds; the noting is not timed."""
 
     def __init__(self, cache: object) -> None:
         self._cache = cache
@@ -80,7 +81,7 @@ def compiled(model: Any, variant: str, policy: PackPolicy) -> Iterator[None]:
 
 
 def timed(loaded: Loaded, inputs: dict[str, Any], tokens: int, exactly: bool = False) -> Run:
-    """Generate up to (or `exactly`) `tokens` tokens, and again as long as something was compiled meanwhile: that is not timed."""
+    """Generate up to (or `exactly`) `tokens` tokens; repeated while anything is compiled during the run."""
     for _ in range(_ATTEMPTS):
         before = _graphs()
         run = _generate(loaded, inputs, tokens, exactly)
@@ -128,7 +129,7 @@ def _graphs() -> int:
 
 @contextmanager
 def _without_checks() -> Iterator[None]:
-    """Leave out transformers' checks that read a tensor's value: each would break the prefill's graph in two."""
+    """Leave out transformers' checks that read a tensor's value: each would break the graph in two."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
     os.environ[name] = "1"

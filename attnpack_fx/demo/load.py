@@ -21,8 +21,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Loaded:
     """A model ready to generate.
 
-    name: as the user gave it. model: in eval mode. processor: a transformers processor, or a tokenizer when the model has no vision.
-    vision: whether it takes images.
+    name: as the user gave it. model: in eval mode. processor: a transformers processor, or a tokenizer when
+    the model has no vision. vision: whether it takes images.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Loaded:
 
 
 def trained_model() -> Path:
-    """The folder of the trained model; looked for in the checkout this package runs from, then in the working directory.
+    """The folder of the trained model, in the checkout this package runs from or in the working directory.
 
     Raises `UserError` when it is in neither.
     """
@@ -45,8 +45,9 @@ def trained_model() -> Path:
         if (place / "config.json").is_file():
             return place
     raise UserError(
-        f"the trained model of the demo is not installed with the package; looked in {' and in '.join(map(str, places))}. "
-        "Run from a clone of the repository, or use a model of yours: attnpack demo --model ID_OR_PATH --image FILE --prompt TEXT"
+        "the trained model of the demo is not installed with the package; looked in "
+        f"{' and in '.join(map(str, places))}. Run from a clone of the repository, or use a model of yours: "
+        "attnpack demo --model ID_OR_PATH --image FILE --prompt TEXT"
     )
 
 
@@ -99,9 +100,10 @@ def open_images(files: Sequence[str]) -> list["Image"]:
 
 
 def model_inputs(loaded: Loaded, prompt: str, images: Sequence["Image"]) -> dict[str, Any]:
-    """What to call the model with, for one prompt: put into the chat template if there is one, else taken as it is.
+    """What to call the model with, for one prompt, put into the chat template if there is one.
 
-    Without a template, the image tokens that `prompt` lacks are put before it. Raises `UserError` for images and a model without vision.
+    Without a template, the image tokens that `prompt` lacks are put before it. Raises `UserError` for images
+    and a model without vision, and for what the processor refuses.
     """
     if images and not loaded.vision:
         raise UserError(f"{loaded.name} takes text only: leave --image out")

@@ -42,7 +42,7 @@ def run(
     progress.update()
     progress.set_description_str("singular values, picture")
     speed = Speed.of(runs, len(images), inputs)
-    draw(out, f"{loaded.name}: the packed cache", prompt, images, spectra(loaded, inputs), speed, policy)
+    draw(out, f"{Path(loaded.name).name}: the packed cache", prompt, images, spectra(loaded, inputs), speed, policy)
     progress.update()
     dense, packed = (texts(loaded, runs[variant])[0] for variant in (DENSE, PACKED))
     return report([Example(prompt, dense, packed)], [], [speed], found, out)

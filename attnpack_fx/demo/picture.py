@@ -1,4 +1,4 @@
-"""The demo's picture: the images of a prompt, the singular values of its cache, and the cache's size over a generation."""
+"""The demo's picture: images of a prompt, singular values of its cache, the cache's size over time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,8 @@ def draw(
 ) -> None:
     """Write the picture to `file`, in the format its name ends in.
 
-    question: shown above `images`. speed: whose `held` is drawn. policy: its ranks are marked among the singular values.
+    question: shown above `images`. speed: whose `held` is drawn. policy: its ranks are marked among the
+    singular values.
 
     Raises `UserError` when the file cannot be written.
     """
@@ -57,7 +58,7 @@ def _images(figure: Any, question: str, images: Sequence["Image"]) -> None:
     if not images:
         return
     columns = min(len(images), _ROW)
-    panels = figure.subplots(-(-len(images) // columns), columns, squeeze=False).flat
+    panels = list(figure.subplots(-(-len(images) // columns), columns, squeeze=False).flat)
     for panel in panels:
         panel.axis("off")
     for number, (panel, image) in enumerate(zip(panels, images, strict=False), 1):
@@ -138,6 +139,7 @@ def _memory(panel: Any, speed: Speed) -> None:
         xlim=(1, max(speed.new_tokens, 2)),
         ylim=(0, 1.35 * largest / scale),
     )
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
     panel.legend(loc="upper right", fontsize=9, ncols=2)
 

@@ -14,7 +14,7 @@ from attnpack_fx.demo.load import Loaded
 class Spectrum:
     """Singular values, largest first and relative to the largest, of one layer's `[tokens, H * D]` matrix.
 
-    part: `"keys"` or `"values"`. modality: `"vision"` or `"text"`. values: at most `min(tokens, H * D)` numbers.
+    part: `"keys"` or `"values"`. modality: `"vision"` or `"text"`. values: `min(tokens, H * D)` numbers.
     """
 
     layer: int
@@ -38,7 +38,7 @@ def spectra(loaded: Loaded, inputs: dict[str, Any]) -> list[Spectrum]:
         for part, tensor in zip(("keys", "values"), pair, strict=True):
             matrix = tensor[0].transpose(0, 1).flatten(1)
             for modality, mask in places.items():
-                # Layers that keep only a window of the prompt, or attend to something else, have other tokens.
+                # Layers that keep a window of the prompt, or attend to something else, have other tokens.
                 if mask.any() and len(matrix) == len(mask):
                     found.append(Spectrum(layer, part, modality, int(mask.sum()), _relative(matrix[mask])))
     return found

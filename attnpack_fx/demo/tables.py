@@ -10,7 +10,7 @@ from attnpack_fx.demo.generation import DENSE, PACKED, Run
 
 @dataclass(frozen=True)
 class Score:
-    """One task at one number of images. Accuracies in [0, 1]; bytes of one prompt's cache at the end of the answer."""
+    """One task at one number of images. Accuracies in [0, 1]; bytes of one prompt's cache after its answer."""
 
     task: str
     images: int
@@ -23,7 +23,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Speed:
-    """Generation of a fixed number of tokens. By variant: seconds of prefill, tokens per second after it, bytes after every step."""
+    """One generation, by variant: seconds of prefill, tokens per second after it, bytes after every step."""
 
     images: int
     batch: int
@@ -66,7 +66,7 @@ def report(
     picture: Path,
 ) -> str:
     """Everything the demo prints."""
-    rule = f"vision rank {_rank(found['policy']['vision_rank'])}, text rank {_rank(found['policy']['text_rank'])}"
+    vision, text = (_rank(found["policy"][name]) for name in ("vision_rank", "text_rank"))
     sections = [("Answers", examples_text(examples))]
     if scores:
         sections.append(
@@ -80,7 +80,10 @@ def report(
             "Speed (tokens/s of the whole batch after the first token; compiling and warm-up not counted)",
             speed_table(speeds),
         ),
-        (f"Error per layer, relative to the dense cache ({rule}; attnpack_fx.explain)", layers_table(found)),
+        (
+            f"Error per layer against the dense cache (vision rank {vision}, text rank {text}; attnpack_fx.explain)",
+            layers_table(found),
+        ),
     ]
     return "\n\n".join(f"{title}\n\n{body}" for title, body in sections) + f"\n\nPicture: {picture}"
 

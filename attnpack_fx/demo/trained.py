@@ -1,4 +1,4 @@
-"""The demo on the trained model: questions about held-out pictures of handwritten digits, answered dense and packed."""
+"""The demo on the trained model: questions about held-out handwritten digits, answered dense and packed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from attnpack_fx.policy import PackPolicy, RankSpec
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-#: Ranks (keys, values) at which this model answers as it does dense; keys turned by RoPE need more than values.
+#: Ranks of keys and values at which this model answers as it does dense; RoPE costs the keys rank.
 VISION_RANK: RankSpec = (32, 16)
 _ANSWER_TOKENS = 9
 _SEED = 0
@@ -38,8 +38,8 @@ Case = tuple[str, int]
 class Settings:
     """How much to measure.
 
-    images: numbers of images in a prompt, each asked in every task. questions: of each task and number of images, answered as one
-    batch. new_tokens: of the speed runs. inductor: whether to time plain Inductor as well.
+    images: numbers of images in a prompt, ascending. questions: of each task and number of images, in one batch.
+    new_tokens: of the speed runs. inductor: whether to time plain Inductor as well.
     """
 
     images: tuple[int, ...] = (1, 4, 16)
@@ -68,8 +68,8 @@ def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, progr
     for variant in variants:
         with compiled(loaded.model, variant, policy):
             progress.set_description_str(f"{variant}: warming up")
-            # The largest and the smallest sizes: what is compiled for both holds for all between.
-            for case in (("read", max(settings.images)), ("locate", min(settings.images))):
+            # Two cases that differ in every size: what is compiled after the second holds for all others.
+            for case in (("read", settings.images[-1]), ("locate", settings.images[-2:][0])):
                 warm_up(loaded, inputs[case])
             progress.update()
             answers[variant], speeds[variant] = {}, {}
@@ -81,7 +81,7 @@ def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, progr
                 progress.set_description_str(f"{variant}: {settings.new_tokens} tokens, {images} images")
                 speeds[variant][images] = timed(loaded, inputs["read", images], settings.new_tokens, exactly=True)
                 progress.update()
-    shown = ("read", max(settings.images))
+    shown = ("read", settings.images[-1])
     progress.set_description_str("explain")
     found = explained(loaded, inputs[shown], policy)
     progress.update()
@@ -92,7 +92,7 @@ def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, progr
     ]
     scores = [_score(loaded, case, questions[case], answers[DENSE][case], answers[PACKED][case]) for case in cases]
     asked = questions[shown][0]
-    title = f"{loaded.name}: the packed cache of {shown[1]} images of handwritten digits"
+    title = f"{Path(loaded.name).name}: the packed cache of {shown[1]} images of handwritten digits"
     draw(out, title, _short(asked), asked.images, spectra(loaded, inputs[shown]), measured[-1], policy)
     progress.update()
     examples = [_example(loaded, case, questions[case][0], answers) for case in cases[-_EXAMPLES:]]

@@ -197,6 +197,19 @@ def test_a_mask_added_before_the_scale_is_not_mistaken_for_one_after():
 
 
 @pytest.mark.parametrize(
+    ("add", "mask"),
+    [
+        (lambda scores, mask: torch.add(scores, mask, alpha=2.0), ADDITIVE_MASK),
+        (lambda scores, mask: scores + mask, BOOL_MASK),  # adds 0 or 1: not what a bool mask means to SDPA
+        (lambda scores, mask: scores + mask, BOOL_MASK.long()),
+    ],
+)
+def test_an_addition_that_is_no_additive_mask_is_not_taken_for_one(add, mask):
+    sites = sites_of(lambda q, k, v, m: add(q @ k.transpose(2, 3), m).softmax(-1) @ v, Q, K, V, mask)
+    assert all(site.obstacle is not None for site in sites)
+
+
+@pytest.mark.parametrize(
     "function",
     [
         lambda q, k, v: (torch.tanh(q @ k.transpose(2, 3) / 30.0) * 30.0).softmax(-1) @ v,  # softcap

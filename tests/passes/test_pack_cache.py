@@ -152,6 +152,64 @@ def test_grouped_queries_over_a_packed_past(function, without_inductor):
     assert_right(function, *arguments)
 
 
+def keyword_cat(past_key, past_value, query, key, value):
+    key, value = torch.cat(tensors=[past_key, key], dim=2), torch.concat([past_value, value], axis=-2)
+    return F.scaled_dot_product_attention(query, key, value), key, value
+
+
+def test_a_cat_by_keyword_is_an_append(without_inductor):
+    key, value, *_ = packed_pair(VISION_ONLY)
+    _, ops, _ = rewritten(keyword_cat, key, value, *tokens())
+    assert (ops.count("append_"), ops.count("attention")) == (2, 1)
+    assert_right(keyword_cat, key, value, *tokens())
+
+
+def test_one_packed_sample_read_by_several_queries(without_inductor):
+    """SDPA broadcasts over the batch."""
+
+    def function(past_key, past_value, query):
+        return (F.scaled_dot_product_attention(query, past_key, past_value),)
+
+    key, value, *_ = packed_pair(VISION_ONLY, batch=1)
+    assert_right(function, key, value, tokens()[0])
+
+
+@pytest.mark.parametrize("shape", [(1, T + 1), (1, 1, 1, T + 1), (B, 1, 1, 1), (1, H, 1, T + 1)])
+def test_masks_that_broadcast(shape, without_inductor):
+    key, value, *_ = packed_pair(VISION_ONLY)
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert_right(step, key, value, *tokens(), mask)
+
+
+def test_values_that_grow_otherwise_than_keys_are_right(without_inductor):
+    """Keys packed, values dense: nothing to attend to packed."""
+
+    def function(past_key, past_value, query, key, value):
+        return step(past_key, past_value, query, key, value)
+
+    key, _, _, dense_value = packed_pair(VISION_ONLY)
+    assert_right(function, key, dense_value, *tokens())
+
+
+def test_keys_used_as_values_are_right(without_inductor):
+    def function(past, query, new):
+        grown = torch.cat([past, new], dim=2)
+        return F.scaled_dot_product_attention(query, grown, grown), grown
+
+    key, *_ = packed_pair(VISION_ONLY)
+    query, new, _ = tokens()
+    assert_right(function, key, query, new)
+
+
+def test_a_packed_past_in_half_precision(without_inductor):
+    key, value, *_ = packed_pair(VISION_ONLY, dtype=torch.bfloat16)
+    arguments = [item.bfloat16() for item in tokens()]
+    out, *_ = run(step, key, value, *arguments)
+    expected, *_ = step(key.dense(), value.dense(), *arguments)
+    assert out.dtype == torch.bfloat16
+    close(out.float(), expected.float(), 0.02)
+
+
 def test_a_packed_cache_that_is_only_read_is_attended_to(without_inductor):
     def function(past_key, past_value, query):
         return (F.scaled_dot_product_attention(query, past_key, past_value),)
