@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
-from attnpack_fx.passes.patterns import is_call, layer_of, through_no_ops
+from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_of, through_no_ops
 from attnpack_fx.passes.plan_tokens import TokenPlanner
 from attnpack_fx.passes.state import (
     TEXT,
@@ -92,9 +92,7 @@ def compress(
 
 
 def _uncompressible(site: Site) -> str | None:
-    new = site.key
-    if is_call(new, "cat", "concat"):
-        new = new.args[0][-1]  # type: ignore[index,assignment]
+    new = (cat_along_tokens(site.key) or [site.key])[-1]
     query, key = shape_of(site.query), shape_of(new)
     if query is None or key is None or not same_size(query[2], key[2]):
         return "cross-attention: the keys are not those of the queries' own tokens"
@@ -148,10 +146,9 @@ def leave(state: GraphState, site: Site) -> SiteReport:
         )
     if site.obstacle is not None and site.kind == "flex_attention":
         return SiteReport(layer, site.kind, "dense", site.obstacle, causal)
-    if is_call(base, "cat", "concat") and any(
-        shape_of(item) == (0,) or item.op == "placeholder" for item in base.args[0]
-    ):  # type: ignore[union-attr,index]
-        return SiteReport(layer, site.kind, "dense", "the keys attended to are not the keys kept in the cache", causal)
+    if any(shape_of(piece) == (0,) or piece.op == "placeholder" for piece in cat_along_tokens(base)):
+        reason = "the keys attended to are not the keys kept in the cache"
+        return SiteReport(layer, site.kind, "dense", reason, causal)
     return SiteReport(
         layer,
         site.kind,

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.passes.patterns import argument, is_call, strip_repeat_kv, through_no_ops
-from attnpack_fx.passes.state import GraphState, Site, shape_of
+from attnpack_fx.passes.state import GraphState, Site, same_size, shape_of
 
 _EAGER_STEPS = ("mul", "truediv", "div", "add", "iadd", "imul", "itruediv")
 
@@ -64,7 +64,11 @@ def _match_eager(softmax: Node) -> Site | None:
     """`matmul(q, k^T) [* scale] [+ mask]` -> softmax -> `matmul(weights, v)`, with no-ops and inactive dropout in between."""
     scores, scale, mask = through_no_ops(argument(softmax, 0, "input")), 1.0, None
     while is_call(scores, *_EAGER_STEPS):
-        left, right = scores.args[0], scores.args[1]
+        if scores.kwargs or len(scores.args) != 2:
+            return None
+        left, right = scores.args
+        if is_call(scores, "mul") and isinstance(left, int | float):
+            left, right = right, left
         if is_call(scores, "mul", "imul") and isinstance(right, int | float):
             scale *= right
         elif is_call(scores, "truediv", "div", "itruediv") and isinstance(right, int | float):
@@ -143,6 +147,14 @@ def _shape_obstacle(site: Site) -> str | None:
     mask = site.mask.meta.get("example_value") if isinstance(site.mask, Node) else None
     if site.mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4)):
         return "the attention mask is not [tokens, tokens] or [batch, heads, tokens, tokens]"
+    if (
+        isinstance(mask, torch.Tensor)
+        and not mask.is_floating_point()
+        and (site.kind == "eager" or mask.dtype != torch.bool)
+    ):
+        return f"a mask of {mask.dtype} is added to the scores"
+    if not same_size(query[0], key[0]) or not same_size(key[0], value[0]):
+        return "queries, keys and values have different batch sizes"
     return None
 
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.cleanup import drop_dead
 from attnpack_fx.passes.find_attention import scale_of
-from attnpack_fx.passes.patterns import argument, is_call, layer_of
+from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_of
 from attnpack_fx.passes.state import GraphState, PackedInput, Site, SiteReport, Size, shape_of
 
 
@@ -31,7 +31,7 @@ def append(state: GraphState) -> dict[Node, Appended]:
         cat = next((user for user in packed.node.users if _appends_to(user, packed.node)), None)
         if cat is None:
             continue
-        new = cat.args[0][1]  # type: ignore[index]
+        new = cat_along_tokens(cat)[1]
         tokens = new.meta["example_value"].shape[2]
         count = state.size(tokens)
         if count is None:
@@ -43,15 +43,14 @@ def append(state: GraphState) -> dict[Node, Appended]:
             state.graph.call_function(torch.ops.attnpack.append_.default, (tail, detached, length))
             added = tokens if isinstance(tokens, int) else state.graph.call_method("size", (new, 2))
             longer = state.graph.call_function(operator.add, (length, added))
+        state.wanted.add(longer)  # what reads it may come after the first sweep of dead nodes
         appended[cat] = Appended(packed, count, tail, length, longer)
     return appended
 
 
 def _appends_to(node: Node, packed: Node) -> bool:
-    if not is_call(node, "cat", "concat") or argument(node, 1, "dim", 0) not in (2, -2):
-        return False
-    pieces = node.args[0] if node.args else node.kwargs.get("tensors")
-    if not isinstance(pieces, list | tuple) or len(pieces) != 2 or pieces[0] is not packed or pieces[1] is packed:
+    pieces = cat_along_tokens(node)
+    if len(pieces) != 2 or pieces[0] is not packed or pieces[1] is packed:
         return False
     new, past = shape_of(pieces[1]), shape_of(packed)
     return new is not None and past is not None and len(new) == 4 and new[1] == past[1] and new[3] == past[3]

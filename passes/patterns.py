@@ -24,6 +24,16 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def cat_along_tokens(node: Any) -> list[Node]:
+    """What `node` concatenates along dimension 2 of `[B, H, T, D]`; empty when it is no such concatenation."""
+    if not is_call(node, "cat", "concat", "concatenate"):
+        return []
+    pieces = argument(node, 0, "tensors")
+    dim = argument(node, 1, "dim", node.kwargs.get("axis", 0))
+    known = isinstance(pieces, list | tuple) and all(isinstance(piece, Node) for piece in pieces)
+    return list(pieces) if known and dim in (2, -2) else []
+
+
 def through_no_ops(node: Any) -> Any:
     """The tensor below operations that change neither values nor shape: `contiguous`, and `to` without a change of dtype."""
     while isinstance(node, Node):

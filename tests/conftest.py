@@ -16,5 +16,5 @@ def fresh_dynamo():
 
 @pytest.fixture
 def without_inductor(fresh_dynamo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rewritten graphs run as they are, op by op: for tests whose point is the rewrite, not the code made from it."""
+    """The rewritten graphs run op by op: for tests whose point is the rewrite, not the code made from it."""
     monkeypatch.setattr(backend, "_inductor", lambda module, examples, patches: module)

@@ -43,7 +43,7 @@ def all_packed(cache: Cache) -> bool:
     return all(isinstance(item, PackedTensor) for pair in cache for item in pair)
 
 
-# ---- options -----------------------------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_two_policies_for_two_models_of_one_class(without_inductor):
     assert found == [{"vision": 2}, {"vision": 3}]
 
 
-# ---- ways in -----------------------------------------------------------------------------------------------------------------------
+# ---- ways in -----------------------------------------------------------------------------------------------
 
 
 def test_the_entry_point_is_found_by_name(without_inductor):
@@ -147,7 +147,7 @@ def test_training_mode_and_gradients_are_those_of_eager(fresh_dynamo):
     model, reference = Decoder(layers=1).requires_grad_(True).train(), Decoder(layers=1).requires_grad_(True).train()
     step = torch.compile(model, backend=attnpack_backend, options=STRICT)
     ids, features = prompt()
-    for module, call in ((model, step), (reference, reference)):
+    for call in (step, reference):
         logits, _ = call(ids, features)
         logits.square().mean().backward()
     for (name, actual), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
@@ -156,7 +156,7 @@ def test_training_mode_and_gradients_are_those_of_eager(fresh_dynamo):
             torch.testing.assert_close(actual.grad, expected.grad, atol=1e-6, rtol=1e-3)
 
 
-# ---- through Inductor --------------------------------------------------------------------------------------------------------------
+# ---- through Inductor --------------------------------------------------------------------------------------
 
 
 def test_prefill_and_decode_through_inductor(fresh_dynamo):
@@ -191,7 +191,7 @@ def test_prefill_and_decode_through_inductor(fresh_dynamo):
     assert len(graphs) > count
 
 
-# ---- what fails or stays dense -----------------------------------------------------------------------------------------------------
+# ---- what fails or stays dense -----------------------------------------------------------------------------
 
 
 def failing(state):
@@ -269,7 +269,7 @@ def test_keys_and_values_from_two_caches_are_refused(without_inductor):
         step(next_ids(), cache=[(first[0][0], longer[0][1])])
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def storages() -> dict[int, int]:
@@ -337,7 +337,7 @@ def test_decoding_allocates_nothing_that_grows_with_the_dense_cache(fresh_dynamo
     assert control[1][1] - control[0][1] >= 2 * layers * one_copy, "the measurement must see a cache that is copied"
 
 
-# ---- threads -----------------------------------------------------------------------------------------------------------------------
+# ---- threads -----------------------------------------------------------------------------------------------
 
 
 def test_two_threads_with_two_models(without_inductor):
@@ -366,7 +366,7 @@ def test_two_threads_with_two_models(without_inductor):
     assert all(all_packed(cache) for cache in caches)
 
 
-# ---- other processes ---------------------------------------------------------------------------------------------------------------
+# ---- other processes ---------------------------------------------------------------------------------------
 
 
 def in_process(script: str, **environment: str) -> dict:

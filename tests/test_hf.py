@@ -88,7 +88,7 @@ def test_only_the_self_attention_of_an_encoder_decoder_cache_is_packed():
 
 
 def test_bytes_of_the_packed_cache_are_counted():
-    assert 0 < cache_bytes(pack_cache(filled_cache(), FULL))
+    assert cache_bytes(pack_cache(filled_cache(), FULL)) > 0
 
 
 @pytest.mark.parametrize("wrong", [(), SimpleNamespace(keys=1), torch.zeros(1)])

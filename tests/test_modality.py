@@ -54,7 +54,7 @@ def test_another_thread_does_not_see_the_mask():
     assert seen == [None]
 
 
-# ---- fitting a mask to a batch of tokens -------------------------------------------------------------------------------------------
+# ---- fitting a mask to a batch of tokens -------------------------------------------------------------------
 
 
 def test_a_mask_covers_the_first_tokens_or_the_newest():
@@ -81,7 +81,7 @@ def test_a_mask_travels_on_tensors():
     assert carried([first, 3, second]) is mask
 
 
-# ---- through the backend -----------------------------------------------------------------------------------------------------------
+# ---- through the backend -----------------------------------------------------------------------------------
 
 
 def compiled(model, **options):
@@ -160,7 +160,7 @@ def test_decoding_inside_the_block_keeps_what_was_packed(without_inductor):
     close(logits, model(next_ids(), cache=dense)[0])
 
 
-# ---- across a graph break ----------------------------------------------------------------------------------------------------------
+# ---- across a graph break ----------------------------------------------------------------------------------
 
 
 def test_the_mask_is_carried_across_a_graph_break(without_inductor):

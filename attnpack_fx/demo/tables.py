@@ -207,7 +207,7 @@ def layers_table(report: dict[str, Any]) -> str:
 def size(count: float) -> str:
     """Bytes in the largest fitting unit, three digits."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} GB"

@@ -1,4 +1,4 @@
-"""What enters a cache is compressed, what is packed is attended to, and everything else stays right, dense and reported."""
+"""What enters a cache is compressed, what is packed is attended to; all else stays right, dense and reported."""
 
 import warnings
 from dataclasses import replace
@@ -64,7 +64,7 @@ def step(past_key, past_value, query, key, value, mask=None):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask), key, value
 
 
-# ---- a packed past -----------------------------------------------------------------------------------------------------------------
+# ---- a packed past -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", [FULL, VISION_ONLY])
@@ -283,7 +283,7 @@ def test_a_packed_value_handed_through_is_right(without_inductor):
     assert_right(lambda past: (past, past.sum()), key)
 
 
-# ---- a dense or empty past ---------------------------------------------------------------------------------------------------------
+# ---- a dense or empty past ---------------------------------------------------------------------------------
 
 
 def dense_past() -> tuple[Tensor, Tensor]:
@@ -292,7 +292,7 @@ def dense_past() -> tuple[Tensor, Tensor]:
 
 
 def test_a_dense_past_leaves_packed(without_inductor):
-    state, ops, (report,) = rewritten(step, *dense_past(), *tokens())
+    _, ops, (report,) = rewritten(step, *dense_past(), *tokens())
     assert (ops.count("plan"), ops.count("compress"), ops.count("take_rows")) == (1, 2, 2)
     assert (ops.count("cat"), ops.count("scaled_dot_product_attention")) == (2, 1)  # this call's attention stays exact
     assert report.action == "compressed"
@@ -376,7 +376,7 @@ def test_non_finite_keys_are_refused(without_inductor):
         run(step, key, value, *tokens())
 
 
-# ---- left dense, with a reason -----------------------------------------------------------------------------------------------------
+# ---- left dense, with a reason -----------------------------------------------------------------------------
 
 
 def sliding(past_key, past_value, query, key, value):
@@ -428,7 +428,7 @@ REASONS = [
 
 @pytest.mark.parametrize(("function", "action", "reason"), REASONS, ids=[item[0].__name__ for item in REASONS])
 def test_a_site_that_is_left_says_why(function, action, reason, without_inductor):
-    state, ops, (report,) = rewritten(function, *dense_past(), *tokens())
+    _, ops, (report,) = rewritten(function, *dense_past(), *tokens())
     assert (report.action, report.kind) == (action, "sdpa")
     assert reason in report.reason
     assert "scaled_dot_product_attention" in ops
