@@ -1,6 +1,7 @@
 """The torch.compile backend: copy Dynamo's graph, rewrite its attention, compile the rest with Inductor.
 
-Only plain tensors reach Inductor. Packed arguments are described to the passes by their parts; `Runtime` takes them apart before each
+Only plain tensors reach Inductor. Packed arguments are described to the passes by their parts; `Runtime` takes them
+apart before each
 call and puts packed results together after it.
 """
 
@@ -9,8 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch.fx import Graph, GraphModule
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch.fx import Graph, GraphModule, Node
 
 from attnpack_fx import modality
 from attnpack_fx.kernels.parts import PackedParts
@@ -40,7 +41,8 @@ def attnpack_backend(
     mode: as for Inductor. options: fields of `PackPolicy`, or one under `"policy"`; any other key is Inductor's.
     observer: called with the report of every attention site of each graph compiled.
 
-    A bad option raises ValueError from the first call of the compiled function. A rewrite that fails leaves the graph untouched and is
+    A bad option raises ValueError from the first call of the compiled function. A rewrite that fails leaves the graph
+    untouched and is
     logged, unless the policy is strict.
     """
     try:
@@ -63,8 +65,8 @@ def _compile(
         counts = pipeline.run(state)
         log.debug("passes: %s", counts)
         compiled = _inductor(_module(gm, state.graph), [state.examples[node] for node in state.inputs], patches)
-    except PolicyError:
-        raise
+    except (PolicyError, RestartAnalysis, SkipFrame):
+        raise  # the caller's mistake, or Dynamo's own way of asking for another trace
     except Exception as error:
         if policy.strict:
             raise
@@ -81,7 +83,8 @@ def _compile(
 
 def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy) -> GraphState:
     """A copy of Dynamo's graph, which reads its own after the backend returns, with packed inputs described."""
-    graph, copies = Graph(), {}
+    graph = Graph()
+    copies: dict[Node, Node] = {}
     results = graph.graph_copy(gm.graph, copies)
     graph.output(results)
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -94,7 +97,8 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
         modality_given=modality.stated() is not None or modality.carried(example_inputs) is not None,
         carries=bool(getattr(reason, "graph_break", False)),
     )
-    # Dynamo removed what is dead: what nobody reads now is wanted for its effect. Only a packed value's size getters are not.
+    # Dynamo removed what is dead: what nobody reads now is wanted for its effect. Only a packed value's size getters
+    # are not.
     state.wanted = {node for node in graph.nodes if not node.users and node.op not in ("placeholder", "output")}
     originals = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for position, (original, example) in enumerate(zip(originals, example_inputs, strict=True)):
@@ -125,7 +129,8 @@ def _module(gm: GraphModule, graph: Graph) -> GraphModule:
 def _inductor(module: GraphModule, examples: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, examples, config_patches=patches or None)
+    compiled: Callable[..., Any] = compile_fx(module, examples, config_patches=patches or None)  # type: ignore[assignment]
+    return compiled
 
 
 def _raiser(error: Exception) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from attnpack_fx.demo.errors import UserError, require
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from attnpack_fx.policy import PackPolicy, RankSpec
+    from attnpack_fx.policy import PackPolicy, Rank, RankSpec
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _TEXT = "Explain in a few sentences how a key/value cache makes the generation of text faster."
@@ -213,8 +213,8 @@ def _rank(text: str) -> "RankSpec":
         raise argparse.ArgumentTypeError(
             f"got {text!r}, expected a rank such as 64, KEYS,VALUES such as 64,16, 'full' or 'none'"
         )
-    first, *second = ("full" if part == "full" else int(part) for part in parts)
-    return (first, second[0]) if second else first
+    ranks: list[Rank] = ["full" if part == "full" else int(part) for part in parts]
+    return ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])
 
 
 if __name__ == "__main__":

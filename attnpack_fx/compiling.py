@@ -18,9 +18,11 @@ def compile(
 ) -> torch.nn.Module:
     """Compile `model` in place with the attnpack backend, and return it.
 
-    model: a module, or what `torch.compile(module)` returned: its `generate` runs the original module uncompiled, so the original is what
+    model: a module, or what `torch.compile(module)` returned: its `generate` runs the original module uncompiled, so
+    the original is what
     gets compiled and returned.
-    mode, dynamic, fullgraph: as in `torch.compile`. options: fields of `PackPolicy`, or one as `policy=...`, and Inductor's options.
+    mode, dynamic, fullgraph: as in `torch.compile`. options: fields of `PackPolicy`, or one as `policy=...`, and
+    Inductor's options.
 
     Raises ValueError at once for a bad option.
     """

@@ -23,8 +23,10 @@ _DECODE_STEPS = 2
 class Report(dict[str, Any]):
     """What `explain` found, as a dict that prints as a table.
 
-    graphs: for every graph compiled, in order, the list of its attention sites: `layer`, `kind`, `action`, `reason`, ranks.
-    layers: for every layer of the cache: where its tokens are, ranks, bytes, and the relative Frobenius error of keys and values
+    graphs: for every graph compiled, in order, the list of its attention sites: `layer`, `kind`, `action`, `reason`,
+    ranks.
+    layers: for every layer of the cache: where its tokens are, ranks, bytes, and the relative Frobenius error of keys
+    and values
     against the dense prefill (None where dense).
     bytes_before, bytes_after: what the dense and the packed cache hold after the same tokens.
     policy: the policy, as a dict.
@@ -57,7 +59,8 @@ class Report(dict[str, Any]):
 def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **inputs: Any) -> Report:
     """Run one prefill and two decode steps, dense and packed, and report every attention site and cache layer.
 
-    model: left as it was found, compiled or not. A model with `generate` (transformers) is run through it; any other module is called
+    model: left as it was found, compiled or not. A model with `generate` (transformers) is run through it; any other
+    module is called
     once with `inputs`, and the packed tensors among its results are reported.
     policy: default `PackPolicy()`. inputs: what the model or its processor would be given.
     """
@@ -83,8 +86,9 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
 
 def _run(model: torch.nn.Module, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer after the run."""
-    if callable(getattr(model, "generate", None)):
-        out = model.generate(
+    generate: Any = getattr(model, "generate", None)
+    if callable(generate):
+        out = generate(
             **inputs,
             max_new_tokens=1 + _DECODE_STEPS,
             min_new_tokens=1 + _DECODE_STEPS,

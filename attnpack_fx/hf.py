@@ -11,7 +11,9 @@ from attnpack_fx.policy import PackPolicy
 
 
 def self_attention_layers(past_key_values: Any) -> list[Any]:
-    """The layer objects of a cache, each with `keys` and `values`; of an encoder-decoder cache, those of its self-attention."""
+    """The layer objects of a cache, each with `keys` and `values`; of an encoder-decoder cache, those of its
+    self-attention.
+    """
     cache = getattr(past_key_values, "self_attention_cache", past_key_values)
     layers = getattr(cache, "layers", None)
     if layers is None:
@@ -36,7 +38,8 @@ def keys_and_values(past_key_values: Any) -> list[tuple[Tensor, Tensor]]:
 def pack_cache(
     past_key_values: Any, policy: PackPolicy, *, modality: Tensor | None = None, real: Tensor | None = None
 ) -> Any:
-    """Pack every dense, growing layer of a transformers cache in place; returns the cache. Arguments as in `attnpack_fx.pack`.
+    """Pack every dense, growing layer of a transformers cache in place; returns the cache. Arguments as in
+    `attnpack_fx.pack`.
 
     Sliding-window layers stay as they are: what they keep changes with every token.
     """

@@ -1,6 +1,8 @@
-"""Which tokens are vision tokens, where the graph alone does not show it: stated by the caller, or carried between graphs.
+"""Which tokens are vision tokens, where the graph alone does not show it: stated by the caller, or carried between
+graphs.
 
-Some models break into several graphs per forward call. The mask is found in the first and needed in the later ones: it travels on the
+Some models break into several graphs per forward call. The mask is found in the first and needed in the later ones: it
+travels on the
 tensors that flow from graph to graph, so two requests can never see each other's.
 """
 
@@ -20,7 +22,8 @@ _ATTRIBUTE = "_attnpack_modality"
 def modality(mask: Tensor) -> Iterator[None]:
     """State which prompt tokens are vision tokens, for models whose graph does not say.
 
-    mask: bool `[B, T]`, True for vision, in the order of the prompt; later tokens are text. A batch of one stands for every sample, and each
+    mask: bool `[B, T]`, True for vision, in the order of the prompt; later tokens are text. A batch of one stands for
+    every sample, and each
     sample's mask is repeated for its beams. Local to the current thread and asynchronous task.
 
     Raises ValueError when `mask` is not a two-dimensional bool tensor.
@@ -66,7 +69,8 @@ def fit(mask: Tensor, batch: int, tokens: int, device: torch.device, newest: boo
     samples, covered = mask.shape
     if covered > tokens or batch % samples:
         raise ValueError(
-            f"modality mask: got [{samples}, {covered}], expected at most {tokens} tokens and a batch that divides {batch}; "
+            f"modality mask: got [{samples}, {covered}], expected at most {tokens} tokens and a batch that divides "
+            f"{batch}; "
             "give one row per prompt and one column per prompt token, padding included"
         )
     mask = mask.to(device).repeat_interleave(batch // samples, dim=0)

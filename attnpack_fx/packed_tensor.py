@@ -1,7 +1,10 @@
-"""`PackedTensor`: the meaning of a dense `[B, H, T, D]` key or value cache, stored as low-rank factors and a dense tail.
+"""`PackedTensor`: the meaning of a dense `[B, H, T, D]` key or value cache, stored as low-rank factors and a dense
+tail.
 
-Operations a cache needs stay packed (`cat` along T, selecting and repeating samples, dropping the newest tokens, `to`, `clone`, `detach`,
-`zero_`); every other operation decompresses first and is therefore still correct. Nothing writes through a decompressed copy: in-place
+Operations a cache needs stay packed (`cat` along T, selecting and repeating samples, dropping the newest tokens, `to`,
+`clone`, `detach`,
+`zero_`); every other operation decompresses first and is therefore still correct. Nothing writes through a
+decompressed copy: in-place
 operations it cannot honour are refused.
 """
 
@@ -31,7 +34,8 @@ class PackedTensor(torch.Tensor):
     lease: the dense tail's rows; `lease.length` of them hold tokens.
     placement: where each prompt token is stored.
 
-    Not differentiable. Saves and loads with `torch.save` / `torch.load(weights_only=True)` once `attnpack_fx` is imported.
+    Not differentiable. Saves and loads with `torch.save` / `torch.load(weights_only=True)` once `attnpack_fx` is
+    imported.
     """
 
     segments: tuple[Segment[Tensor], ...]
@@ -76,7 +80,7 @@ class PackedTensor(torch.Tensor):
             self._mark_dynamic()
 
     @property
-    def index(self) -> Tensor:
+    def index(self) -> Tensor:  # type: ignore[override]
         return self.placement.index
 
     @property
@@ -108,7 +112,9 @@ class PackedTensor(torch.Tensor):
         return ops.decompress(parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot)
 
     def grow(self, count: int) -> "PackedTensor":
-        """A handle with room for `count` more tokens, whose rows the caller must write: tail rows `lease.length - count` on."""
+        """A handle with room for `count` more tokens, whose rows the caller must write: tail rows `lease.length -
+        count` on.
+        """
         lease = self.lease.buffer.extend(self.lease, count)
         return PackedTensor(self.segments, self.modalities, lease, self.placement)
 
@@ -154,8 +160,9 @@ class PackedTensor(torch.Tensor):
         }
         for dim, tensors in tokens.items():
             for tensor in tensors:
-                # What `torch._dynamo.maybe_mark_dynamic` does; on a wrapper that would also mark dimension 2 of every part.
-                tensor._dynamo_weak_dynamic_indices = {dim}
+                # What `torch._dynamo.maybe_mark_dynamic` does; on a wrapper that would also mark dimension 2 of every
+                # part.
+                tensor._dynamo_weak_dynamic_indices = {dim}  # type: ignore[attr-defined]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = ["rows", "count", "index", "slot"]
@@ -180,7 +187,7 @@ class PackedTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         handler = _PACKED.get(func)
         if handler is not None:
@@ -189,14 +196,16 @@ class PackedTensor(torch.Tensor):
                 return result
         if func._schema.is_mutable:
             raise NotImplementedError(
-                f"{func} would write into a PackedTensor, whose dense form does not exist in memory. Got an in-place operation, "
+                f"{func} would write into a PackedTensor, whose dense form does not exist in memory. "
+                "Got an in-place operation, "
                 "expected one that returns a new tensor; call `.dense()` first and use its result instead."
             )
         args, kwargs = tree_map_only(PackedTensor, PackedTensor.dense, (args, kwargs))
         return func(*args, **kwargs)
 
     def __getitem__(self, key):
-        # Straight to the slice: through autograd the result would be a view that keeps `self` and its lease alive, and the next append
+        # Straight to the slice: through autograd the result would be a view that keeps `self` and its lease alive, and
+        # the next append
         # after a crop would have to copy the tail.
         if isinstance(key, tuple) and len(key) in (3, 4) and not _is_fake(self):
             *leading, tokens, last = key
@@ -215,7 +224,8 @@ class PackedTensor(torch.Tensor):
 
     def __setitem__(self, key, value):
         raise NotImplementedError(
-            "a PackedTensor cannot be written by index: its dense form does not exist in memory. Call `.dense()` and write into that."
+            "a PackedTensor cannot be written by index: its dense form does not exist in memory. "
+            "Call `.dense()` and write into that."
         )
 
     def __deepcopy__(self, memo):
@@ -258,7 +268,8 @@ def _rebuild(factors, modalities, rows, index, slot, ragged) -> PackedTensor:
 
 torch.serialization.add_safe_globals([_rebuild])
 
-# ---- operations that stay packed; each may decline with NotImplemented, which decompresses ----------------------------------------
+# ---- operations that stay packed; each may decline with NotImplemented, which decompresses
+# ----------------------------------------
 
 
 def _is_fake(packed: object) -> bool:

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.parts import Segment
-from attnpack_fx.placement import Placement
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT, VISION, Modality
+from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.tail import TailBuffer
 

@@ -1,4 +1,6 @@
-"""Which logical token each stored slot holds: one small object shared by the keys and values of every layer packed alike."""
+"""Which logical token each stored slot holds: one small object shared by the keys and values of every layer packed
+alike.
+"""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +16,8 @@ class Placement:
     slot: int64 `[B, P]`, slot of each logical prompt position, -1 for padding.
     ragged: whether `index` holds filler.
 
-    Layers share one placement. Operations that derive a new one remember the last result, so that reordering or moving a cache layer by
+    Layers share one placement. Operations that derive a new one remember the last result, so that reordering or moving
+    a cache layer by
     layer keeps it shared.
     """
 

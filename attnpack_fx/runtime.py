@@ -1,4 +1,6 @@
-"""Calls a rewritten, compiled graph: packed arguments are taken apart before it, packed results put together after it."""
+"""Calls a rewritten, compiled graph: packed arguments are taken apart before it, packed results put together after
+it.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,7 +11,6 @@ from torch import Tensor
 
 from attnpack_fx import modality
 from attnpack_fx.kernels.parts import SPARE_ROWS, Segment
-from attnpack_fx.placement import Placement
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.packing import pack
 from attnpack_fx.passes.state import (
@@ -20,11 +21,12 @@ from attnpack_fx.passes.state import (
     ModalityMask,
     OutputSpec,
     Packed,
+    PaddedLength,
     Part,
     Plain,
     Room,
-    PaddedLength,
 )
+from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.tail import TailBuffer
 
@@ -75,7 +77,9 @@ class Runtime:
 
 
 def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]], Any]:
-    """How one input of the compiled graph is found among Dynamo's arguments and the packed values grown for this call."""
+    """How one input of the compiled graph is found among Dynamo's arguments and the packed values grown for this
+    call.
+    """
     match spec:
         case Argument(position):
             return lambda arguments, grown: arguments[position]

@@ -1,8 +1,11 @@
 """Growable storage for the dense tail of a packed key or value, shared safely by every handle that can read it.
 
-Appending in place is what makes a decode step cheap, but a cache can fork: beam search, two continuations of one prompt, a kept
-copy. So each handle holds a `TailLease`, the promise that the first `length` rows of a buffer are its own to read. A lease may be
-extended in place only while no other live lease reads beyond its end; otherwise the rows are copied to a new buffer first.
+Appending in place is what makes a decode step cheap, but a cache can fork: beam search, two continuations of one
+prompt, a kept
+copy. So each handle holds a `TailLease`, the promise that the first `length` rows of a buffer are its own to read. A
+lease may be
+extended in place only while no other live lease reads beyond its end; otherwise the rows are copied to a new buffer
+first.
 """
 
 import threading
@@ -20,7 +23,8 @@ _MINIMUM_ROOM = 16
 class TailBuffer:
     """Rows `[capacity, B, H, D]`; the leases alive on it decide which of them may be written.
 
-    template: no rows, the same dims: what Dynamo sees of the buffer, so that its capacity never matters to a compiled graph.
+    template: no rows, the same dims: what Dynamo sees of the buffer, so that its capacity never matters to a compiled
+    graph.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -64,14 +68,17 @@ class TailLease:
         self.length = length
 
     def visible(self) -> Tensor:
-        """The rows held plus `SPARE_ROWS`, as a tensor that shares the buffer's memory and knows nothing of its capacity."""
+        """The rows held plus `SPARE_ROWS`, as a tensor that shares the buffer's memory and knows nothing of its
+        capacity.
+        """
         return _alias(self.buffer.rows, self.length + SPARE_ROWS)
 
 
 def allocate(rows: Tensor, needed: int) -> TailBuffer:
     """A new buffer that starts with `rows` and holds at least `needed`, with room to grow.
 
-    A quarter of room: each token is copied about five times in all, little beside the reads of attention, and little stands empty.
+    A quarter of room: each token is copied about five times in all, little beside the reads of attention, and little
+    stands empty.
     """
     capacity = needed + max(_MINIMUM_ROOM, needed // 4) + SPARE_ROWS
     grown = rows.new_empty((capacity, *rows.shape[1:]))

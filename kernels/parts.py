@@ -1,12 +1,14 @@
 """The plain description of one packed key or value tensor, shared by ops, passes and `PackedTensor`.
 
-A packed tensor stands for a dense `[B, H, T, D]` one. Its `T` logical tokens are `P` prompt tokens (what was there when it
+A packed tensor stands for a dense `[B, H, T, D]` one. Its `T` logical tokens are `P` prompt tokens (what was there
+when it
 was packed, padding included) followed by the tokens appended since. Storage knows *slots* instead:
 
     slot      0 ........ N_1 ........ N_1 + N_2 ......... N | appended
     holds     segment 1 | segment 2 ...       | tail rows 0..m-1 | tail rows m..n-1
 
-Each segment is a low-rank pair `coefficient @ basis`; the tail holds rows as they are, the `m` prompt tokens that were not
+Each segment is a low-rank pair `coefficient @ basis`; the tail holds rows as they are, the `m` prompt tokens that were
+not
 worth packing first. `index` maps prompt slots to logical positions and `slot` maps back; padding has no slot, and
 samples with fewer tokens than their neighbours have filler slots (`index == -1`).
 
@@ -18,7 +20,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-#: What is added to a tail's length wherever Dynamo or Inductor can see it as a size: they compile separate graphs for sizes 0 and 1.
+#: What is added to a tail's length wherever Dynamo or Inductor can see it as a size: they compile separate graphs for
+#: sizes 0 and 1.
 SPARE_ROWS = 2
 
 

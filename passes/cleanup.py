@@ -38,7 +38,8 @@ def cleanup(state: GraphState) -> int:
 def drop_dead(state: GraphState) -> None:
     """Remove nodes whose readers the rewrite took away.
 
-    Dynamo's graph is not functional: nodes nobody reads are there for what they do (a write in place, a mode entered), and FX alone
+    Dynamo's graph is not functional: nodes nobody reads are there for what they do (a write in place, a mode entered),
+    and FX alone
     does not know them. So only nodes that had readers before the rewrite, and write nothing, are removed.
     """
     state.graph.eliminate_dead_code(lambda node: node.is_impure() or node in state.wanted or writes(node))

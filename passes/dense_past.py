@@ -76,9 +76,8 @@ def compress(
                 pair_node = graph.call_function(
                     torch.ops.attnpack.compress.default, (source, index[name], pair[number])
                 )
-                factors.append(
-                    tuple(flat.add(graph.call_function(operator.getitem, (pair_node, item))) for item in (0, 1))
-                )
+                coefficient, basis = (graph.call_function(operator.getitem, (pair_node, item)) for item in (0, 1))
+                factors.append((flat.add(coefficient), flat.add(basis)))
             tail = graph.call_function(torch.ops.attnpack.take_rows.default, (source, indices[2], 0))
             compressed[node] = Packed(
                 modalities=tuple(ranks),

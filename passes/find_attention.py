@@ -55,13 +55,17 @@ def _match_sdpa(node: Node) -> Site | None:
 
 def _match_flex(node: Node) -> Site | None:
     query, key, value = node.args[:3]
+    if not isinstance(query, Node):
+        return None
     site = Site(node=node, kind="flex_attention", query=query, key=strip_repeat_kv(key), value=strip_repeat_kv(value))
     site.obstacle = "flex_attention is not rewritten yet; load the model with attn_implementation='sdpa'"
     return site
 
 
 def _match_eager(softmax: Node) -> Site | None:
-    """`matmul(q, k^T) [* scale] [+ mask]` -> softmax -> `matmul(weights, v)`, with no-ops and inactive dropout in between."""
+    """`matmul(q, k^T) [* scale] [+ mask]` -> softmax -> `matmul(weights, v)`, with no-ops and inactive dropout in
+    between.
+    """
     scores, scale, mask = through_no_ops(argument(softmax, 0, "input")), 1.0, None
     while is_call(scores, *_EAGER_STEPS):
         if scores.kwargs or len(scores.args) != 2:
@@ -118,7 +122,9 @@ def _untransposed(node: Any) -> Node | None:
 
 
 def _weights_consumer(softmax: Node) -> tuple[Node, Node, bool] | None:
-    """The attention weights as they are multiplied with the values, that product, and whether dropout stands between."""
+    """The attention weights as they are multiplied with the values, that product, and whether dropout stands
+    between.
+    """
     weights, dropout = softmax, False
     while True:
         products = [user for user in weights.users if is_call(user, "matmul", "bmm") and user.args[0] is weights]

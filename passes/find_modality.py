@@ -1,4 +1,6 @@
-"""Find which tokens are vision tokens: the mask of the `masked_scatter` that puts image features among text embeddings."""
+"""Find which tokens are vision tokens: the mask of the `masked_scatter` that puts image features among text
+embeddings.
+"""
 
 import operator
 
@@ -10,7 +12,8 @@ from attnpack_fx.passes.state import GraphState, shape_of
 
 
 def find_modality(state: GraphState) -> int:
-    """Set `state.modality` to a bool `[B, T]` node, True for vision, if the graph shows one; returns how many masks were found.
+    """Set `state.modality` to a bool `[B, T]` node, True for vision, if the graph shows one; returns how many masks
+    were found.
 
     Several masks (images, videos) are united. Recognised: `embeddings.masked_scatter(mask, features)`,
     `embeddings[mask] = features` and its functional forms, with masks `[B, T]`, `[B, T, 1]` or `[B, T, C]`.
@@ -19,7 +22,7 @@ def find_modality(state: GraphState) -> int:
     for node, mask in found:
         with state.graph.inserting_after(node):
             if len(shape_of(mask)) == 3:  # type: ignore[arg-type]
-                flat = state.graph.call_function(operator.getitem, (mask, (Ellipsis, 0)))
+                flat = state.graph.call_function(operator.getitem, (mask, (Ellipsis, 0)))  # type: ignore[arg-type]
                 _describe(flat, mask.meta["example_value"][..., 0])
             else:
                 flat = mask

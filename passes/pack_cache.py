@@ -1,7 +1,9 @@
 """Rewrite cached attention: attend to what is packed, compress what enters the cache, leave the rest and say why.
 
-A cached attention in Dynamo's graph is `k = cat([past, new])`, attention on `k`, and `k` among the outputs. Where the past is a packed
-value, `cat` becomes an append to its tail and attention becomes `attnpack::attention` (`packed_past.py`); where it is dense or empty, the
+A cached attention in Dynamo's graph is `k = cat([past, new])`, attention on `k`, and `k` among the outputs. Where the
+past is a packed
+value, `cat` becomes an append to its tail and attention becomes `attnpack::attention` (`packed_past.py`); where it is
+dense or empty, the
 output becomes `attnpack::compress` and the attention of this call stays exact (`dense_past.py`).
 """
 

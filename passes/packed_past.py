@@ -1,4 +1,6 @@
-"""Attention over a packed past: `cat` becomes a write into the tail, attention reads the factors, other readers decompress."""
+"""Attention over a packed past: `cat` becomes a write into the tail, attention reads the factors, other readers
+decompress.
+"""
 
 import operator
 from dataclasses import dataclass

@@ -35,7 +35,9 @@ def cat_along_tokens(node: Any) -> list[Node]:
 
 
 def through_no_ops(node: Any) -> Any:
-    """The tensor below operations that change neither values nor shape: `contiguous`, and `to` without a change of dtype."""
+    """The tensor below operations that change neither values nor shape: `contiguous`, and `to` without a change of
+    dtype.
+    """
     while isinstance(node, Node):
         source = node.args[0] if node.args else None
         if not isinstance(source, Node):

@@ -1,4 +1,6 @@
-"""Which tokens of a cache are vision, text and padding, as graph nodes: `attnpack::plan`, once for all layers that agree."""
+"""Which tokens of a cache are vision, text and padding, as graph nodes: `attnpack::plan`, once for all layers that
+agree.
+"""
 
 import operator
 from typing import Any
@@ -44,11 +46,11 @@ class TokenPlanner:
         elif mask is not None and not same_size(shape_of(mask)[1], shape[2]):  # type: ignore[index]
             # The mask covers this call's tokens, the newest; older ones are text.
             with state.graph.inserting_after(key if _follows(state, key, mask) else mask):
-                tokens = state.graph.call_method("size", (key, 2))
-            with state.graph.inserting_after(tokens):
+                all_tokens = state.graph.call_method("size", (key, 2))
+            with state.graph.inserting_after(all_tokens):
                 seen = state.graph.call_method("size", (mask, 1))
             with state.graph.inserting_after(seen):
-                older = state.graph.call_function(operator.sub, (tokens, seen))
+                older = state.graph.call_function(operator.sub, (all_tokens, seen))
             with state.graph.inserting_after(older):
                 mask = state.graph.call_function(torch.nn.functional.pad, (mask, (older, 0)))
         self._modality = mask

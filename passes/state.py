@@ -1,7 +1,10 @@
-"""What the passes share: the graph being rewritten, what its inputs and outputs mean, and what was decided at each site.
+"""What the passes share: the graph being rewritten, what its inputs and outputs mean, and what was decided at each
+site.
 
-The graph keeps Dynamo's placeholders; packed values enter it as placeholders of their parts, made the first time a pass asks. Each
-placeholder has an input spec and each output an output spec: together they tell the runtime how to call the compiled graph.
+The graph keeps Dynamo's placeholders; packed values enter it as placeholders of their parts, made the first time a
+pass asks. Each
+placeholder has an input spec and each output an output spec: together they tell the runtime how to call the compiled
+graph.
 """
 
 import operator
@@ -45,7 +48,8 @@ class Size:
         return int(self.expression.subs(values))
 
 
-# ---- how each placeholder of the rewritten graph is fed ----------------------------------------------------------------------------
+# ---- how each placeholder of the rewritten graph is fed
+# ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class ModalityMask:
 
 InputSpec = Argument | Part | PaddedLength | Room | ModalityMask
 
-# ---- what each of Dynamo's outputs becomes -----------------------------------------------------------------------------------------
+# ---- what each of Dynamo's outputs becomes
+# -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ class Grown:
 class Packed:
     """A new packed value, from outputs of the rewritten graph.
 
-    modalities: of its segments; factors: `(coefficient, basis)` outputs of each; indices: the index of each segment, then of the dense
+    modalities: of its segments; factors: `(coefficient, basis)` outputs of each; indices: the index of each segment,
+    then of the dense
     prompt tokens; slot, tail: the others.
     """
 
@@ -128,13 +134,14 @@ OutputSpec = Plain | Grown | Packed
 class PackedInput:
     """A placeholder of Dynamo's graph that holds a packed value.
 
-    fakes: its parts as fake tensors, with a tail of no rows and a length padded by `SPARE_ROWS`; modalities, ragged: as in `PackedTensor`.
+    fakes: its parts as fake tensors, with a tail of no rows and a length padded by `SPARE_ROWS`; modalities, ragged:
+    as in `PackedTensor`.
     """
 
     node: Node
     position: int
-    fakes: PackedParts[torch.Tensor]
-    modalities: tuple[Modality, ...]
+    fakes: PackedParts[Any]
+    modalities: tuple[str, ...]
     ragged: bool
 
 

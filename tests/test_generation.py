@@ -184,10 +184,31 @@ def test_second_turn(dense: Model, packed: Model) -> None:
     assert_same(followed[1], followed[0])
 
 
+# transformers wraps every forward in one function, so all its frames share one code object's recompile limit.
+@torch._dynamo.config.patch(recompile_limit=64)
 def test_batch_changed_between_calls(dense: Model, packed: Model) -> None:
     for batch, left_padding in ((2, 3), (1, 0), (3, 2), (2, 0)):
         inputs = llava_inputs(batch, left_padding)
         assert_same(generate(packed, inputs, tokens=4), generate(dense, inputs, tokens=4))
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model) -> None:
+    """Frames that Dynamo no longer compiles run eagerly, on whatever cache the compiled ones made."""
+    for batch in (1, 2):
+        expected, actual = (generate(model, llava_inputs(batch), tokens=4) for model in (dense, packed))
+        assert torch.equal(actual.sequences, expected.sequences)
+        assert_close(torch.stack(actual.logits), torch.stack(expected.logits))
+
+
+def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Model) -> None:
+    logits = []
+    for model in (dense, packed):
+        cache = prefill(model, llava_inputs(2, 3))
+        logits.append([extend(dense, cache, text(length, batch=2)) for length in (1, 3)])
+    for expected, actual in zip(*logits, strict=True):
+        assert_close(actual, expected)
+    assert_packed(cache)
 
 
 def test_samples_dropped_and_repeated_between_steps(dense: Model, packed: Model) -> None:

@@ -68,7 +68,8 @@ def test_non_finite_tokens_are_refused(bad):
         pack(dense, dense, FULL)
 
 
-# ---- against a dense mirror --------------------------------------------------------------------------------------------------------
+# ---- against a dense mirror
+# --------------------------------------------------------------------------------------------------------
 
 STEPS = st.lists(
     st.one_of(
@@ -177,7 +178,8 @@ def test_a_reordering_tensor_changed_in_place_is_not_mistaken_for_the_old():
     assert_stands_for(key.index_select(0, order), key.dense()[order])
 
 
-# ---- everything else ---------------------------------------------------------------------------------------------------------------
+# ---- everything else
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_operation_decompresses_and_is_right():

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 #: Where the trained model lies in a checkout of the repository.
 TRAINED = Path("benchmarks", "assets", "digits-llava")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def trained_model() -> Path:
 def load(name: str, dtype: str = "float32") -> Loaded:
     """Load a vision-language model with its processor, or a text-only model with its tokenizer.
 
-    name: a folder or a model id of the Hugging Face hub. dtype: one of `DTYPES`.
+    name: a folder or a model id of the Hugging Face hub. dtype: torch's name of one.
 
     Raises `UserError` when there is no such model, or transformers is missing.
     """

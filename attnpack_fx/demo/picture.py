@@ -39,11 +39,12 @@ def draw(
     from matplotlib.figure import Figure
 
     rows = -(-len(images) // _ROW)
-    heights = [0.78 * rows + 0.3, 3.4, 2.9]
+    heights = [0.95 * rows + 0.3, 3.4, 2.9]
     figure = Figure(figsize=(11, sum(heights) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights, hspace=0.04)
+    parts: Any = figure.subfigures(3, 1, height_ratios=heights, hspace=0.04)
+    top, middle, bottom = parts
     _images(top, question, images)
     _spectra(middle, spectra, policy)
     _memory(bottom.subplots(), speed)
@@ -74,7 +75,8 @@ def _spectra(figure: Any, spectra: Sequence[Spectrum], policy: PackPolicy) -> No
 
     figure.suptitle("singular values of the cache after prefill, relative to the largest", fontsize=11)
     layers = max((spectrum.layer for spectrum in spectra), default=0) + 1
-    shade = ScalarMappable(Normalize(0, max(layers - 1, 1)), colormaps["viridis"].resampled(max(layers, 2)))
+    colours = colormaps["viridis"].resampled(layers)
+    shade = ScalarMappable(Normalize(-0.5, layers - 0.5), colours)
     panels = figure.subplots(1, 2, sharey=True)
     for place, (panel, part) in enumerate(zip(panels, ("keys", "values"), strict=True)):
         shown = {}
@@ -82,7 +84,7 @@ def _spectra(figure: Any, spectra: Sequence[Spectrum], policy: PackPolicy) -> No
             if spectrum.part == part:
                 numbers = range(1, len(spectrum.values) + 1)
                 heights = [max(value, _FLOOR / 10) for value in spectrum.values]
-                panel.plot(numbers, heights, _STYLES[spectrum.modality], color=shade.to_rgba(spectrum.layer), lw=1.4)
+                panel.plot(numbers, heights, _STYLES[spectrum.modality], color=colours(spectrum.layer), lw=1.4)
                 shown[spectrum.modality] = spectrum.tokens
         marks = [
             Line2D([], [], color="black", ls=_STYLES[name], label=f"{name} ({count:,} tokens)")

@@ -12,7 +12,7 @@ follow each other as turns.  Half of the prompts of less than 16 images are cut 
 are left out, but names and positions stay those of the full prompt.  The weights that are saved are an
 exponential average.
 
-The schedule is a share of ``--minutes`` of training time, so that a slower machine gets fewer steps.  With
+The schedule is a share of ``--minutes`` of training time, so that a slower computer gets fewer steps.  With
 ``--state`` the run is saved regularly and resumed from there.
 """
 
