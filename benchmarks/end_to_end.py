@@ -6,7 +6,7 @@ with the others, and its logits are compared with those of the uncompiled model 
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from benchmarks import measure
 WARMUP = 4
 OURS = "attnpack"
 _EAGER = "dense, eager"
+#: What results are compared with, and what they are compared for.
+REQUIRED = (_EAGER, OURS)
 _VOCABULARY = 512
 
 
@@ -66,12 +68,16 @@ class Contender:
 
 @torch.no_grad()
 def run(
-    case: Case, steps: int, rounds: int, tell: Callable[[str], None] = lambda _: None, quantized: bool = True
+    case: Case,
+    steps: int,
+    rounds: int,
+    tell: Callable[[str], None] = lambda _: None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Decode `steps` tokens a round with each contender in turn; tokens per second, cache bytes and ratios.
 
     tell: called with a line of text whenever a contender is ready or does not run.
-    quantized: whether transformers' quantized caches take part.
+    only: names of the contenders that take part; all unless given. Those of `REQUIRED` always do.
 
     Raises RuntimeError when logits differ between contenders, or when our cache is not packed while timed.
     """
@@ -83,7 +89,9 @@ def run(
     contenders: dict[str, Contender] = {}
     # Contenders share forward's code, which must not count as one function recompiled too often.
     with torch._dynamo.config.patch(recompile_limit=64):
-        for name, make in _makers(case, model, tokens.shape[1], quantized).items():
+        for name, make in _makers(case, model, tokens.shape[1]).items():
+            if only is not None and name not in (*only, *REQUIRED):
+                continue
             try:
                 contender = make()
             except ImportError as error:
@@ -148,9 +156,7 @@ def _model(case: Case) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(case.dtype).eval()
 
 
-def _makers(
-    case: Case, model: LlamaForCausalLM, new_tokens: int, quantized: bool
-) -> dict[str, Callable[[], Contender]]:
+def _makers(case: Case, model: LlamaForCausalLM, new_tokens: int) -> dict[str, Callable[[], Contender]]:
     """What makes each contender, in the order of their warm-up.
 
     The static cache comes first: a size that changed under one cache, Dynamo expects to change under all.
@@ -188,18 +194,16 @@ def _makers(
         _fill(cache, case)
         return Contender(attnpack_fx.compile(twin(), policy=policy), cache, dense=False, exact=True)
 
-    makers: dict[str, Callable[[], Contender]] = {
+    return {
         "static, Inductor": static,
         "dense, Inductor": lambda: dynamic(True),
         _EAGER: lambda: dynamic(False),
         OURS: ours,
+        "fp8, eager": lambda: quantizing("fp8", False),
+        "fp8, Inductor": lambda: quantizing("fp8", True),
+        "quanto 4 bit, eager": lambda: quantizing("quanto", False),
+        "hqq 4 bit, eager": lambda: quantizing("hqq", False),
     }
-    if quantized:
-        makers["fp8, eager"] = lambda: quantizing("fp8", False)
-        makers["fp8, Inductor"] = lambda: quantizing("fp8", True)
-        makers["quanto 4 bit, eager"] = lambda: quantizing("quanto", False)
-        makers["hqq 4 bit, eager"] = lambda: quantizing("hqq", False)
-    return makers
 
 
 def _fill(cache: Cache, case: Case) -> None:

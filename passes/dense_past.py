@@ -112,7 +112,7 @@ def _written(key: Node) -> Node:
 def _is_static(key: Node) -> bool:
     """Whether the keys are written into storage of a fixed size, as in StaticCache."""
     base, writes = _written(key), ("index_copy_", "index_copy", "copy_", "setitem", "index_put_")
-    return is_call(base, *writes) or (base.op == "placeholder" and any(is_call(user, *writes) for user in base.users))
+    return is_call(base, *writes) or any(is_call(user, *writes) and user.args[0] is base for user in base.users)
 
 
 def leave(state: GraphState, site: Site) -> SiteReport:

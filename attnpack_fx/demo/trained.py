@@ -100,13 +100,14 @@ def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, progr
 
 
 def _score(loaded: Loaded, case: Case, questions: list[digits.Question], dense: Run, packed: Run) -> Score:
+    def right(run: Run) -> float:
+        graded = [digits.score(question, text) for question, text in zip(questions, texts(loaded, run), strict=True)]
+        return sum(graded) / len(graded)
+
+    task, images = case
     count = len(questions)
-    right = [
-        sum(digits.score(question, text) for question, text in zip(questions, texts(loaded, answer), strict=True))
-        / count
-        for answer in (dense, packed)
-    ]
-    return Score(*case, count, *right, dense.cache_bytes / count, packed.cache_bytes / count)
+    held = dense.cache_bytes / count, packed.cache_bytes / count
+    return Score(task, images, count, right(dense), right(packed), *held)
 
 
 def _example(loaded: Loaded, case: Case, question: digits.Question, answers: dict[str, dict[Case, Run]]) -> Example:
