@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch.fx import Graph, GraphModule, Node
 
@@ -22,6 +23,8 @@ from attnpack_fx.policy import PackPolicy, PolicyError
 from attnpack_fx.runtime import Runtime
 
 log = logging.getLogger(__name__)
+
+_SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class AttnpackWarning(UserWarning):
@@ -97,9 +100,14 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
         modality_given=modality.stated() is not None or modality.carried(example_inputs) is not None,
         carries=bool(getattr(reason, "graph_break", False)),
     )
-    # Dynamo removed what is dead: what nobody reads now is wanted for its effect. Only a packed value's size getters
-    # are not.
-    state.wanted = {node for node in graph.nodes if not node.users and node.op not in ("placeholder", "output")}
+    # Dynamo removed what is dead: what nobody reads now is wanted for its effect, except sizes and comparisons of them.
+    state.wanted = {
+        node
+        for node in graph.nodes
+        if not node.users
+        and node.op not in ("placeholder", "output")
+        and not isinstance(node.meta.get("example_value"), _SIZES)
+    }
     originals = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for position, (original, example) in enumerate(zip(originals, example_inputs, strict=True)):
         node = copies[original]

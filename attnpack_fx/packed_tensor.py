@@ -153,16 +153,13 @@ class PackedTensor(torch.Tensor):
 
     def _mark_dynamic(self) -> None:
         """Tell Dynamo which sizes differ from prompt to prompt and step to step, before it compiles for one of them."""
-        tokens = {
-            0: (self.count,),
-            1: (self.index, self.slot, *(segment.coefficient for segment in self.segments)),
-            2: (self,),
-        }
-        for dim, tensors in tokens.items():
-            for tensor in tensors:
-                # What `torch._dynamo.maybe_mark_dynamic` does; on a wrapper that would also mark dimension 2 of every
-                # part.
-                tensor._dynamo_weak_dynamic_indices = {dim}  # type: ignore[attr-defined]
+        # What `torch._dynamo.maybe_mark_dynamic` does; on a wrapper that would also mark dimension 2 of every part.
+        varying: list[tuple[Tensor, set[int]]] = [(self, {2}), (self.count, {0}), (self.index, {1}), (self.slot, {1})]
+        for segment in self.segments:
+            # The rank varies too: it is at most the number of tokens.
+            varying += [(segment.coefficient, {1, 2}), (segment.basis, {2})]
+        for tensor, dims in varying:
+            tensor._dynamo_weak_dynamic_indices = dims  # type: ignore[attr-defined]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = ["rows", "count", "index", "slot"]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: glibc otherwise maps and unmaps every large tensor, and half of the time goes to page faults.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
+#: glibc otherwise maps and unmaps every large tensor, and half of the time goes to page faults. More than any case
+#: allocates: where memory is given back all the same, some later, unrelated call pays for it.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "100000000000", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 #: Largest difference between contenders that compute the same, as a part of the largest number compared.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -45,7 +46,8 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one sample per round: A B C, B C A, C A B, ...
 
-    So a slow moment of the machine falls on all of them. repeats: calls per sample, 1 where not given.
+    So a slow moment of the machine falls on all of them. repeats: calls per sample, after one that is not timed, so
+    that nobody pays for what the contender before left behind; None: one call, timed.
     """
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -53,6 +55,8 @@ def in_turn(
         start = number % len(names)
         for name in names[start:] + names[:start]:
             function, count = contenders[name], repeats[name] if repeats else 1
+            if repeats:
+                function()
             began = time.perf_counter()
             for _ in range(count):
                 function()

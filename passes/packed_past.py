@@ -11,7 +11,7 @@ from torch.fx import Node
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.cleanup import drop_dead
 from attnpack_fx.passes.find_attention import scale_of
-from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_of
+from attnpack_fx.passes.patterns import cat_along_tokens, layer_of
 from attnpack_fx.passes.state import GraphState, PackedInput, Site, SiteReport, Size, shape_of
 
 
@@ -117,10 +117,6 @@ def _read(state: GraphState, packed: PackedInput, appended: dict[Node, Appended]
 
 def decompress_rest(state: GraphState, appended: dict[Node, Appended]) -> None:
     """Give whatever still reads a packed value its dense form, and report it."""
-    for packed in state.packed.values():
-        for user in list(packed.node.users):
-            if user in state.wanted and is_call(user, "numel", "size", "dim"):
-                state.graph.erase_node(user)
     drop_dead(state)
     for cat, grown in appended.items():
         if cat.users:
