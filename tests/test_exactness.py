@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from zoo import ZOO, Example
+from tests.zoo import ZOO, Example
 
 from attnpack_fx import AttnpackWarning, PackedTensor, attnpack_backend
 from attnpack_fx.passes.state import SiteReport

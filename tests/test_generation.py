@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from zoo import TEXT_TOKENS, ZOO
+from tests.zoo import TEXT_TOKENS, ZOO
 
 from attnpack_fx import PackedTensor
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attnpack_fx.demo.generation import DENSE, PACKED, Run
 
 
@@ -77,7 +79,8 @@ def report(
         )
     sections += [
         (
-            "Speed (tokens/s of the whole batch after the first token; compiling and warm-up not counted)",
+            "Speed (tokens/s of the whole batch after the first token; compiling and warm-up not counted; "
+            f"CPU threads: {torch.get_num_threads()})",
             speed_table(speeds),
         ),
         (
