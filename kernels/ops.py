@@ -1,6 +1,7 @@
 """The `attnpack::` operators: schemas, shape functions (fakes) and dispatch by device.
 
-Every operator takes plain tensors, in the terms of `parts.py`; `reference.py` defines what each must compute. The functions
+Every operator takes plain tensors, in the terms of `parts.py`; `reference.py` defines what each must compute. The
+functions
 below are what runs on every device; one that gets a kernel of its own on some device branches to it in its body, which
 eager, Inductor and export all follow.
 """
@@ -14,7 +15,8 @@ from torch._library.fake_impl import allocate_size
 
 from attnpack_fx.kernels import aten
 
-# A bare Library rather than `torch.library.custom_op`: the latter wraps every call in Python layers that cost 10 us, three times
+# A bare Library rather than `torch.library.custom_op`: the latter wraps every call in Python layers that cost 10 us,
+# three times
 # per layer and decode step.
 _LIBRARY = torch.library.Library("attnpack", "FRAGMENT")
 
@@ -52,10 +54,13 @@ def plan(
     real: bool `[B or 1, T]`, False for padding, which gets no slot; None means no padding.
     like: any tensor `[B, H, T, D]`; only its shape and device are read.
     text: whether text tokens are packed (a second segment) or kept as they are.
-    *_gain: `[key rank, value rank, key width, value width]`, width = H * D: the segment is packed only if that takes less
-        memory than its dense rows; empty means always. Vision tokens that are not worth packing go where text tokens go.
+    *_gain: `[key rank, value rank, key width, value width]`, width = H * D: the segment is packed only if that takes
+    less
+        memory than its dense rows; empty means always. Vision tokens that are not worth packing go where text tokens
+        go.
 
-    Returns `(vision, text, dense, slot)`: int64 indices `[B, Nv]`, `[B, Nt]`, `[B, m]` of logical positions, in order, with
+    Returns `(vision, text, dense, slot)`: int64 indices `[B, Nv]`, `[B, Nt]`, `[B, m]` of logical positions, in order,
+    with
     filler -1 at the end of a row, and `slot` `[B, T]`. Sizes depend on the data.
     """
     return aten.plan(modality, real, like, text, vision_gain, text_gain)
@@ -65,7 +70,8 @@ def plan(
 def _(modality, real, like, text, vision_gain, text_gain):
     context = torch.library.get_ctx()
     batch, tokens = like.shape[0], like.shape[2]
-    # Not `context.new_dynamic_size`: that obeys `capture_dynamic_output_shape_ops`, the user's choice for their own code,
+    # Not `context.new_dynamic_size`: that obeys `capture_dynamic_output_shape_ops`, the user's choice for their own
+    # code,
     # off by default; this operator is only introduced after capture.
     sizes = [allocate_size(context._shape_env) for _ in range(3)]
     index = [like.new_empty((batch, size), dtype=torch.int64) for size in sizes]
@@ -78,7 +84,8 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     x: `[B, H, T, D]`; index: int64 `[B, N]`, -1 for filler; rank: at least 1.
     Returns coefficient `[B, N, R]` and basis `[B, H, R, D]` in x's dtype, `R = min(rank, N, H * D)`, factored in fp32.
-    Raises ValueError when a selected token holds NaN or Inf (on a GPU: a device-side assertion, so as not to wait for it).
+    Raises ValueError when a selected token holds NaN or Inf (on a GPU: a device-side assertion, so as not to wait for
+    it).
     """
     return aten.compress(x, index, rank)
 
@@ -94,7 +101,8 @@ def _(x, index, rank):
 def take_rows(x: Tensor, index: Tensor, spare: int) -> Tensor:
     """Copy selected tokens, token-major, with room behind them.
 
-    x: `[B, H, T, D]`; index: int64 `[B, m]`, -1 for filler (zero rows). Returns `[m + spare, B, H, D]`, spare rows zero.
+    x: `[B, H, T, D]`; index: int64 `[B, m]`, -1 for filler (zero rows). Returns `[m + spare, B, H, D]`, spare rows
+    zero.
     """
     return aten.take_rows(x, index, spare)
 
@@ -133,8 +141,10 @@ def decompress(
 ) -> Tensor:
     """The dense meaning: `[B, H, P + length - m, D]`, tokens in logical order, padding zero.
 
-    cos, sin: None, or `[B or 1, sum of N_s, E]` each, E <= D even, one entry per dim and slot: packed rows are keys before
-    rotary embedding and are rotated (first E dims; rotate-half, or pairwise when interleaved). Tail rows are never rotated.
+    cos, sin: None, or `[B or 1, sum of N_s, E]` each, E <= D even, one entry per dim and slot: packed rows are keys
+    before
+    rotary embedding and are rotated (first E dims; rotate-half, or pairwise when interleaved). Tail rows are never
+    rotated.
     """
     return aten.decompress(coefficients, bases, tail, length, index, slot, cos, sin, interleaved)
 
@@ -166,13 +176,15 @@ def attention(
 ) -> Tensor:
     """`softmax(scale * q K^T + mask) V` over packed segments and tail in one softmax, never decompressed.
 
-    query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H; segments and tails as in `parts.py`, keys and values may differ
+    query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H; segments and tails as in `parts.py`, keys and values may
+    differ
         in rank and head dim; the first `length` tail rows count.
     mask: None, or bool (True attends) or additive, broadcastable to `[B, Hq, Tq, T]`, tokens in logical order.
     ragged: whether `index` holds filler, which is then left out.
     cos, sin, interleaved: as in `decompress`, for the keys.
 
-    Returns `[B, Hq, Tq, Dv]` in query's dtype; rows whose every token is masked are zero, as in scaled_dot_product_attention.
+    Returns `[B, Hq, Tq, Dv]` in query's dtype; rows whose every token is masked are zero, as in
+    scaled_dot_product_attention.
     Has no gradient: backward raises.
     """
     return aten.attention(
@@ -205,7 +217,8 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
     """Append dense rows to a low-rank segment by the small SVD of `[coefficient basis; rows]`; cost independent of T.
 
     coefficient: `[B, N, R]`, N may be 0; basis: `[B, H, R, D]`; rows: `[n, B, H, D]`.
-    Returns coefficient `[B, N + n, S]`, basis `[B, H, S, D]` with `S = min(rank, R + n, H * D)`, and `dropped` fp32 `[B]`: the
+    Returns coefficient `[B, N + n, S]`, basis `[B, H, S, D]` with `S = min(rank, R + n, H * D)`, and `dropped` fp32
+    `[B]`: the
     Frobenius norm of what this truncation dropped. Raises ValueError when a row holds NaN or Inf, as `compress` does.
     """
     return aten.fold(coefficient, basis, rows, rank)
@@ -256,3 +269,17 @@ def _refuse_gradient(ctx, grad):
 
 
 torch.library.register_autograd("attnpack::attention", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY)
+
+
+@_operator()
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias` for few rows: on a CPU in fp32 by oneDNN, which streams the weight as it is.
+
+    x: `[..., K]`; weight: `[N, K]`; bias: `[N]` or None. Returns `[..., N]`.
+    """
+    return aten.linear(x, weight, bias)
+
+
+@_fake("linear")
+def _(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -1,6 +1,7 @@
 """What every operator computes, in float64 and straight from its formula: the specification.
 
-Nothing here is fast or saves memory: keys and values are built densely, tokens are placed one by one. Arguments are those
+Nothing here is fast or saves memory: keys and values are built densely, tokens are placed one by one. Arguments are
+those
 of `ops.py`. Factors are unique only up to signs (and rotations within equal singular values), so implementations are
 compared by the matrices they multiply to, by the error of those, and by the properties `parts.py` promises.
 """
@@ -201,3 +202,9 @@ def attention(
     weights = torch.softmax(scores, -1)
     # Rows whose every token is masked.
     return weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0) @ values
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias`."""
+    product = x.double() @ weight.double().T
+    return product if bias is None else product + bias.double()

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from tests.zoo import ZOO, Example
 
 from attnpack_fx import AttnpackWarning, PackedTensor, attnpack_backend
 from attnpack_fx.passes.state import SiteReport
+from tests.zoo import ZOO, Example
 
 LOSSLESS = {"vision_rank": "full", "text_rank": "full", "strict": True}
 TOKENS = 32

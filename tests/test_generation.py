@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from tests.zoo import TEXT_TOKENS, ZOO
 
 from attnpack_fx import PackedTensor
+from tests.zoo import TEXT_TOKENS, ZOO
 
 LOSSLESS = {"vision_rank": "full", "text_rank": "full", "strict": True}
 TOLERANCE = 1e-4

@@ -5,7 +5,8 @@ Per KV head h, over the segments `K ~ C_k B_k`, `V ~ C_v B_v` and the dense tail
     scores = [ (scale q_h B_k,h^T) C_k^T ...  |  scale q_h K_tail,h^T ]
     out    =   (p_segment C_v) B_v,h + ...    +  p_tail V_tail,h
 
-Absorbed queries are `[B, Hq * Tq, R]`: the coefficients are read once for all heads, in one product per segment. The query
+Absorbed queries are `[B, Hq * Tq, R]`: the coefficients are read once for all heads, in one product per segment. The
+query
 heads of a KV head (GQA) are rows of one product. Keys kept before rotary embedding cannot be absorbed: their tiles are
 rebuilt, rotated, used and thrown away.
 """
@@ -91,7 +92,8 @@ def _per_head(tail: Tensor, length: int) -> Tensor:
 
 def _absorbed(q: Tensor, coefficient: Tensor, basis: Tensor) -> Tensor:
     """Scores of one segment: q `[B * H, g * Tq, D]`, basis `[B * H, R, D]` -> `[B, Hq * Tq, N]`."""
-    # The basis goes first: with few queries this is a matrix-vector product, which streams it twice as fast from memory as
+    # The basis goes first: with few queries this is a matrix-vector product, which streams it twice as fast from
+    # memory as
     # the transposed product would.
     latent = torch.bmm(basis, q.mT).mT
     return torch.bmm(latent.reshape(coefficient.shape[0], -1, basis.shape[1]), coefficient.mT)

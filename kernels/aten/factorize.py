@@ -2,7 +2,8 @@
 
 compress: with heads concatenated, the selected tokens are `A [N, H * D] ~ coefficient [N, R] @ basis [R, H * D]`.
 
-fold: `[coefficient basis; rows]` is `N + n` rows of rank at most `R + n`, so the factors of the old rows are never rebuilt:
+fold: `[coefficient basis; rows]` is `N + n` rows of rank at most `R + n`, so the factors of the old rows are never
+rebuilt:
 
     coefficient = Q_c F                     F is the [R, R] triangle, the Q_c of no interest
     [basis; rows] = [L_1; L_2] Q            Q [K, H * D] orthonormal rows, K = min(R + n, H * D)
@@ -29,7 +30,7 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.fold`."""
-    batch, heads, old, dim = basis.shape
+    _, heads, old, dim = basis.shape
     added, dtype = rows.shape[0], coefficient.dtype
     coefficient, rows = coefficient.float(), rows.permute(1, 0, 2, 3).flatten(2).float()
     require_finite(rows, "fold")
@@ -65,6 +66,6 @@ def require_finite(tokens: Tensor, operator: str) -> None:
         return
     count = int((~tokens.isfinite()).sum())
     raise ValueError(
-        f"attnpack::{operator}: {count} of {tokens.numel()} numbers to be packed are NaN or Inf. Find where the model makes "
-        "them (often fp16 overflow: try bfloat16), or mark those tokens as padding, or leave this cache dense."
+        f"attnpack::{operator}: {count} of {tokens.numel()} numbers to be packed are NaN or Inf. Find where the model "
+        "makes them (often fp16 overflow: try bfloat16), or mark those tokens as padding, or leave this cache dense."
     )

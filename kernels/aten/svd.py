@@ -2,20 +2,24 @@
 
 A: fp32 `[B, N, M]`; coefficient `[B, N, R]` carries the singular values; basis `[B, R, M]` has orthonormal rows.
 
-For ranks well below min(N, M), a randomised block Krylov method (Musco & Musco 2015, algorithm 2): with b = R / 2 + 16 columns
+For ranks well below min(N, M), a randomised block Krylov method (Musco & Musco 2015, algorithm 2): with b = R / 2 + 16
+columns
 at a time, and every block of Y made orthonormal to those before it,
 
     Y_1 = orth(A Omega),  Z_i = A^T Y_i,  Y_i+1 = orth(A Z_i)          A ~ Y Z^T,  Y [N, 3 b],  Z [M, 3 b]
 
-and the SVD of the thin Z follows from the eigenvectors of Z^T Z. It needs half the products with A that power iteration with
-oversampling does for the same error. All of it is matrix products and factorisations of small matrices: Householder QR of the
+and the SVD of the thin Z follows from the eigenvectors of Z^T Z. It needs half the products with A that power
+iteration with
+oversampling does for the same error. All of it is matrix products and factorisations of small matrices: Householder QR
+of the
 tall factors costs more than the products, on CPU and on GPU.
 """
 
 import torch
 from torch import Tensor
 
-#: Blocks, and columns of a block beyond R / 2. Together they leave less than 1 % of error above the optimum at rank 64 on
+#: Blocks, and columns of a block beyond R / 2. Together they leave less than 1 % of error above the optimum at rank 64
+on
 #: spectra as slow as k^-0.5.
 BLOCKS = 3
 OVERSAMPLING = 16
@@ -63,7 +67,8 @@ def _leading_directions(z: Tensor, rank: int, generator: torch.Generator) -> Ten
     turn = vectors.flip(-1)[..., :rank] / singular.masked_fill(missing, 1)[:, None]
     directions = z @ turn.to(z.dtype)
     if z.is_cuda or missing.any():
-        # Where the matrix has no more directions, random ones complete the basis; their coefficients come out as rounding.
+        # Where the matrix has no more directions, random ones complete the basis; their coefficients come out as
+        # rounding.
         random = torch.randn(directions.shape[1:], generator=generator, device=z.device)
         directions = torch.where(missing[:, None], random, directions)
     return orthonormal(directions)
@@ -72,7 +77,8 @@ def _leading_directions(z: Tensor, rank: int, generator: torch.Generator) -> Ten
 def orthonormal(z: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
     """Columns of z `[B, n, k]` made orthonormal by Cholesky QR with the Gram matrix in `precision`; zero stays zero.
 
-    A shift keeps the Gram matrix of dependent columns positive definite (Fukaya et al. 2020): for those, a second call is
+    A shift keeps the Gram matrix of dependent columns positive definite (Fukaya et al. 2020): for those, a second call
+    is
     needed, and in single precision the result is only better conditioned.
     """
     gram = z.mT.to(precision) @ z.to(precision)

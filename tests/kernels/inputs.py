@@ -24,7 +24,9 @@ ATTENTION_FLOOR = 0.2
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """`|actual - expected| / |expected|` in Frobenius norm, the RMS of the divisor at least `floor`; shapes must agree."""
+    """`|actual - expected| / |expected|` in Frobenius norm, the RMS of the divisor at least `floor`; shapes must
+    agree.
+    """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     difference = torch.linalg.vector_norm(actual.double() - expected.double())
     least = max(1e-12, floor * expected.numel() ** 0.5)
@@ -89,7 +91,9 @@ def shapes(draw: st.DrawFn, **fixed: Any) -> Shapes:
 
 
 def attention_arguments(shape: Shapes) -> dict[str, Any]:
-    """Arguments of `ops.attention`. Prompt positions are spread over slots at random, as after packing two modalities."""
+    """Arguments of `ops.attention`. Prompt positions are spread over slots at random, as after packing two
+    modalities.
+    """
     random = torch.Generator().manual_seed(shape.seed)
 
     def normal(*size: int) -> Tensor:
