@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 #: Blocks, and columns of a block beyond R / 2. Together they leave less than 1 % of error above the optimum at rank 64
-on
-#: spectra as slow as k^-0.5.
+#: on spectra as slow as k^-0.5.
 BLOCKS = 3
 OVERSAMPLING = 16
 #: Directions below this share of the largest singular value are fp32 rounding.
