@@ -23,7 +23,7 @@ def plan(
     shape = (like.shape[0], like.shape[2])
     real = like.new_ones(shape, dtype=torch.bool) if real is None else real.expand(shape)
     vision = positions(modality.expand(shape) & real) if modality is not None else None
-    if vision is None or not saves_memory(vision.shape[1], vision_gain):
+    if modality is None or vision is None or not saves_memory(vision.shape[1], vision_gain):
         rest = positions(real)
         vision = rest[:, :0].clone()
     else:
