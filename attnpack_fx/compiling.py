@@ -36,7 +36,7 @@ def compile(
     original = getattr(model, "_orig_mod", model)
     # torch.compile takes either a mode or options: the mode rides along among the options.
     given = options if mode is None else {**options, "mode": mode}
-    # Past Dynamo's recompile limit a model runs eagerly and its cache is dense; torch 2.13 lets each model have its own.
+    # Past the recompile limit a model runs eagerly, its cache dense; from torch 2.13 on each model can have its own.
     alone = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     original.compile(backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **alone)
     return original
