@@ -11,7 +11,7 @@ from torch.fx import Node
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.cleanup import drop_dead
 from attnpack_fx.passes.find_attention import scale_of
-from attnpack_fx.passes.patterns import cat_along_tokens, layer_of
+from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_of
 from attnpack_fx.passes.state import GraphState, PackedInput, Site, SiteReport, Size, shape_of
 
 
@@ -54,8 +54,11 @@ def _appends_to(node: Node, packed: Node) -> bool:
     pieces = cat_along_tokens(node)
     if len(pieces) != 2 or pieces[0] is not packed or pieces[1] is packed:
         return False
-    new, past = shape_of(pieces[1]), shape_of(packed)
-    return new is not None and past is not None and len(new) == 4 and new[1] == past[1] and new[3] == past[3]
+    new, past = (node.meta.get("example_value") for node in (pieces[1], packed))
+    if not isinstance(new, torch.Tensor) or not isinstance(past, torch.Tensor) or new.dim() != 4:
+        return False
+    same_heads = new.shape[1] == past.shape[1] and new.shape[3] == past.shape[3]
+    return same_heads and new.dtype == past.dtype and new.device == past.device
 
 
 def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> SiteReport | None:
@@ -136,9 +139,11 @@ def decompress_rest(state: GraphState, appended: dict[Node, Appended]) -> None:
 
 def _report_readers(state: GraphState, value: Node) -> None:
     """One report per packed value that is decompressed, unless its attention site was reported already."""
-    if any(value in (site.key, site.value) for site in state.sites):
+    # Sizes need no data: what they are taken of is never computed.
+    readers = [user for user in value.users if not is_call(user, "numel", "size", "dim")]
+    if not readers or any(value in (site.key, site.value) for site in state.sites):
         return
-    reader = next(iter(value.users))
+    reader = readers[0]
     name = getattr(reader.target, "__name__", str(reader.target))
     reason = f"decompressed: `{name}` reads the packed cache, and no known form of attention does"
     state.reports.append(SiteReport(layer_of(reader), "other", "dense", reason, causal=True))

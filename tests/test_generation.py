@@ -349,9 +349,11 @@ def test_with_gradients_enabled(dense: Model, packed: Model) -> None:
     (expected, expected_step, expected_gradients), (actual, actual_step, gradients) = results
     assert_close(actual, expected)
     assert_close(actual_step, expected_step)
-    assert gradients.keys() == expected_gradients.keys()
+    assert gradients.keys() >= expected_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6, msg=name)
+        # Compiled, parameters that do not reach the loss get zeros where eager leaves None.
+        wanted = expected_gradients.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6, msg=name)
     assert_packed(out.past_key_values)
 
 
