@@ -121,7 +121,7 @@ class PackedTensor(torch.Tensor):
     def append(self, new: Tensor) -> "PackedTensor":
         """`cat([self, new], dim=2)` with new `[B, H, k, D]`; self stays as it is."""
         grown = self.grow(new.shape[2])
-        ops.append_(grown.lease.buffer.rows, new, self.lease.length)
+        ops.append_([grown.lease.buffer.rows], [new], [self.lease.length])
         return grown
 
     def crop(self, tokens: int) -> "PackedTensor":

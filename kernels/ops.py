@@ -1,38 +1,76 @@
 """The `attnpack::` operators: schemas, shape functions (fakes) and dispatch by device.
 
 Every operator takes plain tensors, in the terms of `parts.py`; `reference.py` defines what each must compute. The
-functions
-below are what runs on every device; one that gets a kernel of its own on some device branches to it in its body, which
-eager, Inductor and export all follow.
+functions below are what runs on every device. One with Triton kernels branches to them in its body, by device; on a GPU
+Inductor sees through it (`_visible_on_gpu`) and launches the kernels itself, on a CPU it stays one call.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
+from torch._library.triton import set_wrap_triton_enabled, triton_ops_to_kernels
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.export._trace import custom_triton_ops_decomposition_disabled
 
 from attnpack_fx.kernels import aten
 
+if importlib.util.find_spec("triton") is not None:
+    from attnpack_fx.kernels import triton
+else:  # Triton has no packages for this platform, so torch has no GPU that needs them
+    triton = None  # type: ignore[assignment]
+
 # A bare Library rather than `torch.library.custom_op`: the latter wraps every call in Python layers that cost 10 us,
-# three times
-# per layer and decode step.
+# three times per layer and decode step.
 _LIBRARY = torch.library.Library("attnpack", "FRAGMENT")
 
 
-def _operator(mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function the operator `attnpack::<its name>`, with the schema its annotations say."""
+def _operator(mutates: Sequence[str] = (), kernels: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the operator `attnpack::<its name>`, with the schema its annotations say.
+
+    kernels: whether it launches Triton kernels on a GPU.
+    """
 
     def define(function: Callable[..., Any]) -> Any:
+        name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _LIBRARY.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
-        packet = getattr(torch.ops.attnpack, function.__name__)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        packet = getattr(torch.ops.attnpack, name)
         packet.__doc__ = function.__doc__
+        if kernels and triton is not None:
+            _show_kernels(packet.default, function)
+            function = set_wrap_triton_enabled(False)(function)  # eager: launch at once
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         return packet
 
     return define
+
+
+def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Let Inductor see the kernels inside an operator and launch them itself: `torch.library.triton_op`, on a GPU only.
+
+    On a CPU the operator stays one call: its products are ATen's, which Inductor's lowering would slow down.
+    """
+
+    def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if custom_triton_ops_decomposition_disabled() or not _on_gpu(args):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return function(*args, **(kwargs or {}))
+
+    torch.library.register_torch_dispatch(operator, FunctionalTensorMode, decompose, lib=_LIBRARY)
+    # So that keys of AOTAutograd's cache cover the kernels' source.
+    triton_ops_to_kernels[operator._name] = list(triton.KERNELS)
+
+
+def _on_gpu(arguments: Sequence[Any]) -> bool:
+    return any(
+        _on_gpu(each) if isinstance(each, list | tuple) else isinstance(each, Tensor) and each.is_cuda
+        for each in arguments
+    )
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -113,17 +151,21 @@ def _(x, index, spare):
     return x.new_empty((index.shape[1] + spare, batch, heads, dim))
 
 
-@_operator(mutates=("tail",))
-def append_(tail: Tensor, new: Tensor, position: int) -> None:
-    """Write new tokens into the tail's spare rows, in place.
+@_operator(mutates=("tails",), kernels=True)
+def append_(tails: Sequence[Tensor], new: Sequence[Tensor], positions: Sequence[int]) -> None:
+    """Write new tokens into the spare rows of one tail or more, in place.
 
-    tail: `[rows, B, H, D]`; new: `[B, H, k, D]`; rows `position .. position + k - 1` are overwritten, and must exist.
+    tails: `[rows, B, H, D]` each, none twice; new: `[B, H, k, D]` each. Of every tail, rows `position .. position + k -
+    1` are overwritten, and must exist.
     """
-    aten.append_(tail, new, position)
+    if triton is not None and tails[0].is_cuda:
+        triton.append_(tails, new, positions)
+    else:
+        aten.append_(tails, new, positions)
 
 
 @_fake("append_")
-def _(tail, new, position):
+def _(tails, new, positions):
     return None
 
 
@@ -156,7 +198,7 @@ def _(coefficients, bases, tail, length, index, slot, cos=None, sin=None, interl
     return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
 
 
-@_operator()
+@_operator(kernels=True)
 def attention(
     query: Tensor,
     key_coefficients: Sequence[Tensor],
@@ -187,29 +229,56 @@ def attention(
     scaled_dot_product_attention.
     Has no gradient: backward raises.
     """
-    return aten.attention(
-        query,
-        key_coefficients,
-        key_bases,
-        value_coefficients,
-        value_bases,
-        key_tail,
-        value_tail,
-        length,
-        index,
-        mask,
-        scale,
-        ragged,
-        cos,
-        sin,
-        interleaved,
-    )
+    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
+    return _attention(*arguments, index, mask, scale, ragged, cos, sin, interleaved, weights=False)[0]
+
+
+@_operator(kernels=True)
+def attention_weights(
+    query: Tensor,
+    key_coefficients: Sequence[Tensor],
+    key_bases: Sequence[Tensor],
+    value_coefficients: Sequence[Tensor],
+    value_bases: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    length: int,
+    index: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ragged: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and how much the last query attends to every slot: its weights, averaged over query heads.
+
+    Arguments and first result as in `attention`; weights fp32 `[B, slots]` with slots in storage order (packed tokens,
+    then tail rows). Slots that are filler or masked have none; a sample's weights sum to 1 where any head saw a token.
+    """
+    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
+    return _attention(*arguments, index, mask, scale, ragged, cos, sin, interleaved, weights=True)
+
+
+def _attention(query: Tensor, *arguments: Any, weights: bool) -> tuple[Tensor, Tensor]:
+    if triton is not None and query.is_cuda and triton.takes(query, *arguments):
+        return triton.attention(query, *arguments, weights)
+    return aten.attention(query, *arguments, weights)
 
 
 @_fake("attention")
 def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, *_, **__):
     batch, heads, queries, _ = query.shape
     return query.new_empty((batch, heads, queries, value_tail.shape[-1]))
+
+
+@_fake("attention_weights")
+def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *_, **__):
+    batch, heads, queries, _ = query.shape
+    slots = sum(c.shape[1] for c in key_coefficients) + length
+    return query.new_empty((batch, heads, queries, value_tail.shape[-1])), query.new_empty(
+        (batch, slots), dtype=torch.float32
+    )
 
 
 @_operator()
@@ -268,7 +337,14 @@ def _refuse_gradient(ctx, grad):
     return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=False))
 
 
+def _refuse_gradients(ctx, grad, grad_weights):
+    return _refuse_gradient(ctx, grad)
+
+
 torch.library.register_autograd("attnpack::attention", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY)
+torch.library.register_autograd(
+    "attnpack::attention_weights", _refuse_gradients, setup_context=_remember_shapes, lib=_LIBRARY
+)
 
 
 @_operator()

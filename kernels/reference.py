@@ -76,10 +76,11 @@ def take_rows(x: Tensor, index: Tensor, spare: int) -> Tensor:
     return rows
 
 
-def append_(tail: Tensor, new: Tensor, position: int) -> None:
+def append_(tails: Sequence[Tensor], new: Sequence[Tensor], positions: Sequence[int]) -> None:
     """`tail[position + j, b] = new[b, :, j]`."""
-    for number in range(new.shape[2]):
-        tail[position + number] = new[:, :, number]
+    for tail, tokens, position in zip(tails, new, positions, strict=True):
+        for number in range(tokens.shape[2]):
+            tail[position + number] = tokens[:, :, number]
 
 
 def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -179,6 +180,28 @@ def attention(
     interleaved: bool = False,
 ) -> Tensor:
     """`softmax(scale q K^T + mask) V` over the slots, K and V dense, KV heads repeated for their query heads."""
+    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
+    return attention_weights(*arguments, index, mask, scale, ragged, cos, sin, interleaved)[0]
+
+
+def attention_weights(
+    query: Tensor,
+    key_coefficients: Sequence[Tensor],
+    key_bases: Sequence[Tensor],
+    value_coefficients: Sequence[Tensor],
+    value_bases: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    length: int,
+    index: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ragged: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and its softmax weights of the last query, averaged over heads: `[B, slots]`."""
     keys = stored(key_coefficients, key_bases, key_tail, length, cos, sin, interleaved)
     values = stored(value_coefficients, value_bases, value_tail, length, None, None, False)
     group = query.shape[1] // keys.shape[1]
@@ -201,7 +224,8 @@ def attention(
         scores[..., :prompt_slots].masked_fill_((index < 0)[:, None, None], -torch.inf)
     weights = torch.softmax(scores, -1)
     # Rows whose every token is masked.
-    return weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0) @ values
+    weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
+    return weights @ values, weights[:, :, -1].mean(1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

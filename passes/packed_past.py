@@ -42,7 +42,7 @@ def append(state: GraphState) -> dict[Node, Appended]:
         length = state.length(packed)
         with state.graph.inserting_before(cat):
             detached = state.graph.call_method("detach", (new,))
-            state.graph.call_function(torch.ops.attnpack.append_.default, (tail, detached, length))
+            state.graph.call_function(torch.ops.attnpack.append_.default, ([tail], [detached], [length]))
             added = tokens if isinstance(tokens, int) else state.graph.call_method("size", (new, 2))
             longer = state.graph.call_function(operator.add, (length, added))
         state.wanted.add(longer)  # what reads it may come after the first sweep of dead nodes

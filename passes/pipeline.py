@@ -5,6 +5,7 @@ from collections.abc import Callable
 from attnpack_fx.passes.cleanup import cleanup
 from attnpack_fx.passes.find_attention import find_attention
 from attnpack_fx.passes.find_modality import find_modality
+from attnpack_fx.passes.merge_appends import merge_appends
 from attnpack_fx.passes.pack_cache import decompress_inputs, pack_cache
 from attnpack_fx.passes.route_linear import route_linear
 from attnpack_fx.passes.state import GraphState
@@ -14,6 +15,7 @@ PASSES: tuple[Callable[[GraphState], int], ...] = (
     find_attention,  # before any rewrite: patterns are those of the model's source
     find_modality,  # before pack_cache, which splits tokens by it
     pack_cache,
+    merge_appends,  # after pack_cache, which writes an append per cache tensor
     route_linear,  # after pack_cache: only graphs that read a packed cache are decode steps worth it
     cleanup,  # last: earlier passes leave dead nodes and unread placeholders behind
 )

@@ -40,14 +40,15 @@ def attention(
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
-) -> Tensor:
-    """See `ops.attention`."""
+    weights: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""
     batch, heads, queries, _ = query.shape
     kv_heads, value_dim = value_tail.shape[2:]
     packed = sum(c.shape[1] for c in key_coefficients)
     slots = packed + length
     if slots == 0:
-        return query.new_zeros((batch, heads, queries, value_dim))
+        return query.new_zeros((batch, heads, queries, value_dim)), query.new_zeros((batch, 0), dtype=torch.float32)
     dtype = query.dtype
     # CPUs have no fast fp16 matrix products: convert what is read.
     work = torch.float32 if dtype == torch.float16 and query.device.type == "cpu" else dtype
@@ -82,7 +83,8 @@ def attention(
         out = _weighted_values(p, values, value_rows, batch * kv_heads)
         outs.append(out.view(batch, heads, count, value_dim))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-    return out.to(dtype)
+    last = p.view(batch, heads, -1, slots)[:, :, -1] if weights else p.new_empty((0, 1, 0))
+    return out.to(dtype), last.mean(1, dtype=torch.float32)
 
 
 def _per_head(tail: Tensor, length: int) -> Tensor:

@@ -29,9 +29,10 @@ def take_rows(x: Tensor, index: Tensor, spare: int) -> Tensor:
     return rows
 
 
-def append_(tail: Tensor, new: Tensor, position: int) -> None:
+def append_(tails: Sequence[Tensor], new: Sequence[Tensor], positions: Sequence[int]) -> None:
     """See `ops.append_`; `narrow` refuses rows that are not there."""
-    tail.narrow(0, position, new.shape[2]).copy_(new.permute(2, 0, 1, 3))
+    for tail, tokens, position in zip(tails, new, positions, strict=True):
+        tail.narrow(0, position, tokens.shape[2]).copy_(tokens.permute(2, 0, 1, 3))
 
 
 def decompress(

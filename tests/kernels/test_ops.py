@@ -23,8 +23,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_attention(shape):
-    opcheck(attnpack.attention.default, tuple(attention_arguments(shape).values()))
+@pytest.mark.parametrize("operator", [attnpack.attention.default, attnpack.attention_weights.default])
+def test_attention(shape, operator):
+    opcheck(operator, tuple(attention_arguments(shape).values()))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -64,7 +65,9 @@ def test_take_rows(tokens, spare):
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_append(count):
-    opcheck(attnpack.append_.default, (torch.randn(6, 2, 4, 8), torch.randn(2, count, 4, 8).transpose(1, 2), 2))
+    tails = [torch.randn(6, 2, 4, 8), torch.randn(7, 2, 4, 16)]
+    new = [torch.randn(2, count, 4, tail.shape[3]).transpose(1, 2) for tail in tails]
+    opcheck(attnpack.append_.default, (tails, new, [2, 3]))
 
 
 @pytest.mark.parametrize(("tokens", "old", "added", "rank"), [(9, 4, 3, 5), (0, 0, 3, 5), (9, 4, 0, 2), (9, 4, 3, 40)])
@@ -112,7 +115,7 @@ def test_packing_compiles_as_one_graph_with_sizes_that_depend_on_the_data(vision
 
 def test_decode_steps_compile_once_and_match_eager():
     def step(query, new, tail, length, coefficient, basis, index):
-        attnpack.append_(tail, new, length)
+        attnpack.append_([tail], [new], [length])
         out = attnpack.attention(
             query,
             [coefficient],
@@ -146,5 +149,5 @@ def test_decode_steps_compile_once_and_match_eager():
 
 
 def test_operators_explain_themselves():
-    for name in ("plan", "compress", "take_rows", "append_", "decompress", "attention", "fold"):
+    for name in ("plan", "compress", "take_rows", "append_", "decompress", "attention", "attention_weights", "fold"):
         assert getattr(ops, name).__doc__ == getattr(attnpack, name).__doc__ != ""

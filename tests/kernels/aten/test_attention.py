@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpack_fx.kernels import reference
-from attnpack_fx.kernels.aten.attention import attention
 
 from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, relative_error, shapes
 
 # The package re-exports the function under the module's name.
 implementation = import_module("attnpack_fx.kernels.aten.attention")
+
+
+def attention(**arguments):
+    return implementation.attention(**arguments)[0]
 
 
 def check(shape: Shapes) -> None:
@@ -144,3 +147,14 @@ def test_no_dense_keys_or_values_are_built(rotary, queries, monkeypatch):
     with LargestTensor() as recorded:
         attention(**arguments)
     assert 0 < recorded.largest <= 32 * 8 * 64 * 2
+
+
+@given(shape=shapes())
+@settings(max_examples=80, deadline=None)
+def test_weights_of_the_last_query(shape):
+    arguments = attention_arguments(shape)
+    out, weights = implementation.attention(**arguments, weights=True)
+    expected_out, expected = reference.attention_weights(**arguments)
+    assert weights.dtype == torch.float32
+    assert_close(out, expected_out.to(shape.dtype), floor=ATTENTION_FLOOR)
+    assert_close(weights, expected, shape.dtype)

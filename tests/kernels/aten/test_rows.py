@@ -43,8 +43,8 @@ def test_append_matches_the_reference(seed, dtype, count, before, after):
     tail = torch.randn(before + count + after, 2, 3, 8, generator=random).to(dtype)
     new = torch.randn(2, count, 3, 8, generator=random).to(dtype).transpose(1, 2)
     expected, address = tail.clone(), tail.data_ptr()
-    reference.append_(expected, new, before)
-    append_(tail, new, before)
+    reference.append_([expected], [new], [before])
+    append_([tail], [new], [before])
     assert torch.equal(tail, expected) and tail.data_ptr() == address
 
 
@@ -52,7 +52,7 @@ def test_append_matches_the_reference(seed, dtype, count, before, after):
 def test_append_beyond_the_rows_is_an_error_and_writes_nothing(position, count):
     tail = torch.zeros(4, 1, 2, 3)
     with pytest.raises((RuntimeError, IndexError)):
-        append_(tail, torch.ones(1, 2, count, 3), position)
+        append_([tail], [torch.ones(1, 2, count, 3)], [position])
     assert tail.eq(0).all()
 
 

@@ -1,0 +1,13 @@
+"""`python -m benchmarks.gpu`, or `python benchmarks/gpu`."""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Run as a folder, it stands first on the path itself: its modules would hide others of the same name.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from benchmarks.gpu.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

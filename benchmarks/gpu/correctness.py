@@ -1,0 +1,413 @@
+"""Every operator on the device against the float64 reference: fresh random inputs, poisoned memory.
+
+Generators and tolerances are those of the tests. Before each call freed device memory is filled with NaN, so that what
+an operator does not write, or reads without having written it, shows.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from attnpack_fx.kernels import ops, reference
+from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.part import Part, Result, Run, WrongResultError, left_out, markdown, measured
+from tests.kernels.inputs import ATTENTION_FLOOR, TOLERANCE, Shapes, attention_arguments, relative_error
+
+DTYPES = tuple(TOLERANCE)
+#: Compress may miss the optimum by this factor, beside rounding its factors.
+_NEAR_BEST = 1.01
+#: Sizes of the poisoned blocks: the allocator serves what it is asked from the freed block that fits.
+_POISONED = tuple(1 << power for power in range(9, 28))
+
+Check = Callable[[Machine, torch.dtype, int], dict[str, float]]
+
+
+def cases(run: Run) -> Mapping[str, Callable[[], Result]]:
+    """Every operator of the namespace in every dtype; one without a check here fails."""
+    functions: dict[str, Callable[[], Result]] = {}
+    for name in sorted({*registered(), *CHECKS}):
+        for dtype in DTYPES:
+            functions[f"{name} {_name(dtype)}"] = partial(measure_case, run.machine, name, dtype)
+    return functions
+
+
+def registered() -> set[str]:
+    """Names of the operators in `torch.ops.attnpack`."""
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("attnpack::").partition(".")[0] for name in names if name.startswith("attnpack::")}
+
+
+@torch.no_grad()
+def measure_case(machine: Machine, name: str, dtype: torch.dtype) -> Result:
+    """Worst error of one operator over its inputs. Raises WrongResultError, with the seed, for the first too large."""
+    if name not in CHECKS:
+        raise WrongResultError(f"operator attnpack::{name} has no check in benchmarks/gpu/correctness.py")
+    if name not in registered():
+        raise WrongResultError(f"attnpack::{name} has a check in benchmarks/gpu/correctness.py and is no operator")
+    seed = secrets.randbits(31)
+    errors = CHECKS[name](machine, dtype, seed)
+    machine.synchronize()
+    return {"seed": seed, "inputs": len(errors), "worst": max(errors.values()), "limit": TOLERANCE[dtype]}
+
+
+# ---- inputs ------------------------------------------------------------------------------------------------
+
+
+def attention_shapes(dry: bool) -> list[Shapes]:
+    """Each thing an attention problem can differ in, alone and together; a dry run takes a few."""
+    base = Shapes(batch=2, segments=(70,), key_dim=64, value_dim=64, key_rank=16, value_rank=16)
+    variants: list[dict[str, Any]] = [
+        {},
+        *({"key_dim": dim, "value_dim": dim} for dim in (16, 24, 32, 80, 96, 128, 256)),
+        {"key_dim": 128, "value_dim": 64},
+        *({"key_rank": key, "value_rank": value} for key, value in ((1, 1), (7, 13), (33, 17), (64, 64), (5, 64))),
+        *({"group": group, "heads": heads} for group, heads in ((4, 2), (7, 1), (8, 4))),
+        *({"queries": queries, "group": group} for queries, group in ((2, 1), (9, 4), (65, 2))),
+        {"segments": (33, 29)},
+        {"segments": (0, 40)},
+        {"segments": (1,)},
+        {"segments": ()},
+        {"segments": (), "kept": 0, "appended": 1},
+        {"kept": 0, "appended": 0},
+        {"kept": 130, "appended": 70},
+        {"padding": 5, "mask": "bool"},
+        *({"mask": mask, "mask_shape": shape} for mask in ("bool", "additive") for shape in _MASK_SHAPES),
+        {"ragged": True},
+        {"ragged": True, "segments": (33, 29), "group": 4, "queries": 3, "mask": "additive"},
+        {"ragged": True, "mask": "bool", "padding": 3},
+        *({"rotary": size, "interleaved": pairs} for size in (64, 32) for pairs in (False, True)),
+        {"rotary": 64, "segments": (33, 29), "group": 4, "queries": 3, "mask": "bool", "ragged": True},
+        {"batch": 1, "heads": 8, "group": 4, "segments": (2100,), "key_dim": 128, "value_dim": 128, "key_rank": 64},
+        {
+            "batch": 5,
+            "heads": 8,
+            "segments": (577,),
+            "key_dim": 128,
+            "value_dim": 128,
+            "key_rank": 64,
+            "value_rank": 48,
+        },
+    ]
+    return [replace(base, **variant) for variant in (variants[::6] if dry else variants)]
+
+
+_MASK_SHAPES = (
+    (True, True, True, True),
+    (True, False, False, True),
+    (False, False, True, True),
+    (False, False, False, True),
+    (True, False, True, False),
+)
+
+
+def _on(machine: Machine, arguments: Any) -> Any:
+    """Copies of all tensors on the device; what an operator changes in one is seen in no other."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(machine.device, copy=True), arguments)
+
+
+def poison(machine: Machine) -> None:
+    """Leave NaN in freed memory of many sizes, which the next allocations are served from."""
+    sizes = _POISONED[:10] if machine.dry else _POISONED
+    blocks = [torch.full((size // 4,), torch.nan, device=machine.device) for size in sizes for _ in range(2)]
+    del blocks
+
+
+def _judge(errors: dict[str, float], what: str, error: float, limit: float, seed: int) -> None:
+    # Written so that NaN is refused.
+    if not error <= limit:
+        raise WrongResultError(f"{what}, seed {seed}: error {error:.2e}, expected at most {limit:.1e}")
+    errors[f"{what} {seed}"] = error
+
+
+def _same(errors: dict[str, float], what: str, actual: Tensor, expected: Tensor, seed: int) -> None:
+    equal = actual.shape == expected.shape and torch.equal(actual.cpu(), expected)
+    _judge(errors, what, 0.0 if equal else float("inf"), 0.0, seed)
+
+
+def _random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- one check for each operator: worst errors by input ----------------------------------------------------
+
+
+def check_attention(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for number, arguments, here, what in _attention_problems(machine, dtype, seed):
+        poison(machine)
+        out = ops.attention(**here)
+        _attended(errors, f"attention {what}", out, reference.attention(**arguments), dtype, seed + number)
+    return errors
+
+
+def check_attention_weights(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for number, arguments, here, what in _attention_problems(machine, dtype, seed):
+        poison(machine)
+        out, weights = ops.attention_weights(**here)
+        expected, expected_weights = reference.attention_weights(**arguments)
+        _attended(errors, f"attention_weights {what}", out, expected, dtype, seed + number)
+        if weights.dtype != torch.float32:
+            raise WrongResultError(f"attention_weights returns weights in {weights.dtype}, expected torch.float32")
+        error = relative_error(weights.cpu(), expected_weights)
+        _judge(errors, f"attention_weights, weights {what}", error, TOLERANCE[dtype], seed + number)
+    return errors
+
+
+def _attention_problems(
+    machine: Machine, dtype: torch.dtype, seed: int
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], Shapes]]:
+    """Number, arguments, the same on the device, and shapes."""
+    for number, shape in enumerate(attention_shapes(machine.dry)):
+        shape = replace(shape, dtype=dtype, seed=seed + number)
+        arguments = attention_arguments(shape)
+        here = _on(machine, arguments)
+        # Rows beyond the length are spare: what stands there must not matter.
+        for tail in (here["key_tail"], here["value_tail"]):
+            tail[here["length"] :] = torch.nan
+        yield number, arguments, here, shape
+
+
+def _attended(
+    errors: dict[str, float], what: str, out: Tensor, expected: Tensor, dtype: torch.dtype, seed: int
+) -> None:
+    if out.dtype != dtype:
+        raise WrongResultError(f"{what} returns {out.dtype}, expected {dtype}")
+    _judge(errors, what, relative_error(out.cpu(), expected, ATTENTION_FLOOR), TOLERANCE[dtype], seed)
+
+
+def check_decompress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for number, shape in enumerate(attention_shapes(machine.dry)):
+        shape = replace(shape, dtype=dtype, seed=seed + number, mask="none")
+        arguments = attention_arguments(shape)
+        names = ("key_coefficients", "key_bases", "key_tail", "length", "index")
+        parts = [arguments[name] for name in names]
+        slot = _slots(arguments["index"], shape.padding)
+        turn = (arguments["cos"], arguments["sin"], shape.interleaved)
+        expected = reference.decompress(*parts, slot, *turn)
+        here = _on(machine, (*parts, slot, *turn))
+        poison(machine)
+        error = relative_error(ops.decompress(*here).cpu(), expected)
+        _judge(errors, f"decompress {shape}", error, TOLERANCE[dtype], seed + number)
+    return errors
+
+
+def _slots(index: Tensor, padding: int) -> Tensor:
+    """The inverse of `index` `[B, N]`: int64 `[B, N + padding]`."""
+    slot = torch.full((index.shape[0], index.shape[1] + padding), -1)
+    for sample, row in enumerate(index.tolist()):
+        for number, position in enumerate(row):
+            if position >= 0:
+                slot[sample, position] = number
+    return slot
+
+
+def check_append_(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    sizes = ((1, 0, 3, 8), (1, 4, 32, 128), (3, 2, 5, 80), (0, 1, 2, 16), (7, 0, 1, 256), (1, 9, 8, 24))
+    tails, new, positions = [], [], []
+    for count, position, heads, dim in sizes:
+        tails.append(torch.randn((position + count + 2, 2, heads, dim), generator=random).to(dtype))
+        new.append(torch.randn((2, count, heads, dim), generator=random).to(dtype).transpose(1, 2))
+        positions.append(position)
+    # All together, a pair as of one layer's keys and values, and one alone.
+    for chosen in (slice(None), slice(0, 2), slice(2, 3)):
+        expected = [tail.clone() for tail in tails[chosen]]
+        reference.append_(expected, new[chosen], positions[chosen])
+        here, here_new = _on(machine, (tails[chosen], new[chosen]))
+        poison(machine)
+        ops.append_(here, here_new, positions[chosen])
+        for number, (tail, wanted) in enumerate(zip(here, expected, strict=True)):
+            _same(errors, f"append_ to {len(here)}, tail {number}", tail, wanted, seed)
+    return errors
+
+
+def check_take_rows(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    for tokens, chosen, spare, heads, dim in (
+        (50, 9, 3, 4, 16),
+        (600, 577, 18, 8, 128),
+        (5, 0, 2, 2, 24),
+        (9, 9, 0, 1, 256),
+    ):
+        x = torch.randn((2, heads, tokens, dim), generator=random).to(dtype)
+        index = torch.randint(-1, tokens, (2, chosen), generator=random)
+        here = _on(machine, (x, index))
+        poison(machine)
+        _same(errors, f"take_rows of {chosen}", ops.take_rows(*here, spare), reference.take_rows(x, index, spare), seed)
+    return errors
+
+
+def check_plan(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    gains: list[tuple[list[int], list[int]]] = [([], []), ([4, 4, 32, 32], [4, 4, 32, 32]), ([64, 64, 8, 8], [])]
+    for rows in (None, 1, 3):
+        for text in (False, True):
+            for number, (vision_gain, text_gain) in enumerate(gains):
+                seen, real = (
+                    None if rows is None else torch.rand((rows, 70), generator=random) < share for share in (0.6, 0.8)
+                )
+                arguments = (seen, real, torch.empty((3, 2, 70, 4), dtype=dtype), text, vision_gain, text_gain)
+                here = _on(machine, arguments)
+                poison(machine)
+                for actual, expected in zip(ops.plan(*here), reference.plan(*arguments), strict=True):
+                    _same(errors, f"plan of {rows} rows, text {text}, gains {number}", actual, expected, seed)
+    return errors
+
+
+def check_compress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    sizes = ((2, 4, 60, 16, 40, 9), (1, 8, 300, 64, 300, 33), (2, 8, 577, 128, 576, 64), (3, 2, 30, 8, 0, 4))
+    for batch, heads, tokens, dim, chosen, rank in sizes[:2] if machine.dry else sizes:
+        x = _decaying((batch, heads, tokens, dim), random).to(dtype)
+        # Each token once, and some filler; tokens that are not chosen must not matter.
+        index = torch.stack([torch.randperm(tokens, generator=random)[:chosen] for _ in range(batch)])
+        index[:, chosen - chosen // 8 :] = -1
+        for sample in range(batch):
+            x[sample, :, sorted(set(range(tokens)) - set(index[sample].tolist()))] = torch.nan
+        here = _on(machine, (x, index))
+        poison(machine)
+        coefficient, basis = (factor.cpu() for factor in ops.compress(*here, rank))
+        a = reference.take_rows(x.double(), index, 0).transpose(0, 1).flatten(2)
+        best = _product(*reference.compress(x, index, rank)) - a
+        what = f"compress {(batch, heads, tokens, dim)} to rank {rank}"
+        _factors(errors, what, coefficient, basis, a, float(_NEAR_BEST * best.norm()), seed)
+        _same(errors, f"{what}, filler", coefficient[index < 0], torch.zeros_like(coefficient[index < 0]), seed)
+    return errors
+
+
+def check_fold(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    sizes = (
+        (2, 2, 50, 16, 12, 20, 12),
+        (1, 8, 300, 64, 33, 16, 33),
+        (2, 8, 577, 128, 64, 64, 64),
+        (1, 4, 0, 16, 0, 30, 8),
+    )
+    for batch, heads, tokens, dim, old, added, rank in sizes[:2] if machine.dry else sizes:
+        coefficient = torch.randn((batch, tokens, old), generator=random).to(dtype)
+        flat = torch.linalg.qr(torch.randn((batch, heads * dim, old), generator=random)).Q.mT
+        basis = flat.unflatten(-1, (heads, dim)).transpose(1, 2).to(dtype).contiguous()
+        rows = torch.randn((added, batch, heads, dim), generator=random).to(dtype)
+        here = _on(machine, (coefficient, basis, rows))
+        poison(machine)
+        new_coefficient, new_basis, dropped = (part.cpu() for part in ops.fold(*here, rank))
+        expected = reference.fold(coefficient, basis, rows, rank)
+        stacked = torch.cat([_product(coefficient, basis), rows.double().transpose(0, 1).flatten(2)], 1)
+        what = f"fold of {added} rows into {(batch, heads, tokens, dim)}"
+        best = float((_product(*expected[:2]) - stacked).norm())
+        _factors(errors, what, new_coefficient, new_basis, stacked, best, seed)
+        difference = float((dropped - expected[2]).abs().max() / stacked.norm())
+        _judge(errors, f"{what}, dropped", difference, _storage(dtype), seed)
+    return errors
+
+
+def _decaying(shape: tuple[int, int, int, int], random: torch.Generator) -> Tensor:
+    """Random `[B, H, T, D]` whose `[T, H * D]` matrices have singular values that fall as slowly as k^-0.6."""
+    batch, heads, tokens, dim = shape
+    columns = min(tokens, heads * dim)
+    weights = torch.arange(1, columns + 1) ** -0.6
+    left = torch.randn((batch, tokens, columns), generator=random) * weights
+    right = torch.randn((batch, columns, heads * dim), generator=random)
+    return (left @ right).unflatten(-1, (heads, dim)).transpose(1, 2).contiguous()
+
+
+def _product(coefficient: Tensor, basis: Tensor) -> Tensor:
+    """`[B, N, H * D]` in float64."""
+    return coefficient.double() @ basis.double().transpose(1, 2).flatten(2)
+
+
+def _storage(dtype: torch.dtype) -> float:
+    """What rounding two factors may add to the relative error of their product."""
+    return max(TOLERANCE[torch.float32], 1.03 * torch.finfo(dtype).eps)
+
+
+def _factors(
+    errors: dict[str, float], what: str, coefficient: Tensor, basis: Tensor, a: Tensor, best: float, seed: int
+) -> None:
+    """Factors are unique up to signs and rotations: their product is compared, and that the basis is orthonormal."""
+    dtype, size = coefficient.dtype, float(a.norm())
+    if a.numel():
+        distance = float((_product(coefficient, basis) - a).norm())
+        _judge(errors, what, max(0.0, distance - best) / size, _storage(dtype), seed)
+        flat = basis.double().transpose(1, 2).flatten(2)
+        identity = torch.eye(flat.shape[1], dtype=torch.float64)
+        _judge(errors, f"{what}, basis", float((flat @ flat.mT - identity).abs().max()), 10 * _storage(dtype), seed)
+    elif coefficient.numel():
+        raise WrongResultError(f"{what}: coefficients for no tokens")
+
+
+def check_linear(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    for rows, inner, outer, bias in ((1, 64, 33, True), (3, 128, 256, False), (8, 4096, 512, True), (1, 1, 1, False)):
+        # Results of unit scale, as behind a normalisation.
+        x = torch.randn((2, rows, inner), generator=random).to(dtype)
+        weight = (torch.randn((outer, inner), generator=random) / inner**0.5).to(dtype)
+        offset = torch.randn((outer,), generator=random).to(dtype) if bias else None
+        here = _on(machine, (x, weight, offset))
+        poison(machine)
+        error = relative_error(ops.linear(*here).cpu(), reference.linear(x, weight, offset))
+        _judge(errors, f"linear {rows} x {inner} x {outer}", error, TOLERANCE[dtype], seed)
+    return errors
+
+
+def check_no_gradient(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    """It has no result: it says that there is none."""
+    grad = torch.randn((2, 3), generator=_random(seed)).to(machine.device, dtype)
+    try:
+        torch.ops.attnpack.no_gradient(grad, [2, 3])
+    except RuntimeError as error:
+        if "not differentiable" in str(error):
+            return {"no_gradient": 0.0}
+        raise
+    raise WrongResultError("no_gradient returned instead of raising RuntimeError")
+
+
+CHECKS: Mapping[str, Check] = {
+    "append_": check_append_,
+    "attention": check_attention,
+    "attention_weights": check_attention_weights,
+    "compress": check_compress,
+    "decompress": check_decompress,
+    "fold": check_fold,
+    "linear": check_linear,
+    "no_gradient": check_no_gradient,
+    "plan": check_plan,
+    "take_rows": check_take_rows,
+}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def table(results: Mapping[str, Result]) -> list[str]:
+    rows = [
+        (name, f"{case['inputs']}", f"{case['worst']:.1e}", f"{case['limit']:.1e}")
+        for name, case in measured(results).items()
+    ]
+    return [*markdown(("operator", "inputs", "worst error", "tolerance"), rows), "", *left_out(results)]
+
+
+PART = Part(
+    "correctness",
+    "Correctness",
+    "Every operator of `torch.ops.attnpack` on the device, on fresh random inputs, against the float64 reference on a "
+    "CPU from the same rounded numbers; freed device memory and spare cache rows hold NaN. Errors are relative, over "
+    "all of a result; those of moved rows and indices must be 0. An operator without a check fails.",
+    cases,
+    table,
+)

@@ -1,0 +1,13 @@
+"""The parts, in the order in which they run and are shown."""
+
+from benchmarks.gpu import attention, ceilings, correctness, decode, factorize, launches, paper
+
+PARTS = (
+    ceilings.PART,
+    correctness.PART,
+    attention.PART,
+    factorize.PART,
+    decode.PART,
+    paper.PART,
+    launches.PART,
+)

@@ -1,0 +1,17 @@
+"""The operators as Triton kernels, for NVIDIA GPUs from compute capability 8.0; `launch.py` says what launchers decide.
+
+`resources.py` shows what they take of a GPU.
+"""
+
+from attnpack_fx.kernels.triton.absorb import absorb_kernel
+from attnpack_fx.kernels.triton.append import append_, append_kernel
+from attnpack_fx.kernels.triton.attend import attention, takes
+from attnpack_fx.kernels.triton.combine import combine_kernel
+from attnpack_fx.kernels.triton.fused import fused_kernel
+from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
+from attnpack_fx.kernels.triton.tokens import tokens_kernel
+
+#: All of them.
+KERNELS = (absorb_kernel, append_kernel, combine_kernel, fused_kernel, rebuilt_kernel, tokens_kernel)
+
+__all__ = ["KERNELS", "append_", "attention", "takes"]

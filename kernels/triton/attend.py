@@ -1,0 +1,462 @@
+"""Attention over packed parts on a GPU: which kernels run, with which tiles, over which buffers.
+
+    short cache, or many queries   fused                          1 launch
+    decode step                    absorb, tokens, combine        3 launches
+    keys before rotary embedding   rebuilt, combine               2 launches
+
+Splits of a segment and of the tail are partial results `[splits, B, Hq * Tq, ...]` that `combine` merges. Everything
+that
+depends on a number of tokens is an argument of the kernels; the choice between the first two ways guards on it once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+from attnpack_fx.kernels.triton.absorb import absorb_kernel
+from attnpack_fx.kernels.triton.combine import combine_kernel
+from attnpack_fx.kernels.triton.fused import fused_kernel
+from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, processors, strides
+from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
+from attnpack_fx.kernels.triton.tokens import tokens_kernel
+
+#: Most bytes of coefficients that a program of `fused` reads: about what it gets from L2 in the time two launches take.
+FUSED_BYTES = 384 << 10
+#: Programs of `fused` per multiprocessor, beyond which re-reading coefficients per head costs more than launches.
+FUSED_PROGRAMS = 3
+#: Largest basis tile that `fused` keeps on chip.
+FUSED_TILE_BYTES = 64 << 10
+#: Ranks or basis rows that one step takes.
+BASIS_ROWS = 64
+#: Segments that one launch takes.
+MAX_SEGMENTS = 2
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The factors of one segment's keys and values, contiguous."""
+
+    key: Tensor
+    key_basis: Tensor
+    value: Tensor
+    value_basis: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `ops.attention` as kernels take them."""
+
+    query: Tensor
+    segments: list[Segment]
+    key_tail: Tensor
+    value_tail: Tensor
+    length: int
+    index: Tensor
+    mask: Tensor | None
+    scale: float
+    ragged: bool
+
+    @property
+    def heads(self) -> int:
+        return self.key_tail.shape[2]
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[1] // self.heads
+
+    @property
+    def packed(self) -> int:
+        return sum(segment.key.shape[1] for segment in self.segments)
+
+    @property
+    def rows(self) -> int:
+        return self.query.shape[1] * self.query.shape[2]
+
+    @property
+    def block_g(self) -> int:
+        """Query rows of one KV head that a program takes."""
+        if self.query.shape[2] == 1:
+            return min(block(self.group), 64)
+        return 64 if max(self.block_d, self.block_dv) <= 128 else 32
+
+    @property
+    def block_r(self) -> int:
+        return max((block(segment.key.shape[2]) for segment in self.segments), default=16)
+
+    @property
+    def block_v(self) -> int:
+        return max((block(segment.value.shape[2]) for segment in self.segments), default=16)
+
+    @property
+    def block_d(self) -> int:
+        return block(self.query.shape[3])
+
+    @property
+    def block_dv(self) -> int:
+        return block(self.value_tail.shape[3])
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """One factor of the first and the last segment; where there is none, a tensor that is not read."""
+        if not self.segments:
+            return self.index, self.index
+        return getattr(self.segments[0], name), getattr(self.segments[-1], name)
+
+    def mask_arguments(self) -> dict[str, Any]:
+        mask = self.mask
+        if mask is None:
+            steps, tokens, kind = (0, 0, 0, 0), 0, 0
+        else:
+            # A mask that is broadcast over tokens has no columns to count from.
+            tokens = mask.shape[3] if mask.shape[3] > 1 else self.length
+            steps, kind = strides(mask), 1 if mask.dtype == torch.bool else 2
+        names = ("mask_sample", "mask_head", "mask_query", "mask_token")
+        # Where an argument is not read, an input of the graph stands in: anything computed would be copied for it.
+        given = {"mask": self.index if mask is None else mask, "MASK": kind, "mask_tokens": tokens}
+        return given | dict(zip(names, steps, strict=True))
+
+    def shared_arguments(self) -> dict[str, Any]:
+        """What every kernel that reads queries and tail rows takes."""
+        sample, head, token, _ = self.query.stride()
+        return self.mask_arguments() | {
+            "query": self.query,
+            "key_tail": self.key_tail,
+            "value_tail": self.value_tail,
+            "index": self.index,
+            "heads": self.heads,
+            "group": self.group,
+            "queries": self.query.shape[2],
+            "dim": self.query.shape[3],
+            "value_dim": self.value_tail.shape[3],
+            "query_sample": sample,
+            "query_head": head,
+            "query_token": token,
+            "length": self.length,
+            "packed": self.packed,
+            "slots": self.index.shape[1],
+            "scale": self.scale,
+            "SEGMENTS": len(self.segments),
+            "RAGGED": self.ragged,
+            "BLOCK_G": self.block_g,
+            "BLOCK_D": self.block_d,
+            "BLOCK_DV": self.block_dv,
+            "PRECISION": precision(self.query.dtype),
+        }
+
+    def segment_arguments(self) -> dict[str, Any]:
+        """Sizes of the segments."""
+        keys, values = self.pair("key"), self.pair("value")
+        if not self.segments:
+            return {"tokens0": 0, "tokens1": 0, "key_rank0": 0, "key_rank1": 0, "value_rank0": 0, "value_rank1": 0}
+        return {
+            "tokens0": keys[0].shape[1],
+            "tokens1": keys[1].shape[1],
+            "key_rank0": keys[0].shape[2],
+            "key_rank1": keys[1].shape[2],
+            "value_rank0": values[0].shape[2],
+            "value_rank1": values[1].shape[2],
+        }
+
+
+def takes(query: Tensor, key_coefficients: Sequence[Tensor], *others: Any) -> bool:
+    """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads."""
+    factors = [tensor for each in others[:3] for tensor in each]
+    tails = others[3:5]
+    same = all(tensor.dtype == query.dtype for tensor in [*key_coefficients, *factors, *tails])
+    narrow = max(tensor.shape[3] for tensor in tails) <= 256
+    full = [c for c in key_coefficients if c.shape[1]]
+    return (
+        same and narrow and len(full) <= MAX_SEGMENTS and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    )
+
+
+def attention(
+    query: Tensor,
+    key_coefficients: Sequence[Tensor],
+    key_bases: Sequence[Tensor],
+    value_coefficients: Sequence[Tensor],
+    value_bases: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    length: int,
+    index: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ragged: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    weights: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""
+    factors = zip(key_coefficients, key_bases, value_coefficients, value_bases, strict=True)
+    segments = [Segment(*(factor.contiguous() for factor in each)) for each in factors if each[0].shape[1]]
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    while mask is not None and mask.dim() < 4:
+        mask = mask.unsqueeze(0)
+    problem = Problem(query, segments, key_tail, value_tail, length, index, mask, scale, ragged)
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty((batch, heads, queries, value_tail.shape[3]))
+    if not segments and length == 0:
+        return out.zero_(), query.new_zeros((batch, 0), dtype=torch.float32)
+    scores = query.new_empty((batch, heads, problem.packed + length), dtype=torch.float32) if weights else index
+    if cos is not None and sin is not None and segments:
+        sums = _rebuilt(problem, out, cos, sin, interleaved, scores, weights)
+    elif not weights and fits_fused(problem):
+        _fused(problem, out)
+        return out, scores
+    else:
+        sums = _split(problem, out, scores, weights)
+    if not weights:
+        return out, scores
+    last = sums.view(batch, heads, queries).narrow(2, queries - 1, 1)
+    # A row that saw no token has no weights; its log-sum-exp is -inf, as are its scores.
+    return out, torch.exp(scores - last.clamp(min=torch.finfo(torch.float32).min)).mean(1)
+
+
+def fits_fused(problem: Problem) -> bool:
+    """Whether one launch is the faster way. Guards on the number of packed tokens where it is symbolic."""
+    segments, query = problem.segments, problem.query
+    size = query.element_size()
+    tile = max(problem.block_r * problem.block_d, problem.block_v * problem.block_dv) * size
+    if tile > FUSED_TILE_BYTES:
+        return False
+    if query.shape[2] > 1:
+        return True
+    programs = query.shape[0] * problem.heads * cdiv(problem.group, problem.block_g)
+    read = sum(s.key.shape[1] * (s.key.shape[2] + s.value.shape[2]) * size for s in segments)
+    return bool(programs <= FUSED_PROGRAMS * processors(query.device) and read <= FUSED_BYTES)
+
+
+def _fused(problem: Problem, out: Tensor) -> None:
+    arguments = problem.shared_arguments() | problem.segment_arguments()
+    (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
+    (key_basis0, key_basis1), (value_basis0, value_basis1) = problem.pair("key_basis"), problem.pair("value_basis")
+    grid = (problem.query.shape[0] * problem.heads, cdiv(problem.group * problem.query.shape[2], problem.block_g))
+    wide = max(problem.block_r, problem.block_v, problem.block_d, problem.block_dv) > 128
+    wrap_triton(fused_kernel)[grid](
+        key0=key0,
+        key1=key1,
+        key_basis0=key_basis0,
+        key_basis1=key_basis1,
+        value0=value0,
+        value1=value1,
+        value_basis0=value_basis0,
+        value_basis1=value_basis1,
+        out=out,
+        BLOCK_N=64 if problem.query.dtype != torch.float32 and problem.block_g == 16 else 32,
+        BLOCK_ROWS=32,
+        BLOCK_R=problem.block_r,
+        BLOCK_V=problem.block_v,
+        num_warps=8 if wide or problem.block_g > 16 else 4,
+        num_stages=2,
+        **arguments,
+    )
+
+
+def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tensor:
+    """Absorb, attend to packed tokens, combine; returns the log-sum-exps `[B, Hq * Tq]`."""
+    query, segments = problem.query, problem.segments
+    batch, device = query.shape[0], query.device
+    blocks = cdiv(problem.group * query.shape[2], problem.block_g)
+    rows_per_split, tail_splits = _tail_splits(problem, blocks)
+    partial, partial_sums = _partials(problem, tail_splits, problem.value_tail.shape[3])
+    latent_query = query.new_empty((len(segments), batch, problem.rows, problem.block_r))
+    basis_rows = min(problem.block_r, BASIS_ROWS)
+    (basis0, basis1), sizes = problem.pair("key_basis"), problem.segment_arguments()
+    wrap_triton(absorb_kernel)[
+        (batch * problem.heads, blocks, len(segments) * (problem.block_r // basis_rows) + tail_splits)
+    ](
+        basis0=basis0,
+        basis1=basis1,
+        latent=latent_query,
+        partial=partial,
+        log_sums=partial_sums,
+        scores_out=scores,
+        rank0=sizes["key_rank0"],
+        rank1=sizes["key_rank1"],
+        rows_per_split=rows_per_split,
+        SCORES=weights,
+        BLOCK_N=_tail_tile(problem),
+        BLOCK_BASIS=basis_rows,
+        BLOCK_R=problem.block_r,
+        num_warps=4,
+        num_stages=2,
+        **problem.shared_arguments(),
+    )
+    block_m, tile = _token_tile(problem)
+    row_blocks = cdiv(problem.rows, block_m)
+    tokens_per_split = per_program(problem.packed, batch * row_blocks, tile, device)
+    splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in segments]
+    latent, latent_sums = _partials(problem, sum(splits), problem.block_v)
+    if segments:
+        (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
+        arguments = problem.mask_arguments()
+        del arguments["mask_tokens"]
+        wide = max(problem.block_r, problem.block_v) * block_m > 64 * 64
+        wrap_triton(tokens_kernel)[(sum(splits), batch, row_blocks)](
+            latent=latent_query,
+            key0=key0,
+            key1=key1,
+            value0=value0,
+            value1=value1,
+            partial=latent,
+            log_sums=latent_sums,
+            scores_out=scores,
+            index=problem.index,
+            splits0=splits[0],
+            tokens_per_split=tokens_per_split,
+            all_rows=problem.rows,
+            queries=query.shape[2],
+            slots=problem.index.shape[1],
+            all_slots=problem.packed + problem.length,
+            SEGMENTS=len(segments),
+            RAGGED=problem.ragged,
+            SCORES=weights,
+            BLOCK_M=block_m,
+            BLOCK_N=tile,
+            BLOCK_R=problem.block_r,
+            BLOCK_V=problem.block_v,
+            PRECISION=precision(query.dtype),
+            num_warps=8 if wide else 4,
+            num_stages=2 if wide else 3,
+            **sizes,
+            **arguments,
+        )
+    return _combine(problem, out, latent, latent_sums, splits, partial, partial_sums, tail_splits, weights)
+
+
+def _rebuilt(
+    problem: Problem, out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scores: Tensor, weights: bool
+) -> Tensor:
+    """Rebuild and rotate key tiles, combine; returns the log-sum-exps `[B, Hq * Tq]`."""
+    query = problem.query
+    batch, device = query.shape[0], query.device
+    blocks = cdiv(problem.group * query.shape[2], problem.block_g)
+    rows_per_split, tail_splits = _tail_splits(problem, blocks)
+    partial, partial_sums = _partials(problem, tail_splits, problem.value_tail.shape[3])
+    tile = 32
+    tokens_per_split = per_program(problem.packed, batch * problem.heads * blocks, tile, device)
+    splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in problem.segments]
+    latent, latent_sums = _partials(problem, sum(splits), problem.block_v)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    rotated = cos.shape[2]
+    rest = query.shape[3] - rotated
+    basis_rows = min(problem.block_r, BASIS_ROWS)
+    (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
+    basis0, basis1 = problem.pair("key_basis")
+    wrap_triton(rebuilt_kernel)[(batch * problem.heads, blocks, sum(splits) + tail_splits)](
+        key0=key0,
+        key1=key1,
+        basis0=basis0,
+        basis1=basis1,
+        value0=value0,
+        value1=value1,
+        cos=cos,
+        sin=sin,
+        latent=latent,
+        latent_sums=latent_sums,
+        partial=partial,
+        partial_sums=partial_sums,
+        scores_out=scores,
+        rotated=rotated,
+        splits0=splits[0],
+        splits=sum(splits),
+        tokens_per_split=tokens_per_split,
+        angle_sample=0 if cos.shape[0] == 1 else cos.stride(0),
+        rows_per_split=rows_per_split,
+        INTERLEAVED=interleaved,
+        SCORES=weights,
+        BLOCK_N=tile,
+        BLOCK_ROWS=_tail_tile(problem),
+        BLOCK_BASIS=basis_rows,
+        STEPS=problem.block_r // basis_rows,
+        BLOCK_V=problem.block_v,
+        BLOCK_E=block(rotated // 2),
+        BLOCK_REST=block(rest) if rest else 0,
+        num_warps=4,
+        num_stages=2,
+        **problem.shared_arguments(),
+        **problem.segment_arguments(),
+    )
+    return _combine(problem, out, latent, latent_sums, splits, partial, partial_sums, tail_splits, weights)
+
+
+def _combine(
+    problem: Problem,
+    out: Tensor,
+    latent: Tensor,
+    latent_sums: Tensor,
+    splits: list[Any],
+    partial: Tensor,
+    partial_sums: Tensor,
+    tail_splits: Any,
+    weights: bool,
+) -> Tensor:
+    query = problem.query
+    members = problem.group * query.shape[2]
+    sums = query.new_empty((query.shape[0], problem.rows), dtype=torch.float32) if weights else problem.index
+    (basis0, basis1), sizes = problem.pair("value_basis"), problem.segment_arguments()
+    # One query row wants no tensor core; more rows share the basis tile.
+    block_g = 1 if problem.group == 1 and query.shape[2] == 1 else 16
+    block_d = min(problem.block_dv, 64)
+    wrap_triton(combine_kernel)[
+        (query.shape[0] * problem.heads, cdiv(members, block_g), cdiv(problem.value_tail.shape[3], block_d))
+    ](
+        latent=latent,
+        latent_sums=latent_sums,
+        partial=partial,
+        partial_sums=partial_sums,
+        basis0=basis0,
+        basis1=basis1,
+        out=out,
+        log_sums=sums,
+        heads=problem.heads,
+        members=members,
+        rank0=sizes["value_rank0"],
+        rank1=sizes["value_rank1"],
+        dim=problem.value_tail.shape[3],
+        splits0=splits[0] if splits else 0,
+        splits1=splits[1] if len(splits) > 1 else 0,
+        tail_splits=tail_splits,
+        SEGMENTS=len(problem.segments),
+        SUMS=weights,
+        BLOCK_G=block_g,
+        BLOCK_S=max(1, 2048 // (block_g * max(problem.block_v, block_d))),
+        BLOCK_V=problem.block_v,
+        BLOCK_D=block_d,
+        PRECISION=precision(query.dtype),
+        num_warps=4,
+        num_stages=2,
+    )
+    return sums
+
+
+def _token_tile(problem: Problem) -> tuple[int, int]:
+    """Query rows and tokens that a program of `tokens` multiplies at a time."""
+    wide = max(problem.block_r, problem.block_v)
+    rows = min(block(problem.rows), 64) if problem.query.shape[2] == 1 else 64
+    if wide > 128:
+        rows = min(rows, 32)
+    return rows, 64 if problem.query.dtype != torch.float32 and wide <= 128 else 32
+
+
+def _tail_tile(problem: Problem) -> int:
+    return 32 if problem.query.dtype != torch.float32 and max(problem.block_d, problem.block_dv) <= 128 else 16
+
+
+def _tail_splits(problem: Problem, blocks: Any) -> tuple[Any, Any]:
+    """Tail rows of one split, and the number of splits."""
+    programs = problem.query.shape[0] * problem.heads * blocks
+    rows = per_program(problem.length, programs, _tail_tile(problem), problem.query.device)
+    return rows, cdiv(problem.length, rows)
+
+
+def _partials(problem: Problem, splits: Any, width: int) -> tuple[Tensor, Tensor]:
+    shape = (splits, problem.query.shape[0], problem.rows)
+    new = problem.query.new_empty
+    return new((*shape, width), dtype=torch.float32), new(shape, dtype=torch.float32)

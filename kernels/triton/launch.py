@@ -1,0 +1,55 @@
+"""What launchers decide: block sizes, and how work is split over a GPU's multiprocessors.
+
+Ranks, head dims and head counts become block sizes, so a graph is compiled for each; numbers of tokens and of samples
+stay
+run-time arguments, also where they are symbolic: they are compared by `sym_min` and `sym_max`, never by `if`.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Fewest rows or columns of a tile that tensor cores multiply.
+LEAST = 16
+#: Programs per multiprocessor that keep its memory pipeline full.
+PROGRAMS_PER_PROCESSOR = 4
+
+
+def block(size: int) -> int:
+    """The power of two that a dimension of a tile is padded to. Fixes symbolic sizes: a block size is compiled in."""
+    return max(LEAST, 1 << (int(size) - 1).bit_length())
+
+
+def cdiv(a: Any, b: Any) -> Any:
+    """`ceil(a / b)` of ints or symbolic ints."""
+    return (a + b - 1) // b
+
+
+def per_program(total: Any, others: Any, tile: int, device: torch.device) -> Any:
+    """How many of `total` tokens one program takes, a multiple of `tile`, when `others` programs share each token.
+
+    As many programs as the device runs at once, but none without a full tile.
+    """
+    wanted = PROGRAMS_PER_PROCESSOR * processors(device)
+    return torch.sym_max(cdiv(cdiv(total * others, wanted), tile) * tile, tile)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; of a device that is none (Triton's interpreter): few, so that tests split."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 108 if device.type == "cuda" else 2
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of tiles round fp32: not at all, as PyTorch does it. Other dtypes have one way only."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def strides(mask: Tensor) -> tuple[int, int, int, int]:
+    """Strides of a mask `[B, Hq, Tq, T]`, zero where it is broadcast."""
+    sizes, steps = mask.shape, mask.stride()
+    return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))  # type: ignore[return-value]

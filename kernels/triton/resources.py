@@ -1,0 +1,332 @@
+"""What the kernels take of a GPU, found without one: launches traced on fake tensors, compiled ahead of time, read.
+
+    python -m attnpack_fx.kernels.triton.resources            # a table for every shipped shape and architecture
+    python -m attnpack_fx.kernels.triton.resources --json out.json --arch 90
+
+Launches come from tracing the operators themselves, so what is compiled here is what Inductor compiles there.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+
+from attnpack_fx.kernels.triton.append import append_
+from attnpack_fx.kernels.triton.attend import attention
+
+
+class Architecture(NamedTuple):
+    """Limits of one compute capability. Shared memory in bytes, of a block and of a multiprocessor."""
+
+    block_shared: int
+    shared: int
+    warps: int = 64
+    registers: int = 65536
+    blocks: int = 32
+
+
+#: By compute capability: A100, H100 and H200, B200.
+ARCHITECTURES = {
+    80: Architecture(163 << 10, 164 << 10),
+    90: Architecture(227 << 10, 228 << 10),
+    100: Architecture(227 << 10, 228 << 10),
+}
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode step. tokens: of each packed segment; rotated: dims rotated in the op, for keys before rotary."""
+
+    batch: int = 1
+    heads: int = 32
+    kv_heads: int = 32
+    dim: int = 128
+    tokens: tuple[int, ...] = (576,)
+    rank: int = 64
+    tail: int = 66
+    queries: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    rotated: int = 0
+    interleaved: bool = False
+    mask: bool = False
+    weights: bool = False
+
+
+#: Shapes of the models the library is for, and the corners of what the kernels take.
+SHAPES = {
+    "LLaVA-1.5-7B": Shape(),
+    "LLaVA-1.5-7B, batch 64": Shape(batch=64),
+    "LLaVA-1.5-13B, 16 images, batch 64": Shape(batch=64, heads=40, kv_heads=40, tokens=(4096,)),
+    "Qwen2.5-VL-7B": Shape(heads=28, kv_heads=4, tokens=(9216,), mask=True),
+    "Qwen3-VL-8B, two segments": Shape(heads=32, kv_heads=8, tokens=(9216, 640)),
+    "Qwen3-VL-8B, prompt of 64 tokens": Shape(heads=32, kv_heads=8, tokens=(9216,), queries=64),
+    "rank 16": Shape(tokens=(32768,), rank=16),
+    "rank 128": Shape(tokens=(32768,), rank=128),
+    "rank 256, head dim 256": Shape(heads=16, kv_heads=8, dim=256, tokens=(4096,), rank=256),
+    "fp32": Shape(tokens=(4096,), dtype=torch.float32),
+    "fp16, head dim 80, weights": Shape(dim=80, tokens=(4096,), dtype=torch.float16, weights=True),
+    "un-rotated keys, rank 16": Shape(tokens=(9216,), rank=16, rotated=128),
+    "un-rotated keys, rank 64, GQA": Shape(heads=32, kv_heads=8, tokens=(9216,), rotated=128),
+    "un-rotated keys, partial rotary": Shape(dim=80, tokens=(4096,), rank=32, rotated=32, interleaved=True),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, as data: which kernel with what kinds of arguments."""
+
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]  # arguments known to be multiples of 16
+    warps: int
+    stages: int
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one kernel compiled for one architecture takes, and which instructions it has."""
+
+    shape: str
+    kernel: str
+    arch: int
+    grid: tuple[int, ...]
+    threads: int
+    registers: int
+    spilled: int  # bytes of local memory of a thread
+    shared: int  # bytes of a block
+    occupancy: float  # resident warps over the most there can be
+    matrix: int  # tensor-core instructions
+    warpgroup: int  # those of them that a whole warpgroup issues: wgmma, tcgen05
+    wide_loads: int  # loads and asynchronous copies of 16 bytes from device memory
+    loads: int  # all of them
+
+
+@contextmanager
+def targeting(arch: int) -> Iterator[None]:
+    """Give Triton a GPU to compile for, where there is none or another."""
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Driver())
+    try:
+        yield
+    finally:
+        triton.runtime.driver._active = before
+
+
+def launches(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Launch]:
+    """The kernels that `function` launches on GPU tensors of these shapes, in order."""
+    with targeting(90):
+        graph = make_fx(function)(*arguments).graph
+    nodes = [node for node in graph.nodes if node.target is triton_kernel_wrapper_mutation]
+    return [_launch(node.kwargs) for node in nodes]
+
+
+def _launch(call: dict[str, Any]) -> Launch:
+    tuned: Any = kernel_side_table.get_kernel(call["kernel_idx"])
+    kernel, config = tuned.fn, tuned.configs[0]  # tracing turns num_warps and num_stages into the only choice
+    values = {**call["kwargs"], **kernel_side_table.get_constant_args(call["constant_args_idx"])}
+    signature, constants, aligned = {}, {}, []
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        value = value.meta["val"] if isinstance(value, torch.fx.Node) else value
+        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+            aligned.append(parameter.name)
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(parameter.name)
+    return Launch(
+        kernel.__name__,
+        signature,
+        constants,
+        tuple(aligned),
+        config.num_warps,
+        config.num_stages,
+        tuple(call["grid"][0]),
+    )
+
+
+def decode_step(shape: Shape) -> list[Launch]:
+    """What one layer launches in one decode step beside its projections: append, and attention."""
+    with FakeTensorMode():
+
+        def new(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="cuda")
+
+        batch, heads, dim = shape.batch, shape.kv_heads, shape.dim
+        coefficients = [new(batch, tokens, shape.rank) for tokens in shape.tokens]
+        bases = [new(batch, heads, shape.rank, dim) for _ in shape.tokens]
+        tail, packed = new(shape.tail + 16, batch, heads, dim), sum(shape.tokens)
+        index = new(batch, packed + shape.tail // 2, dtype=torch.int64)
+        slots = packed + shape.tail
+        mask = new(batch, 1, 1, slots, dtype=torch.bool) if shape.mask else None
+        angles = new(batch, packed, shape.rotated, dtype=torch.float32) if shape.rotated else None
+        query = new(batch, shape.heads, shape.queries, dim)
+        fresh = new(batch, heads, 1, dim)
+
+        def step(query, coefficients, bases, keys, values, key, value, index, mask, cos, sin):
+            append_([keys, values], [key, value], [shape.tail - 1, shape.tail - 1])
+            arguments = (query, coefficients, bases, coefficients, bases, keys, values, shape.tail, index, mask)
+            return attention(*arguments, 0.1, shape.mask, cos, sin, shape.interleaved, shape.weights)
+
+        arguments = (query, coefficients, bases, tail, tail.clone(), fresh, fresh.clone(), index, mask, angles, angles)
+        return launches(step, arguments)
+
+
+def inspect(name: str, launch: Launch, arch: int) -> Facts:
+    """Compile one launch for one architecture and read the result."""
+    from attnpack_fx.kernels.triton import KERNELS
+
+    kernel = next(each for each in KERNELS if each.__name__ == launch.kernel)
+    names = [parameter.name for parameter in kernel.params]
+    constants = {(names.index(key),): value for key, value in launch.constants.items()}
+    attributes = {(names.index(key),): [["tt.divisibility", 16]] for key in launch.aligned}
+    source = triton.compiler.ASTSource(kernel, launch.signature, constants, attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name) if arch < 100 else _run("cuobjdump", "-sass", file.name)
+    registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
+    print(name, launch.kernel, usage.split("Function")[-1], len(re.findall(r"\b(STL|LDL)\b", code)), file=sys.stderr)
+    wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", code))
+    return Facts(
+        name,
+        launch.kernel,
+        arch,
+        launch.grid,
+        32 * launch.warps,
+        registers,
+        stack + local,
+        compiled.metadata.shared,
+        occupancy(arch, launch.warps, registers, compiled.metadata.shared),
+        len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)),
+        len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", code)),
+        wide,
+        len(re.findall(r"\b(?:LDG|LDGSTS)\b", code)),
+    )
+
+
+def occupancy(arch: int, warps: int, registers: int, shared: int) -> float:
+    """Warps of such blocks that are resident on a multiprocessor, over the most there can be."""
+    limits = ARCHITECTURES[arch]
+    if shared > limits.block_shared:
+        return 0.0
+    # Registers are handed out to warps in units of 256; each block also takes 1 KiB of shared memory.
+    by_registers = limits.registers // (-(-registers * 32 // 256) * 256) // warps
+    blocks = min(limits.warps // warps, by_registers, limits.shared // (shared + 1024), limits.blocks)
+    return blocks * warps / limits.warps
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_BIN / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def survey(archs: Sequence[int], names: Sequence[str] | None = None, workers: int = 2) -> list[Facts]:
+    """Facts on every launch of the named shapes (all unless given)."""
+    jobs, seen = [], set()
+    for name in names or SHAPES:
+        for launch in decode_step(SHAPES[name]):
+            # The same kernel with the same kinds of arguments is the same code.
+            key = repr((launch.kernel, launch.signature, launch.constants, launch.aligned, launch.warps, launch.stages))
+            if key not in seen:
+                seen.add(key)
+                jobs += [(name, launch, arch) for arch in archs]
+    # Not forked: the parent's threads would be missing in the child.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return list(pool.map(inspect, *zip(*jobs, strict=True)))
+
+
+def table(facts: Sequence[Facts]) -> str:
+    header = (
+        "shape",
+        "kernel",
+        "sm",
+        "threads",
+        "registers",
+        "spilled",
+        "shared",
+        "occupancy",
+        "matrix",
+        "warpgroup",
+        "16 B loads",
+    )
+    rows = [
+        (
+            each.shape,
+            each.kernel.removesuffix("_kernel"),
+            str(each.arch),
+            str(each.threads),
+            str(each.registers),
+            str(each.spilled),
+            str(each.shared),
+            f"{each.occupancy:.0%}",
+            str(each.matrix),
+            str(each.warpgroup),
+            f"{each.wide_loads}/{each.loads}",
+        )
+        for each in facts
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if number < 2 else cell.rjust(width) for number, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in (header, *rows))
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", help="all unless given")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the facts")
+    parser.add_argument("--workers", type=int, default=2, help="compiling processes (2)")
+    given = parser.parse_args(arguments)
+    facts = survey(given.arch, given.shape, given.workers)
+    sys.stdout.write(table(facts) + "\n")
+    if given.json:
+        given.json.write_text(json.dumps([asdict(each) for each in facts], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Attention to packed tokens by latent queries: a program takes a range of tokens for all query heads of a sample.
+
+    scores = latent C_k^T,   partial[split] = softmax(scores) C_v     `[splits, B, Hq * Tq, BLOCK_V]`, see `combine.py`
+
+So coefficients are read once, whatever the number of heads, and both products run on tensor cores.
+"""
+
+import triton
+import triton.language as tl
+
+from attnpack_fx.kernels.triton.softmax import masked, step, store_partial, store_scores
+
+
+@triton.jit
+def tokens_kernel(
+    latent,  # [S, B, Hq * Tq, BLOCK_R]
+    key0,  # coefficients [B, N, R]
+    key1,
+    value0,
+    value1,
+    partial,
+    log_sums,  # [splits, B, Hq * Tq] fp32
+    scores_out,  # [B, Hq, all_slots] fp32
+    index,  # [B, slots] int64
+    mask,
+    tokens0,
+    tokens1,
+    key_rank0,
+    key_rank1,
+    value_rank0,
+    value_rank1,
+    splits0,
+    tokens_per_split,
+    all_rows,  # Hq * Tq
+    queries,
+    slots,
+    all_slots,
+    mask_sample,
+    mask_head,
+    mask_query,
+    mask_token,
+    SEGMENTS: tl.constexpr,
+    MASK: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SCORES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    split, sample, samples = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = rows < all_rows
+    second = (split >= splits0) & (SEGMENTS == 2)
+    key, value = tl.where(second, key1, key0), tl.where(second, value1, value0)
+    tokens = tl.where(second, tokens1, tokens0)
+    key_rank, value_rank = tl.where(second, key_rank1, key_rank0), tl.where(second, value_rank1, value_rank0)
+    first_slot, inner = tl.where(second, tokens0, 0), tl.where(second, split - splits0, split)
+    segment = tl.where(second, 1, 0)
+    key += sample * tokens * key_rank
+    value += sample * tokens * value_rank
+    index += sample * slots + first_slot
+    mask += sample * mask_sample
+    ranks, value_ranks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
+    place = (segment * samples + sample) * all_rows + rows
+    q = tl.load(latent + place[:, None] * BLOCK_R + ranks[None, :], mask=valid[:, None], other=0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.full([BLOCK_M], 0.0, tl.float32)
+    out = tl.full([BLOCK_M, BLOCK_V], 0.0, tl.float32)
+    begin = inner * tokens_per_split
+    end = tl.minimum(begin + tokens_per_split, tokens)
+    for start in range(begin, end, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        there = token < end
+        c = tl.load(
+            key + token.to(tl.int64)[:, None] * key_rank + ranks[None, :],
+            mask=there[:, None] & (ranks < key_rank)[None, :],
+            other=0,
+        )
+        scores = tl.dot(q, tl.trans(c), input_precision=PRECISION)
+        column = token.to(tl.int64)
+        if RAGGED or MASK != 0:
+            column = tl.load(index + token, mask=there, other=0)
+        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+        if SCORES:
+            store_scores(
+                scores_out + sample * (all_rows // queries) * all_slots,
+                scores,
+                rows,
+                valid,
+                queries,
+                first_slot + token,
+                there,
+                all_slots,
+            )
+        weights, top, total, shrink = step(scores, top, total)
+        c = tl.load(
+            value + token.to(tl.int64)[:, None] * value_rank + value_ranks[None, :],
+            mask=there[:, None] & (value_ranks < value_rank)[None, :],
+            other=0,
+        )
+        out = out * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision=PRECISION)
+    place = (split * samples + sample) * all_rows + rows
+    store_partial(partial, log_sums, out, top, total, place, valid, BLOCK_V, BLOCK_V)

@@ -1,0 +1,145 @@
+"""The attention kernels, each way a launcher may choose, against the float64 reference."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from attnpack_fx.kernels import reference
+
+from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, shapes
+from .interpreted import attend
+
+# The interpreter is too slow to shrink what fails.
+QUICKLY = settings(deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
+
+def check(shape: Shapes, **changes) -> None:
+    arguments = attention_arguments(shape) | changes
+    out, _ = attend.attention(**arguments)
+    assert out.dtype == shape.dtype and out.is_contiguous()
+    expected, expected_weights = reference.attention_weights(**arguments)
+    assert_close(out, expected, floor=ATTENTION_FLOOR)
+    out, weights = attend.attention(**arguments, weights=True)
+    assert weights.dtype == torch.float32
+    assert_close(out, expected, floor=ATTENTION_FLOOR)
+    assert_close(weights, expected_weights, shape.dtype)
+
+
+@given(shape=shapes())
+@settings(QUICKLY, max_examples=60)
+def test_matches_the_reference(shape):
+    check(shape)
+
+
+@given(shape=shapes(queries=1, segments=(70,)), batch=st.integers(1, 5))
+@settings(QUICKLY, max_examples=25)
+def test_decode_steps_match_the_reference(shape, batch):
+    check(dataclasses.replace(shape, batch=batch))
+
+
+@given(shape=shapes(), fused=st.booleans())
+@settings(QUICKLY, max_examples=50)
+def test_the_way_taken_changes_nothing(shape, fused):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attend, "fits_fused", lambda problem: fused)
+        check(shape)
+
+
+@given(shape=shapes(), partial=st.booleans(), interleaved=st.booleans())
+@settings(QUICKLY, max_examples=50)
+def test_keys_before_rotary_embedding_are_rotated(shape, partial, interleaved):
+    rotary = shape.key_dim // 2 if partial else shape.key_dim
+    check(dataclasses.replace(shape, rotary=rotary, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("rotary", [0, 64])
+@pytest.mark.parametrize("rank", [8, 20, 96, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ranks(rank, rotary, dtype):
+    check(Shapes(rotary=rotary, key_rank=rank, value_rank=rank // 2, key_dim=64, segments=(300,), dtype=dtype))
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (1, 8), (4, 7), (40, 1), (2, 40)])
+def test_head_counts(heads, group):
+    check(Shapes(heads=heads, group=group, segments=(40,), mask="additive", mask_shape=(True, True, True, True)))
+
+
+@pytest.mark.parametrize("dim", [16, 80, 96, 256])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_head_dims(dim, rotary):
+    check(Shapes(key_dim=dim, value_dim=256 // dim * 16, segments=(40,), rotary=dim if rotary else 0))
+
+
+@pytest.mark.parametrize("rotary", [0, 16])
+def test_many_splits_of_segments_and_tail(rotary):
+    check(Shapes(segments=(700, 450), kept=150, appended=200, batch=2, ragged=True, mask="bool", rotary=rotary))
+
+
+@pytest.mark.parametrize("rotary", [0, 16])
+def test_many_queries(rotary):
+    check(Shapes(queries=70, group=2, segments=(50, 30), mask="bool", rotary=rotary))
+
+
+@pytest.mark.parametrize("cos_batch", [1, 2])
+def test_rotation_shared_by_the_batch(cos_batch):
+    shape = Shapes(batch=2, rotary=8, segments=(5, 7))
+    arguments = attention_arguments(shape)
+    check(shape, cos=arguments["cos"][:cos_batch], sin=arguments["sin"][:cos_batch])
+
+
+@pytest.mark.parametrize("rotary", [0, 16])
+def test_rows_whose_every_token_is_masked_are_zero(rotary):
+    arguments = attention_arguments(Shapes(queries=3, mask="bool", rotary=rotary))
+    mask = torch.ones_like(arguments["mask"])
+    mask[..., 1:, :] = False
+    out, weights = attend.attention(**arguments | {"mask": mask}, weights=True)
+    assert out[:, :, 1:].eq(0).all() and out[:, :, 0].ne(0).any() and out.isfinite().all()
+    assert weights.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rotary", [0, 16])
+def test_masks_with_the_smallest_number_instead_of_infinity(dtype, rotary):
+    shape = Shapes(dtype=dtype, mask="additive", queries=2, ragged=True, rotary=rotary)
+    check(shape, mask=attention_arguments(shape)["mask"].clamp(min=torch.finfo(dtype).min))
+
+
+def test_nothing_to_attend_to_gives_zeros():
+    arguments = attention_arguments(Shapes(segments=(), kept=0, appended=0))
+    out, weights = attend.attention(**arguments, weights=True)
+    assert out.eq(0).all() and weights.shape == (1, 0)
+
+
+def test_filler_and_what_lies_beyond_the_tail_are_never_read():
+    arguments = attention_arguments(Shapes(ragged=True, segments=(12,), kept=4, batch=2))
+    out, _ = attend.attention(**arguments)
+    for name in ("key_tail", "value_tail"):
+        arguments[name][arguments["length"] :] = float("nan")
+    assert torch.equal(out, attend.attention(**arguments)[0])
+
+
+@pytest.mark.parametrize("transposed", [(1, 2), (2, 3)])
+def test_strided_queries(transposed):
+    shape = Shapes(batch=2, queries=3, heads=3)
+    query = attention_arguments(shape)["query"]
+    check(shape, query=query.transpose(*transposed).contiguous().transpose(*transposed))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_masks_with_fewer_dims(dims):
+    shape = Shapes(mask="bool", queries=3)
+    mask = attention_arguments(shape)["mask"][0, 0]
+    check(shape, mask=mask[(None,) * (dims - 2)] if dims > 1 else mask[0])
+
+
+def test_only_what_the_kernels_were_made_for_is_taken():
+    def takes(shape=None, **changes):
+        return attend.takes(*(attention_arguments(shape or Shapes()) | changes).values())
+
+    assert takes() and takes(Shapes(segments=(0, 3, 4)))
+    assert not takes(Shapes(segments=(2, 3, 4)))
+    assert not takes(Shapes(key_dim=272))
+    assert not takes(query=torch.randn(1, 2, 1, 16, dtype=torch.float16))

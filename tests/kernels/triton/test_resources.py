@@ -1,0 +1,82 @@
+"""What the compiled kernels take of a GPU, asserted for every shipped shape and architecture; needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from attnpack_fx.kernels.triton import resources
+
+#: Kernels whose work is matrix products. `combine` has them too, where a KV head has several query rows.
+MATRIX = ("absorb_kernel", "fused_kernel", "rebuilt_kernel", "tokens_kernel")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The public command, with kernels that are compiled rather than interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    line = [sys.executable, "-m", "attnpack_fx.kernels.triton.resources", *arguments]
+    return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+
+def test_every_kernel_of_every_shipped_shape(tmp_path):
+    """One test for all, so that everything is compiled once."""
+    done = command("--json", str(tmp_path / "facts.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = [resources.Facts(**fact) for fact in json.loads((tmp_path / "facts.json").read_text())]
+    assert {fact.arch for fact in facts} == {80, 90, 100}
+    wrong = []
+    for fact in facts:
+        shape = resources.SHAPES[fact.shape]
+        where = f"{fact.shape}, {fact.kernel}, sm_{fact.arch}"
+        if fact.spilled:
+            wrong.append(f"{where}: {fact.spilled} bytes spilled")
+        if fact.shared > resources.ARCHITECTURES[fact.arch].block_shared:
+            wrong.append(f"{where}: {fact.shared} bytes of shared memory")
+        if fact.occupancy < 0.12:
+            wrong.append(f"{where}: occupancy {fact.occupancy:.0%}")
+        if fact.kernel in MATRIX and shape.dtype != torch.float32 and not fact.matrix:
+            wrong.append(f"{where}: no tensor-core instruction")
+        # Masks and cos and sin of odd sizes are read in small pieces, factors and tails never are.
+        if fact.kernel in ("tokens_kernel", "fused_kernel") and not shape.mask and fact.wide_loads < fact.loads - 2:
+            wrong.append(f"{where}: {fact.wide_loads} of {fact.loads} loads are 16 bytes wide")
+    assert not wrong, "\n".join(wrong)
+    wgmma = [fact for fact in facts if fact.arch == 90 and fact.kernel == "tokens_kernel" and fact.warpgroup]
+    assert wgmma, "no shape reaches Hopper's warpgroup products"
+    for name in ("LLaVA-1.5-13B, 16 images, batch 64", "Qwen3-VL-8B, two segments", "un-rotated keys, rank 16"):
+        assert name in done.stdout
+
+
+def test_launches_of_a_decode_step():
+    """At most four beside the projections, the append included."""
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNT], env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    launches = json.loads(done.stdout.splitlines()[-1])
+    assert launches["LLaVA-1.5-7B"] == ["append_kernel", "fused_kernel"]
+    assert launches["LLaVA-1.5-7B, batch 64"] == ["append_kernel", "absorb_kernel", "tokens_kernel", "combine_kernel"]
+    assert launches["un-rotated keys, rank 16"] == ["append_kernel", "rebuilt_kernel", "combine_kernel"]
+    assert all(len(kernels) <= 4 for kernels in launches.values()) and launches.keys() == resources.SHAPES.keys()
+
+
+_COUNT = """
+import json
+from attnpack_fx.kernels.triton.resources import SHAPES, decode_step
+print(json.dumps({name: [launch.kernel for launch in decode_step(shape)] for name, shape in SHAPES.items()}))
+"""
+
+
+def test_a_shape_that_is_not_shipped_is_refused():
+    done = command("--shape", "LLaVA-9")
+    assert done.returncode == 2 and "invalid choice: 'LLaVA-9'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "expected"),
+    [(4, 64, 0, 0.5), (4, 255, 0, 0.125), (8, 32, 100 << 10, 0.25), (4, 32, 228 << 10, 0.0)],
+)
+def test_occupancy(warps, registers, shared, expected):
+    assert resources.occupancy(90, warps, registers, shared) == expected
