@@ -17,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.export._trace import custom_triton_ops_decomposition_disabled
 
 from attnpack_fx.kernels import aten
+from attnpack_fx.kernels.aten.svd import sketch_size
 
 if importlib.util.find_spec("triton") is not None:
     from attnpack_fx.kernels import triton
@@ -28,10 +29,10 @@ else:  # Triton has no packages for this platform, so torch has no GPU that need
 _LIBRARY = torch.library.Library("attnpack", "FRAGMENT")
 
 
-def _operator(mutates: Sequence[str] = (), kernels: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def _operator(mutates: Sequence[str] = (), visible: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Make a function the operator `attnpack::<its name>`, with the schema its annotations say.
 
-    kernels: whether it launches Triton kernels on a GPU.
+    visible: whether Inductor shall see the Triton kernels it launches on a GPU.
     """
 
     def define(function: Callable[..., Any]) -> Any:
@@ -40,10 +41,10 @@ def _operator(mutates: Sequence[str] = (), kernels: bool = False) -> Callable[[C
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         packet = getattr(torch.ops.attnpack, name)
         packet.__doc__ = function.__doc__
-        if kernels and triton is not None:
+        if visible and triton is not None:
             _show_kernels(packet.default, function)
-            function = set_wrap_triton_enabled(False)(function)  # eager: launch at once
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        launching = set_wrap_triton_enabled(False)(function)  # nothing traces what runs here: kernels launch at once
+        _LIBRARY.impl(name, launching, "CompositeExplicitAutograd")
         return packet
 
     return define
@@ -64,6 +65,10 @@ def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any])
     torch.library.register_torch_dispatch(operator, FunctionalTensorMode, decompose, lib=_LIBRARY)
     # So that keys of AOTAutograd's cache cover the kernels' source.
     triton_ops_to_kernels[operator._name] = list(triton.KERNELS)
+
+
+def _implementation(tensor: Tensor) -> Any:
+    return triton if triton is not None and tensor.is_cuda else aten
 
 
 def _on_gpu(arguments: Sequence[Any]) -> bool:
@@ -125,7 +130,7 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Raises ValueError when a selected token holds NaN or Inf (on a GPU: a device-side assertion, so as not to wait for
     it).
     """
-    return aten.compress(x, index, rank)
+    return _implementation(x).compress(x, index, rank)
 
 
 @_fake("compress")
@@ -133,6 +138,47 @@ def _(x, index, rank):
     batch, heads, _, dim = x.shape
     rank = torch.sym_min(torch.sym_min(rank, heads * dim), index.shape[1])
     return x.new_empty((batch, index.shape[1], rank)), x.new_empty((batch, heads, rank, dim))
+
+
+@_operator()
+def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """What `compress` does before its eigenproblem, for tensors of one shape: `align` makes factors of it.
+
+    x: s tensors `[B, H, T, D]`; index: int64 `[B, N]`, -1 for filler; rank: the highest that `align` will be asked for.
+    Returns `C` fp32 `[s, B, N, k]` and `Q` `[s, B, H, D, k]` in x's dtype, k a little over the rank (`sketch_size`) and
+    at most `min(N, H * D)`: tokens are about `C (Q^T Q)^-1 Q^T`, with `C = A Q`, columns of Q nearly orthonormal.
+    Raises as `compress` does.
+    """
+    return _implementation(x[0]).sketch(x, index, rank)
+
+
+@_fake("sketch")
+def _(x, index, rank):
+    batch, heads, _, dim = x[0].shape
+    size = torch.sym_min(torch.sym_min(sketch_size(rank), heads * dim), index.shape[1])
+    coefficient = x[0].new_empty((len(x), batch, index.shape[1], size), dtype=torch.float32)
+    return coefficient, x[0].new_empty((len(x), batch, heads, dim, size))
+
+
+@_operator()
+def align(coefficient: Sequence[Tensor], basis: Sequence[Tensor], rank: Sequence[int]) -> list[Tensor]:
+    """Factors from sketches, all in one eigenproblem: what `compress` returns, sorted and cut to the rank.
+
+    coefficient, basis: of sketches, whatever their sizes; rank: one for every tensor of every sketch, in order.
+    Returns coefficient `[B, N, R]`, basis `[B, H, R, D]` of each in turn, `R = min(rank, k)`, in the basis's dtype.
+    """
+    return _implementation(basis[0]).align(coefficient, basis, rank)
+
+
+@_fake("align")
+def _(coefficient, basis, rank):
+    ranks, factors = iter(rank), []
+    for c, b in zip(coefficient, basis, strict=True):
+        tensors, batch, heads, dim, size = b.shape
+        for _ in range(tensors):
+            kept = torch.sym_min(next(ranks), size)
+            factors += [b.new_empty((batch, c.shape[2], kept)), b.new_empty((batch, heads, kept, dim))]
+    return factors
 
 
 @_operator()
@@ -151,17 +197,14 @@ def _(x, index, spare):
     return x.new_empty((index.shape[1] + spare, batch, heads, dim))
 
 
-@_operator(mutates=("tails",), kernels=True)
+@_operator(mutates=("tails",), visible=True)
 def append_(tails: Sequence[Tensor], new: Sequence[Tensor], positions: Sequence[int]) -> None:
     """Write new tokens into the spare rows of one tail or more, in place.
 
     tails: `[rows, B, H, D]` each, none twice; new: `[B, H, k, D]` each. Of every tail, rows `position .. position + k -
     1` are overwritten, and must exist.
     """
-    if triton is not None and tails[0].is_cuda:
-        triton.append_(tails, new, positions)
-    else:
-        aten.append_(tails, new, positions)
+    _implementation(tails[0]).append_(tails, new, positions)
 
 
 @_fake("append_")
@@ -198,7 +241,7 @@ def _(coefficients, bases, tail, length, index, slot, cos=None, sin=None, interl
     return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
 
 
-@_operator(kernels=True)
+@_operator(visible=True)
 def attention(
     query: Tensor,
     key_coefficients: Sequence[Tensor],
@@ -233,7 +276,7 @@ def attention(
     return _attention(*arguments, index, mask, scale, ragged, cos, sin, interleaved, weights=False)[0]
 
 
-@_operator(kernels=True)
+@_operator(visible=True)
 def attention_weights(
     query: Tensor,
     key_coefficients: Sequence[Tensor],
@@ -261,9 +304,10 @@ def attention_weights(
 
 
 def _attention(query: Tensor, *arguments: Any, weights: bool) -> tuple[Tensor, Tensor]:
-    if triton is not None and query.is_cuda and triton.takes(query, *arguments):
-        return triton.attention(query, *arguments, weights)
-    return aten.attention(query, *arguments, weights)
+    implementation = _implementation(query)
+    if implementation is triton and not triton.takes(query, *arguments):
+        implementation = aten
+    return implementation.attention(query, *arguments, weights)
 
 
 @_fake("attention")
@@ -290,7 +334,7 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
     `[B]`: the
     Frobenius norm of what this truncation dropped. Raises ValueError when a row holds NaN or Inf, as `compress` does.
     """
-    return aten.fold(coefficient, basis, rows, rank)
+    return _implementation(basis).fold(coefficient, basis, rows, rank)
 
 
 @_fake("fold")

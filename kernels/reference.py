@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnpack_fx.kernels.aten.svd import sketch_size
+
 
 def plan(
     modality: Tensor | None,
@@ -91,6 +93,32 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     size = min(rank, *a.shape[1:])
     basis = right[:, :size].unflatten(-1, (heads, dim)).transpose(1, 2)
     return left[..., :size] * singular[:, None, :size], basis
+
+
+def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`Q` the leading right singular vectors of A, as many as `sketch_size(rank)`; `C = A Q`. `align` may lose nothing.
+
+    Any Q that spans nearly as much of A serves as well.
+    """
+    coefficients, bases = [], []
+    for item in x:
+        coefficient, basis = compress(item, index, sketch_size(rank))
+        coefficients.append(coefficient)
+        bases.append(basis.permute(0, 1, 3, 2))
+    return torch.stack(coefficients), torch.stack(bases)
+
+
+def align(coefficient: Sequence[Tensor], basis: Sequence[Tensor], rank: Sequence[int]) -> list[Tensor]:
+    """The truncated SVD of each `C (Q^T Q)^-1 Q^T`, as factors."""
+    pairs = [pair for stacks in zip(coefficient, basis, strict=True) for pair in zip(*stacks, strict=True)]
+    factors: list[Tensor] = []
+    for (c, q), wanted in zip(pairs, rank, strict=True):
+        columns = q.double().flatten(1, 2)
+        a = c.double() @ torch.linalg.pinv(columns)
+        everything = torch.arange(a.shape[1]).expand(a.shape[0], -1)
+        rows = a.unflatten(2, q.shape[1:3]).transpose(1, 2)
+        factors += compress(rows, everything, min(wanted, q.shape[3]))
+    return factors
 
 
 def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from attnpack_fx.passes.batch_compress import batch_compress
 from attnpack_fx.passes.cleanup import cleanup
 from attnpack_fx.passes.find_attention import find_attention
 from attnpack_fx.passes.find_modality import find_modality
@@ -15,6 +16,7 @@ PASSES: tuple[Callable[[GraphState], int], ...] = (
     find_attention,  # before any rewrite: patterns are those of the model's source
     find_modality,  # before pack_cache, which splits tokens by it
     pack_cache,
+    batch_compress,  # after pack_cache, which writes the compressions
     merge_appends,  # after pack_cache, which writes an append per cache tensor
     route_linear,  # after pack_cache: only graphs that read a packed cache are decode steps worth it
     cleanup,  # last: earlier passes leave dead nodes and unread placeholders behind

@@ -287,6 +287,53 @@ def check_compress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str,
     return errors
 
 
+def check_sketch(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    sizes = ((2, 4, 60, 16, 40, 9), (1, 8, 300, 64, 300, 33), (2, 8, 577, 128, 576, 64))
+    for batch, heads, tokens, dim, chosen, rank in sizes[:2] if machine.dry else sizes:
+        x = [_decaying((batch, heads, tokens, dim), random).to(dtype) for _ in range(3)]
+        index = torch.stack([torch.randperm(tokens, generator=random)[:chosen] for _ in range(batch)])
+        here = _on(machine, (x, index))
+        poison(machine)
+        coefficient, spanned = (part.cpu() for part in ops.sketch(*here, rank))
+        for number, item in enumerate(x):
+            a = reference.take_rows(item.double(), index, 0).transpose(0, 1).flatten(2)
+            q = spanned[number].double().flatten(1, 2)
+            what = f"sketch of {(batch, heads, tokens, dim)} for rank {rank}, tensor {number}"
+            projected = relative_error(coefficient[number], a @ q)
+            _judge(errors, f"{what}, projection", projected, _storage(dtype), seed)
+            missed = float((a - a @ q @ torch.linalg.pinv(q)).norm())
+            best = _NEAR_BEST * float((_product(*reference.compress(item, index, rank)) - a).norm())
+            _judge(errors, what, max(0.0, missed - best) / float(a.norm()), _storage(dtype), seed)
+    return errors
+
+
+def check_align(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    # Sketches of several widths, which share an eigenproblem or not; two tensors in each.
+    sizes = ((2, 4, 60, 16, 24), (2, 4, 60, 16, 17), (2, 8, 577, 128, 96))
+    coefficients, bases, ranks = [], [], []
+    for batch, heads, tokens, dim, size in sizes[:2] if machine.dry else sizes:
+        weights = torch.arange(1, size + 1) ** -0.7
+        coefficients.append(torch.randn((2, batch, tokens, size), generator=random) * weights)
+        flat = torch.linalg.qr(torch.randn((2, batch, heads * dim, size), generator=random)).Q
+        bases.append(flat.unflatten(2, (heads, dim)).to(dtype))
+        ranks += [size // 2, size]
+    here = _on(machine, (coefficients, bases))
+    poison(machine)
+    factors = [factor.cpu() for factor in ops.align(*here, ranks)]
+    expected = reference.align(coefficients, bases, ranks)
+    for number in range(0, len(factors), 2):
+        c, q = coefficients[number // 4][number // 2 % 2], bases[number // 4][number // 2 % 2]
+        a = c.double() @ torch.linalg.pinv(q.double().flatten(1, 2))
+        best = float((_product(expected[number], expected[number + 1]) - a).norm())
+        what = f"align {tuple(q.shape)} to rank {ranks[number // 2]}"
+        _factors(errors, what, factors[number], factors[number + 1], a, best, seed)
+    return errors
+
+
 def check_fold(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
     random = _random(seed)
@@ -377,6 +424,7 @@ def check_no_gradient(machine: Machine, dtype: torch.dtype, seed: int) -> dict[s
 
 
 CHECKS: Mapping[str, Check] = {
+    "align": check_align,
     "append_": check_append_,
     "attention": check_attention,
     "attention_weights": check_attention_weights,
@@ -386,6 +434,7 @@ CHECKS: Mapping[str, Check] = {
     "linear": check_linear,
     "no_gradient": check_no_gradient,
     "plan": check_plan,
+    "sketch": check_sketch,
     "take_rows": check_take_rows,
 }
 

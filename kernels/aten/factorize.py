@@ -11,11 +11,13 @@ rebuilt:
     new basis = W_S^T Q,   new coefficients = [coefficient L_1 W_S; L_2 W_S]
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.rows import select_tokens
-from attnpack_fx.kernels.aten.svd import truncated_svd
+from attnpack_fx.kernels.aten.svd import sketch_size, truncated_svd
 
 
 def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -26,6 +28,33 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     coefficient, basis = truncated_svd(tokens, rank)
     coefficient = coefficient.masked_fill((index < 0)[:, :, None], 0)
     return coefficient.to(x.dtype).contiguous(), _per_head(basis, heads, dim, x.dtype)
+
+
+def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """See `ops.sketch`."""
+    _, heads, _, dim = x[0].shape
+    coefficients, bases = [], []
+    for item in x:
+        tokens = select_tokens(item, index).flatten(2).float()
+        require_finite(tokens, "compress")
+        basis = truncated_svd(tokens, sketch_size(rank))[1].mT.to(item.dtype)
+        coefficients.append(tokens @ basis.float())
+        bases.append(basis.unflatten(1, (heads, dim)))
+    return torch.stack(coefficients), torch.stack(bases)
+
+
+def align(coefficient: Sequence[Tensor], basis: Sequence[Tensor], rank: Sequence[int]) -> list[Tensor]:
+    """See `ops.align`."""
+    factors: list[Tensor] = []
+    pairs = [pair for stacks in zip(coefficient, basis, strict=True) for pair in zip(*stacks, strict=True)]
+    for (c, q), wanted in zip(pairs, rank, strict=True):
+        _, heads, dim, size = q.shape
+        orthogonal, triangle = torch.linalg.qr(q.flatten(1, 2).float())
+        # c (q^T q)^-1 q^T, the projection on what q spans.
+        c = torch.linalg.solve_triangular(triangle, c, upper=True, left=False)
+        turn = torch.linalg.svd(c, full_matrices=False).Vh[:, : min(wanted, size)].mT
+        factors += (c @ turn).to(q.dtype), _per_head((orthogonal @ turn).mT, heads, dim, q.dtype)
+    return factors
 
 
 def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

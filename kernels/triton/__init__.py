@@ -7,11 +7,23 @@ from attnpack_fx.kernels.triton.absorb import absorb_kernel
 from attnpack_fx.kernels.triton.append import append_, append_kernel
 from attnpack_fx.kernels.triton.attend import attention, takes
 from attnpack_fx.kernels.triton.combine import combine_kernel
+from attnpack_fx.kernels.triton.factorize import align, compress, fold, sketch
 from attnpack_fx.kernels.triton.fused import fused_kernel
+from attnpack_fx.kernels.triton.gather import gather_kernel
+from attnpack_fx.kernels.triton.jacobi import jacobi_kernel
 from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
 from attnpack_fx.kernels.triton.tokens import tokens_kernel
 
 #: All of them.
-KERNELS = (absorb_kernel, append_kernel, combine_kernel, fused_kernel, rebuilt_kernel, tokens_kernel)
+KERNELS = (
+    absorb_kernel,
+    append_kernel,
+    combine_kernel,
+    fused_kernel,
+    gather_kernel,
+    jacobi_kernel,
+    rebuilt_kernel,
+    tokens_kernel,
+)
 
-__all__ = ["KERNELS", "append_", "attention", "takes"]
+__all__ = ["KERNELS", "align", "append_", "attention", "compress", "fold", "sketch", "takes"]

@@ -32,6 +32,8 @@ FUSED_PROGRAMS = 3
 FUSED_TILE_BYTES = 64 << 10
 #: Ranks or basis rows that one step takes.
 BASIS_ROWS = 64
+#: Largest head dim.
+MOST_DIMS = 256
 #: Segments that one launch takes.
 MAX_SEGMENTS = 2
 
@@ -166,11 +168,12 @@ def takes(query: Tensor, key_coefficients: Sequence[Tensor], *others: Any) -> bo
     factors = [tensor for each in others[:3] for tensor in each]
     tails = others[3:5]
     same = all(tensor.dtype == query.dtype for tensor in [*key_coefficients, *factors, *tails])
-    narrow = max(tensor.shape[3] for tensor in tails) <= 256
+    narrow = max(tensor.shape[3] for tensor in tails) <= MOST_DIMS
     full = [c for c in key_coefficients if c.shape[1]]
-    return (
-        same and narrow and len(full) <= MAX_SEGMENTS and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    )
+    # Offsets within a sample are 32-bit: they take half the registers.
+    near = all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in [*key_coefficients, *others[1]])
+    kind = query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return kind and same and narrow and near and len(full) <= MAX_SEGMENTS
 
 
 def attention(
@@ -372,7 +375,7 @@ def _rebuilt(
         INTERLEAVED=interleaved,
         SCORES=weights,
         BLOCK_N=tile,
-        BLOCK_ROWS=_tail_tile(problem),
+        BLOCK_ROWS=16,
         BLOCK_BASIS=basis_rows,
         STEPS=problem.block_r // basis_rows,
         BLOCK_V=problem.block_v,
@@ -403,7 +406,7 @@ def _combine(
     (basis0, basis1), sizes = problem.pair("value_basis"), problem.segment_arguments()
     # One query row wants no tensor core; more rows share the basis tile.
     block_g = 1 if problem.group == 1 and query.shape[2] == 1 else 16
-    block_d = min(problem.block_dv, 64)
+    block_d = min(problem.block_dv, 64 if problem.block_v <= 128 else 32)
     wrap_triton(combine_kernel)[
         (query.shape[0] * problem.heads, cdiv(members, block_g), cdiv(problem.value_tail.shape[3], block_d))
     ](

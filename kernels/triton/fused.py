@@ -129,7 +129,7 @@ def attend_segment(
         token = start + tl.arange(0, BLOCK_N)
         there = token < tokens
         c = tl.load(
-            key + token.to(tl.int64)[:, None] * key_rank + ranks[None, :],
+            key + token[:, None] * key_rank + ranks[None, :],
             mask=there[:, None] & (ranks < key_rank)[None, :],
             other=0,
         )
@@ -140,7 +140,7 @@ def attend_segment(
         scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
         weights, top, total, shrink = step(scores, top, total)
         c = tl.load(
-            value + token.to(tl.int64)[:, None] * value_rank + value_ranks[None, :],
+            value + token[:, None] * value_rank + value_ranks[None, :],
             mask=there[:, None] & (value_ranks < value_rank)[None, :],
             other=0,
         )

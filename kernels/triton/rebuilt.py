@@ -108,6 +108,8 @@ def rebuilt_kernel(
         key += sample * tokens * key_rank
         value += sample * tokens * value_rank
         basis += (sample * heads + head) * key_rank * dim
+        cos += sample * angle_sample
+        sin += sample * angle_sample
         half, ranks, value_ranks = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_V)
         turning = half < rotated // 2
         if INTERLEAVED:
@@ -133,7 +135,7 @@ def rebuilt_kernel(
             for number in tl.static_range(STEPS):
                 rank = number * BLOCK_BASIS + ranks
                 c = tl.load(
-                    key + token.to(tl.int64)[:, None] * key_rank + rank[None, :],
+                    key + token[:, None] * key_rank + rank[None, :],
                     mask=there[:, None] & (rank < key_rank)[None, :],
                     other=0,
                 )
@@ -146,7 +148,7 @@ def rebuilt_kernel(
                     within = (rank < key_rank)[:, None] & (dims_rest < dim)[None, :]
                     b_rest = tl.load(basis + rank[:, None] * dim + dims_rest[None, :], mask=within, other=0)
                     k_rest += tl.dot(c, b_rest, input_precision=PRECISION)
-            angle = sample * angle_sample + (first_slot + token).to(tl.int64)[:, None] * rotated
+            angle = (first_slot + token)[:, None] * rotated
             cells = there[:, None] & turning[None, :]
             cos_a = tl.load(cos + angle + dims_a[None, :], mask=cells, other=0).to(tl.float32)
             sin_a = tl.load(sin + angle + dims_a[None, :], mask=cells, other=0).to(tl.float32)
@@ -167,7 +169,7 @@ def rebuilt_kernel(
                 store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, packed + length)
             weights, top, total, shrink = step(scores, top, total)
             c = tl.load(
-                value + token.to(tl.int64)[:, None] * value_rank + value_ranks[None, :],
+                value + token[:, None] * value_rank + value_ranks[None, :],
                 mask=there[:, None] & (value_ranks < value_rank)[None, :],
                 other=0,
             )

@@ -229,7 +229,6 @@ def inspect(name: str, launch: Launch, arch: int) -> Facts:
         code = _run("nvdisasm", "-c", file.name) if arch < 100 else _run("cuobjdump", "-sass", file.name)
     registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
     registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
-    print(name, launch.kernel, usage.split("Function")[-1], len(re.findall(r"\b(STL|LDL)\b", code)), file=sys.stderr)
     wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", code))
     return Facts(
         name,

@@ -74,7 +74,7 @@ def tokens_kernel(
         token = start + tl.arange(0, BLOCK_N)
         there = token < end
         c = tl.load(
-            key + token.to(tl.int64)[:, None] * key_rank + ranks[None, :],
+            key + token[:, None] * key_rank + ranks[None, :],
             mask=there[:, None] & (ranks < key_rank)[None, :],
             other=0,
         )
@@ -96,7 +96,7 @@ def tokens_kernel(
             )
         weights, top, total, shrink = step(scores, top, total)
         c = tl.load(
-            value + token.to(tl.int64)[:, None] * value_rank + value_ranks[None, :],
+            value + token[:, None] * value_rank + value_ranks[None, :],
             mask=there[:, None] & (value_ranks < value_rank)[None, :],
             other=0,
         )

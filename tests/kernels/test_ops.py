@@ -57,6 +57,17 @@ def test_compress(dtype, tokens, rank):
     opcheck(attnpack.compress.default, (x, torch.arange(tokens).expand(2, -1).clone(), rank))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 4), (12, 4), (12, 40), (300, 8)])
+def test_sketch_and_align(dtype, tokens, rank):
+    x = [torch.randn(2, 4, 300, 64).to(dtype) for _ in range(2)]
+    index = torch.arange(tokens).expand(2, -1).clone()
+    opcheck(attnpack.sketch.default, (x, index, rank))
+    sketches = [attnpack.sketch(x, index, wanted) for wanted in (rank, 3)]
+    coefficients, bases = (list(each) for each in zip(*sketches, strict=True))
+    opcheck(attnpack.align.default, (coefficients, bases, [rank, rank - 1, 3, 2]))
+
+
 @pytest.mark.parametrize(("tokens", "spare"), [(0, 0), (0, 2), (5, 0), (5, 3)])
 def test_take_rows(tokens, spare):
     x = torch.randn(2, 9, 4, 8).transpose(1, 2)
@@ -149,5 +160,6 @@ def test_decode_steps_compile_once_and_match_eager():
 
 
 def test_operators_explain_themselves():
-    for name in ("plan", "compress", "take_rows", "append_", "decompress", "attention", "attention_weights", "fold"):
+    names = ("plan", "compress", "sketch", "align", "fold", "take_rows", "append_", "decompress", "attention")
+    for name in (*names, "attention_weights"):
         assert getattr(ops, name).__doc__ == getattr(attnpack, name).__doc__ != ""

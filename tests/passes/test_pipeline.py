@@ -43,7 +43,15 @@ def run(rewrite, *given):
 
 def test_every_pass_reports_its_count():
     counts = pipeline.run(capture(step, *arguments()))
-    assert list(counts) == ["find_attention", "find_modality", "pack_cache", "merge_appends", "route_linear", "cleanup"]
+    assert list(counts) == [
+        "find_attention",
+        "find_modality",
+        "pack_cache",
+        "batch_compress",
+        "merge_appends",
+        "route_linear",
+        "cleanup",
+    ]
     assert (counts["find_attention"], counts["find_modality"], counts["pack_cache"]) == (1, 0, 1)
     assert counts["cleanup"] > 0
 

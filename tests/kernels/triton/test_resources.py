@@ -1,24 +1,21 @@
 """What the compiled kernels take of a GPU, asserted for every shipped shape and architecture; needs no GPU."""
 
 import json
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from attnpack_fx.kernels.triton import resources
 
+from . import compiled
+
 #: Kernels whose work is matrix products. `combine` has them too, where a KV head has several query rows.
 MATRIX = ("absorb_kernel", "fused_kernel", "rebuilt_kernel", "tokens_kernel")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The public command, with kernels that are compiled rather than interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    line = [sys.executable, "-m", "attnpack_fx.kernels.triton.resources", *arguments]
-    return subprocess.run(line, env=environment, capture_output=True, text=True)
+    return compiled.run("-m", "attnpack_fx.kernels.triton.resources", *arguments)
 
 
 def test_every_kernel_of_every_shipped_shape(tmp_path):
@@ -51,9 +48,7 @@ def test_every_kernel_of_every_shipped_shape(tmp_path):
 
 def test_launches_of_a_decode_step():
     """At most four beside the projections, the append included."""
-    done = subprocess.run(
-        [sys.executable, "-c", _COUNT], env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
-    )
+    done = compiled.run("-c", _COUNT)
     assert done.returncode == 0, done.stderr[-3000:]
     launches = json.loads(done.stdout.splitlines()[-1])
     assert launches["LLaVA-1.5-7B"] == ["append_kernel", "fused_kernel"]
