@@ -43,8 +43,9 @@ def _operator(mutates: Sequence[str] = (), visible: bool = False) -> Callable[[C
         packet.__doc__ = function.__doc__
         if visible and triton is not None:
             _show_kernels(packet.default, function)
-        launching = set_wrap_triton_enabled(False)(function)  # nothing traces what runs here: kernels launch at once
-        _LIBRARY.impl(name, launching, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        # Nothing traces what runs on a device: kernels launch at once.
+        _LIBRARY.impl(name, set_wrap_triton_enabled(False)(function), "CUDA")
         return packet
 
     return define

@@ -83,8 +83,9 @@ def attention(
         out = _weighted_values(p, values, value_rows, batch * kv_heads)
         outs.append(out.view(batch, heads, count, value_dim))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-    last = p.view(batch, heads, -1, slots)[:, :, -1] if weights else p.new_empty((0, 1, 0))
-    return out.to(dtype), last.mean(1, dtype=torch.float32)
+    if not weights:
+        return out.to(dtype), p
+    return out.to(dtype), p.view(batch, heads, -1, slots)[:, :, -1].mean(1, dtype=torch.float32)
 
 
 def _per_head(tail: Tensor, length: int) -> Tensor:

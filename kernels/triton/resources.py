@@ -28,8 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
+from attnpack_fx.kernels.aten.svd import sketch_size
 from attnpack_fx.kernels.triton.append import append_
 from attnpack_fx.kernels.triton.attend import attention
+from attnpack_fx.kernels.triton.gather import gather_tokens
+from attnpack_fx.kernels.triton.jacobi import left_singular_vectors
 
 
 class Architecture(NamedTuple):
@@ -211,6 +214,18 @@ def decode_step(shape: Shape) -> list[Launch]:
         return launches(step, arguments)
 
 
+def packing(shape: Shape) -> list[Launch]:
+    """The kernels among what packs one layer's keys or values at prefill; the rest is library products."""
+    with FakeTensorMode():
+        tokens = sum(shape.tokens)
+        dense = torch.empty((shape.batch, shape.kv_heads, tokens, shape.dim), dtype=shape.dtype, device="cuda")
+        index = torch.empty((shape.batch, tokens), dtype=torch.int64, device="cuda")
+        size = sketch_size(shape.rank)
+        factor = torch.empty((shape.batch, size, size), dtype=torch.float32, device="cuda")
+        gathered = launches(lambda x, chosen: gather_tokens([x], chosen), (dense, index))
+        return gathered + launches(lambda x: left_singular_vectors(x, shape.rank), (factor,))
+
+
 def inspect(name: str, launch: Launch, arch: int) -> Facts:
     """Compile one launch for one architecture and read the result."""
     from attnpack_fx.kernels.triton import KERNELS
@@ -266,7 +281,7 @@ def survey(archs: Sequence[int], names: Sequence[str] | None = None, workers: in
     """Facts on every launch of the named shapes (all unless given)."""
     jobs, seen = [], set()
     for name in names or SHAPES:
-        for launch in decode_step(SHAPES[name]):
+        for launch in packing(SHAPES[name]) + decode_step(SHAPES[name]):
             # The same kernel with the same kinds of arguments is the same code.
             key = repr((launch.kernel, launch.signature, launch.constants, launch.aligned, launch.warps, launch.stages))
             if key not in seen:
