@@ -277,7 +277,11 @@ def _is_fake(packed: object) -> bool:
 def _cat(tensors, dim=0):
     tensors = [tensor for tensor in tensors if not (tensor.dim() == 1 and tensor.numel() == 0)]
     first, *rest = tensors
-    if dim not in (2, -2) or not isinstance(first, PackedTensor) or _is_fake(first):
+    if not isinstance(first, PackedTensor) or _is_fake(first):
+        return NotImplemented
+    if dim in (0, -4) and rest:
+        return _join(tensors)
+    if dim not in (2, -2):
         return NotImplemented
     batch, heads, _, width = first.shape
     for new in rest:
@@ -287,6 +291,42 @@ def _cat(tensors, dim=0):
     if not rest:
         return first._with()
     return first.append(rest[0] if len(rest) == 1 else torch.cat(rest, dim=2))
+
+
+def _join(tensors):
+    """Samples of several caches in one batch: of prompts and tails as long, in the same segments."""
+    first = tensors[0]
+    kind = first.shape[1:], first.dtype, first.device, first.modalities
+    if any(not isinstance(tensor, PackedTensor) for tensor in tensors):
+        return NotImplemented
+    kept = [_kept(tensor.segments, tensor.placement) for tensor in tensors]
+    prompts = {tensor.placement.slot.shape[1] for tensor in tensors}
+    if len(prompts) > 1 or any((t.shape[1:], t.dtype, t.device, t.modalities) != kind for t in tensors):
+        return NotImplemented
+    counts = [[segment.coefficient.shape[1] for segment in tensor.segments] for tensor in tensors]
+    placement = first.placement.join([tensor.placement for tensor in tensors[1:]], counts)
+    segments = tuple(
+        Segment(_stacked([each.coefficient for each in alike]), _stacked([each.basis for each in alike]))
+        for alike in zip(*(tensor.segments for tensor in tensors), strict=True)
+    )
+    rows = []
+    for tensor, own in zip(tensors, kept, strict=True):
+        prompt, appended = tensor.lease.buffer.rows[: tensor.lease.length].tensor_split([own])
+        rows.append(torch.cat([prompt, prompt.new_zeros((max(kept) - own, *prompt.shape[1:])), appended]))
+    joined = torch.cat(rows, dim=1)
+    lease = allocate(joined, joined.shape[0]).lease(joined.shape[0])
+    return PackedTensor(segments, first.modalities, lease, placement)
+
+
+def _stacked(factors):
+    """Factors in one batch, those with fewer tokens or a lower rank filled up by zeros, which add nothing."""
+    widest = [max(sizes) for sizes in zip(*(factor.shape[1:] for factor in factors), strict=True)]
+    shape = (sum(factor.shape[0] for factor in factors), *widest)
+    stacked, start = factors[0].new_zeros(shape), 0
+    for factor in factors:
+        stacked[(slice(start, start + factor.shape[0]), *map(slice, factor.shape[1:]))] = factor
+        start += factor.shape[0]
+    return stacked
 
 
 def _slice(packed, dim=0, start=None, end=None, step=1):

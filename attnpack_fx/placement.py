@@ -2,10 +2,14 @@
 alike.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as _pad
+
+from attnpack_fx.kernels.aten.plan import slots
 
 
 @dataclass(eq=False)
@@ -48,6 +52,27 @@ class Placement:
             return Placement(index, self.slot[:, :tokens].contiguous(), _has_filler(index))
 
         return self._remember("crop", tokens, 0, derive)
+
+    def join(self, others: Sequence["Placement"], counts: Sequence[Sequence[int]]) -> "Placement":
+        """The samples of self, then those of the others, whose prompts are as long.
+
+        counts: how many slots each segment has, of self first. Every segment, and the dense prompt tokens behind them,
+        get as many slots as the widest has; what others lack is filler.
+        """
+
+        def derive() -> Placement:
+            parts = []
+            for placement, sizes in zip([self, *others], counts, strict=True):
+                dense = placement.index.shape[1] - sum(sizes)
+                parts.append(placement.index.split([*sizes, dense], dim=1))
+            columns = []
+            for alike in zip(*parts, strict=True):
+                widest = max(part.shape[1] for part in alike)
+                columns.append(torch.cat([_pad(part, (0, widest - part.shape[1]), value=-1) for part in alike]))
+            index = torch.cat(columns, dim=1)
+            return Placement(index, slots(index, self.slot.shape[1]), _has_filler(index))
+
+        return self._remember("join", (*others, *map(tuple, counts)), 0, derive)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Placement":
         if self.index.device == device:

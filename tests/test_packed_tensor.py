@@ -250,3 +250,72 @@ def test_bytes_are_those_of_factors_and_rows():
     rows = 2 * 34 * 2 * 2 * 16 * 4
     indices = key.index.numel() * 8 + key.slot.numel() * 8
     assert cache_bytes([(key, value)]) == factors + rows + indices + 2  # one byte each tells Dynamo the length
+
+
+# ---- several caches in one batch -----------------------------------------------------------------------------------
+
+
+def parts_of_a_batch(policy, appended=2):
+    """Caches of other vision tokens each, one of them with padding, and the dense caches they stand for."""
+    packed, dense = [], []
+    for number, (start, count, batch) in enumerate([(2, 6, 2), (0, 9, 1), (5, 3, 3)]):
+        key, value = dense_pair(batch=batch, seed=number)
+        pair = pack(key, value, policy, modality=vision_mask(12, start, count))
+        new = torch.randn(batch, 2, appended, 8)
+        packed.append([tensor.append(new) for tensor in pair])
+        dense.append([torch.cat([tensor.dense(), new], dim=2) for tensor in pair])
+    return packed, dense
+
+
+@pytest.mark.parametrize("policy", [FULL, VISION_ONLY, PackPolicy(vision_rank=(2, 3), text_rank=None)])
+def test_samples_of_several_caches_join_in_one_batch(policy):
+    packed, dense = parts_of_a_batch(policy)
+    keys, values = (torch.cat(each) for each in zip(*packed, strict=True))
+    for joined, expected in zip((keys, values), zip(*dense, strict=True), strict=True):
+        assert isinstance(joined, PackedTensor)
+        assert_stands_for(joined, torch.cat(expected))
+        new = torch.randn(6, 2, 1, 8)
+        assert_stands_for(torch.cat([joined, new], dim=2), torch.cat([torch.cat(expected), new], dim=2))
+        assert_stands_for(joined[2:4], torch.cat(expected)[2:4])
+    # All layers share where tokens stand.
+    assert keys.placement is values.placement and keys.placement.ragged
+
+
+def test_attention_over_joined_caches(without_inductor):
+    packed, dense = parts_of_a_batch(VISION_ONLY)
+
+    def step(past_key, past_value, query, new):
+        key, value = torch.cat([past_key, new], dim=2), torch.cat([past_value, new], dim=2)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    inputs = torch.randn(6, 2, 1, 8), torch.randn(6, 2, 1, 8)
+    compiled = torch.compile(step, backend="attnpack")
+    with torch.no_grad():
+        out = compiled(*(torch.cat(each) for each in zip(*packed, strict=True)), *inputs)
+        expected = step(*(torch.cat(each) for each in zip(*dense, strict=True)), *inputs)
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_equal_caches_join_without_filler():
+    key, _, dense, _ = packed_pair()
+    joined = torch.cat([key, key.clone()], dim=0)
+    assert_stands_for(joined, torch.cat([dense, dense]))
+    assert not joined.placement.ragged
+
+
+@pytest.mark.parametrize("other", ["dense", "longer prompt", "other segments", "other dtype"])
+def test_caches_that_do_not_fit_together_join_dense(other):
+    key, _, dense, _ = packed_pair()
+    if other == "dense":
+        second, second_dense = dense, dense
+    elif other == "longer prompt":
+        second, _, second_dense, _ = packed_pair(tokens=13)
+        new = torch.randn(2, 2, 1, 8)
+        key, dense = key.append(new), torch.cat([dense, new], dim=2)
+    elif other == "other segments":
+        second, _, second_dense, _ = packed_pair(FULL)
+    else:
+        second, second_dense = key.to(torch.float64), dense.double()
+    joined = torch.cat([key, second])
+    assert not isinstance(joined, PackedTensor)
+    assert torch.allclose(joined.double(), torch.cat([dense, second_dense]).double(), atol=1e-5)
