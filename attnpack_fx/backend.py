@@ -117,7 +117,7 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
         state.examples[node] = example
         fake = node.meta.get("example_value")
         if isinstance(fake, PackedTensor):
-            parts = PackedParts(fake.segments, fake.rows, fake.count.shape[0], fake.index, fake.slot)
+            parts = PackedParts(fake.segments, fake.rows, fake.sizes.shape[1], fake.index, fake.slot)
             state.packed[node] = PackedInput(node, position, parts, fake.modalities, fake.placement.ragged)
     return state
 

@@ -8,6 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from attnpack_fx.packed_tensor import PackedTensor
+
 #: What an object must have to pass for a cache while it holds no tensor yet.
 _CACHE_ATTRIBUTES = ("layers", "self_attention_cache", "keys", "key_cache")
 
@@ -40,7 +42,10 @@ def cache_bytes(past_key_values: object) -> int:
         seen[id(item)] = item  # Keeps the item alive too, so that no later one can take its id.
         if isinstance(item, torch.Tensor):
             tensors += 1
-            if is_traceable_wrapper_subclass(item):
+            if isinstance(item, PackedTensor):
+                parts = item.parts
+                pending.extend([*parts.coefficients, *parts.bases, parts.tail, parts.index, parts.slot])
+            elif is_traceable_wrapper_subclass(item):
                 names, _ = item.__tensor_flatten__()
                 pending.extend(getattr(item, name) for name in names)
             else:

@@ -43,7 +43,7 @@ class PackedTensor(torch.Tensor):
     lease: TailLease
     placement: Placement
     rows: Tensor
-    count: Tensor
+    sizes: Tensor
 
     @staticmethod
     def __new__(
@@ -68,16 +68,16 @@ class PackedTensor(torch.Tensor):
         self.modalities = modalities
         self.lease = lease
         self.placement = placement
-        self.rows = lease.buffer.template if traced is None else lease.buffer.rows
-        # Tells Dynamo the tail's length as a size, in one byte.
-        self.count = (
-            torch.empty_strided((lease.length + SPARE_ROWS,), (0,), dtype=torch.uint8) if traced is None else traced[0]
-        )
         for number, segment in enumerate(segments):
             setattr(self, f"coefficient_{number}", segment.coefficient)
             setattr(self, f"basis_{number}", segment.basis)
-        if traced is None:
-            self._mark_dynamic()
+        if traced is not None:
+            self.rows, self.sizes = lease.buffer.rows, traced[0]
+            return
+        self.rows = lease.buffer.template
+        self._dynamo_weak_dynamic_indices = {2}
+        ranks = [size for segment in segments for size in segment.coefficient.shape[1:]]
+        self.sizes = _shape(lease.length + SPARE_ROWS, placement.index.shape[1], placement.slot.shape[1], *ranks)
 
     @property
     def index(self) -> Tensor:  # type: ignore[override]
@@ -151,35 +151,31 @@ class PackedTensor(torch.Tensor):
         lease = lease or self.lease.buffer.lease(self.lease.length)
         return PackedTensor(self.segments, self.modalities, lease, placement or self.placement)
 
-    def _mark_dynamic(self) -> None:
-        """Tell Dynamo which sizes differ from prompt to prompt and step to step, before it compiles for one of them."""
-        # What `torch._dynamo.maybe_mark_dynamic` does; on a wrapper that would also mark dimension 2 of every part.
-        varying: list[tuple[Tensor, set[int]]] = [(self, {2}), (self.count, {0}), (self.index, {1}), (self.slot, {1})]
-        for segment in self.segments:
-            # The rank varies too: it is at most the number of tokens.
-            varying += [(segment.coefficient, {1, 2}), (segment.basis, {2})]
-        for tensor, dims in varying:
-            tensor._dynamo_weak_dynamic_indices = dims  # type: ignore[attr-defined]
-
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = ["rows", "count", "index", "slot"]
-        for number in range(len(self.segments)):
-            names += [f"coefficient_{number}", f"basis_{number}"]
-        return names, (self.modalities, self.placement.ragged)
+        """What Dynamo sees, and guards on at every call: no part, only the dims of the tail and what varies."""
+        return ["rows", "sizes"], (self.modalities, self.placement.ragged)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
     ) -> "PackedTensor":
         modalities, ragged = context
+        rows, sizes = inner["rows"], inner["sizes"]
+        if not isinstance(rows, FakeTensor):
+            raise NotImplementedError(
+                "a PackedTensor cannot be rebuilt from `__tensor_flatten__`, which gives sizes for tracing and no "
+                f"contents; got parts of type {type(rows).__name__}, expected fake ones. Use `clone`, `to` or "
+                "`torch.save`."
+            )
+        _, batch, heads, dim = rows.shape
+        _, count, slots, prompt, *ranks = sizes.shape
         segments = tuple(
-            Segment(inner[f"coefficient_{number}"], inner[f"basis_{number}"]) for number in range(len(modalities))
+            Segment(rows.new_empty((batch, tokens, rank)), rows.new_empty((batch, heads, rank, dim)))
+            for tokens, rank in zip(ranks[::2], ranks[1::2], strict=True)
         )
-        count = inner["count"]
-        lease = TailBuffer(inner["rows"]).lease(count.shape[0] - SPARE_ROWS)
-        return PackedTensor(
-            segments, modalities, lease, Placement(inner["index"], inner["slot"], ragged), (count, outer_size)
-        )
+        index, slot = (rows.new_empty((batch, size), dtype=torch.int64) for size in (slots, prompt))
+        lease = TailBuffer(rows).lease(count - SPARE_ROWS)
+        return PackedTensor(segments, modalities, lease, Placement(index, slot, ragged), (sizes, outer_size))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -250,6 +246,24 @@ class PackedTensor(torch.Tensor):
             f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"packed=[{held}], dense rows={self.lease.length})"
         )
+
+
+#: Tensors of `_shape`.
+_shapes: dict[tuple[int, ...], Tensor] = {}
+_MOST_SHAPES = 1 << 14
+
+
+def _shape(*sizes: int) -> Tensor:
+    """Sizes as Dynamo sees them and knows that they vary: the shape of a tensor without elements."""
+    known = _shapes.get(sizes)
+    if known is None:
+        known = torch.empty_strided((0, *sizes), (0,) * (1 + len(sizes)), dtype=torch.uint8)
+        known._dynamo_weak_dynamic_indices = set(range(1, 1 + len(sizes)))  # type: ignore[attr-defined]
+        if not isinstance(known, FakeTensor):
+            if len(_shapes) >= _MOST_SHAPES:
+                _shapes.clear()
+            _shapes[sizes] = known
+    return known
 
 
 def _kept(segments: tuple[Segment[Tensor], ...], placement: Placement) -> int:

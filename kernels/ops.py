@@ -5,6 +5,7 @@ functions below are what runs on every device. One with Triton kernels branches 
 Inductor sees through it (`_visible_on_gpu`) and launches the kernels itself, on a CPU it stays one call.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch._library.fake_impl import allocate_size
 from torch._library.triton import set_wrap_triton_enabled, triton_ops_to_kernels
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.export._trace import custom_triton_ops_decomposition_disabled
+from torch.utils._pytree import tree_leaves
 
 from attnpack_fx.kernels import aten
 from attnpack_fx.kernels.aten.svd import sketch_size
@@ -44,11 +46,21 @@ def _operator(mutates: Sequence[str] = (), visible: bool = False) -> Callable[[C
         if visible and triton is not None:
             _show_kernels(packet.default, function)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        # Nothing traces what runs on a device: kernels launch at once.
-        _LIBRARY.impl(name, set_wrap_triton_enabled(False)(function), "CUDA")
+        _LIBRARY.impl(name, _launched_at_once(function), "CUDA")
         return packet
 
     return define
+
+
+def _launched_at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs on a device: nothing traces it, and kernels go to the device of the tensors, current or not."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with set_wrap_triton_enabled(False), torch.cuda.device(_device(args)):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
@@ -58,7 +70,7 @@ def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any])
     """
 
     def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if custom_triton_ops_decomposition_disabled() or not _on_gpu(args):
+        if custom_triton_ops_decomposition_disabled() or _device(args).type != "cuda":
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return function(*args, **(kwargs or {}))
@@ -72,11 +84,9 @@ def _implementation(tensor: Tensor) -> Any:
     return triton if triton is not None and tensor.is_cuda else aten
 
 
-def _on_gpu(arguments: Sequence[Any]) -> bool:
-    return any(
-        _on_gpu(each) if isinstance(each, list | tuple) else isinstance(each, Tensor) and each.is_cuda
-        for each in arguments
-    )
+def _device(arguments: Sequence[Any]) -> torch.device:
+    """Of the first tensor among the arguments of an operator."""
+    return next(tensor.device for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor))
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -249,7 +249,7 @@ def test_bytes_are_those_of_factors_and_rows():
     )
     rows = 2 * 34 * 2 * 2 * 16 * 4
     indices = key.index.numel() * 8 + key.slot.numel() * 8
-    assert cache_bytes([(key, value)]) == factors + rows + indices + 2  # one byte each tells Dynamo the length
+    assert cache_bytes([(key, value)]) == factors + rows + indices
 
 
 # ---- several caches in one batch -----------------------------------------------------------------------------------
