@@ -1,9 +1,8 @@
 """What every operator computes, in float64 and straight from its formula: the specification.
 
 Nothing here is fast or saves memory: keys and values are built densely, tokens are placed one by one. Arguments are
-those
-of `ops.py`. Factors are unique only up to signs (and rotations within equal singular values), so implementations are
-compared by the matrices they multiply to, by the error of those, and by the properties `parts.py` promises.
+those of `ops.py`. Factors are unique only up to signs (and rotations within equal singular values), so implementations
+are compared by the matrices they multiply to, by the error of those, and by the properties `parts.py` promises.
 """
 
 from collections.abc import Sequence

@@ -4,8 +4,7 @@
     tail:  attention of q to tail rows of its KV head           partial results, see `combine.py`
 
 One program takes the query rows of one KV head (a GQA group shares the basis tile) and either `BLOCK_BASIS` rows of one
-basis or
-a range of tail rows.
+basis or a range of tail rows.
 """
 
 import triton

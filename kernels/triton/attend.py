@@ -5,8 +5,8 @@
     keys before rotary embedding   rebuilt, combine               2 launches
 
 Splits of a segment and of the tail are partial results `[splits, B, Hq * Tq, ...]` that `combine` merges. Everything
-that
-depends on a number of tokens is an argument of the kernels; the choice between the first two ways guards on it once.
+that depends on a number of tokens is an argument of the kernels; the choice between the first two ways guards on it
+once.
 """
 
 from collections.abc import Sequence

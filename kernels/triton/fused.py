@@ -1,16 +1,14 @@
 """Attention to a short packed cache in one launch: a program does all of it for the query rows of one KV head.
 
 It absorbs its queries, attends to every segment and to the tail in one online softmax, expands by the value bases and
-writes the
-result. Coefficients are read once per KV head instead of once, but from L2, and nothing waits for another kernel: the
-way while
-a launch costs more than that. It is also the way for many queries, which want no partial results.
+writes the result. Coefficients are read once per KV head instead of once, but from L2, and nothing waits for another
+kernel: the way while a launch costs more than that. It is also the way for many queries, which want no partial results.
 """
 
 import triton
 import triton.language as tl
 
-from attnpack_fx.kernels.triton.softmax import attend_rows, load_query, masked, step
+from attnpack_fx.kernels.triton.softmax import attend_rows, attend_tokens, load_query
 
 
 @triton.jit
@@ -125,26 +123,11 @@ def attend_segment(
     absorbed = (tl.dot(q, tl.trans(basis), input_precision=PRECISION) * scale).to(basis.dtype)
     mixed = tl.full([BLOCK_G, BLOCK_V], 0.0, tl.float32)
     before = top
-    for start in range(0, tokens, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        there = token < tokens
-        c = tl.load(
-            key + token[:, None] * key_rank + ranks[None, :],
-            mask=there[:, None] & (ranks < key_rank)[None, :],
-            other=0,
-        )
-        scores = tl.dot(absorbed, tl.trans(c), input_precision=PRECISION)
-        column = token.to(tl.int64)
-        if RAGGED or MASK != 0:
-            column = tl.load(index + token, mask=there, other=0)
-        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
-        weights, top, total, shrink = step(scores, top, total)
-        c = tl.load(
-            value + token[:, None] * value_rank + value_ranks[None, :],
-            mask=there[:, None] & (value_ranks < value_rank)[None, :],
-            other=0,
-        )
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision=PRECISION)
+    top, total, mixed = attend_tokens(
+        absorbed, rows, rows >= 0, top, total, mixed, key, value, key_rank, value_rank, 0, tokens, index, 0,
+        mask, mask_head, mask_query, mask_token, queries, acc, 0,
+        MASK, RAGGED, False, BLOCK_N, BLOCK_R, BLOCK_V, PRECISION,
+    )  # fmt: skip
     basis = tl.load(
         value_basis + value_ranks[:, None] * value_dim + value_columns[None, :],
         mask=(value_ranks < value_rank)[:, None] & (value_columns < value_dim)[None, :],

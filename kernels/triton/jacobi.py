@@ -9,8 +9,8 @@ of L one that can be normalised. k is a run-time argument.
 One program per matrix, and one launch for all of them: the sweeps, the test for convergence and the sorting run on the
 device. The k / 2 pairs of a step have no column in common, so a step is one vectorised rotation; `k - 1` steps in
 round-robin order (pair i of step s: columns `s + i` and `s - i` modulo `k - 1`, and `s` with the last one) make a sweep
-that meets every pair once. The matrix stands in global memory, transposed, and stays in L1 or L2. A column of zeros
-is never rotated and comes out as zeros, last: matrices of different size are padded by it.
+that meets every pair once. The matrix stands in global memory, transposed, and stays in L1 or L2. A column of zeros is
+never rotated and comes out as zeros, last: matrices of different size are padded by it.
 
 Launcher: a tile holds `PAIRS` columns of `WIDTH` numbers, 16 numbers a thread, which keeps both columns of every pair
 and their pointers in registers. Up to 128 columns one tile holds all pairs: a step is then one read, one write.

@@ -1,8 +1,7 @@
 """What launchers decide: block sizes, and how work is split over a GPU's multiprocessors.
 
 Ranks, head dims and head counts become block sizes, so a graph is compiled for each; numbers of tokens and of samples
-stay
-run-time arguments, also where they are symbolic: they are compared by `sym_min` and `sym_max`, never by `if`.
+stay run-time arguments, also where they are symbolic: they are compared by `sym_min` and `sym_max`, never by `if`.
 """
 
 import functools

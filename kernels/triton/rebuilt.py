@@ -5,8 +5,7 @@
     partial[split] = softmax(scale q K'^T) C_v           latent, see `combine.py`
 
 The pairs `(a, b)` are dims `(i, i + E / 2)`, or `(2 i, 2 i + 1)` when interleaved; dims from E on are not rotated. One
-program
-takes the query rows of one KV head and a range of tokens, or a range of tail rows.
+program takes the query rows of one KV head and a range of tokens, or a range of tail rows.
 """
 
 import triton

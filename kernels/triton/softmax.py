@@ -1,10 +1,8 @@
-"""Pieces that the attention kernels share: masked scores, one step of an online softmax, and attention to dense rows.
+"""Pieces that the attention kernels share: masked scores, an online softmax, attention to packed tokens, to dense rows.
 
 Rows of a score tile are query rows: row `m` of a sample is query head `m // Tq` at query position `m % Tq`, so the
-query
-heads of one KV head are neighbours. Columns are slots (`kernels/parts.py`). A row that saw no token yet has maximum
--inf and
-sum 0.
+query heads of one KV head are neighbours. Columns are slots (`kernels/parts.py`). A row that saw no token yet has
+maximum -inf and sum 0.
 """
 
 import triton
@@ -61,6 +59,64 @@ def load_query(query, rows, valid, queries, stride_head, stride_query, dim, BLOC
     columns = tl.arange(0, BLOCK_D)
     start = (rows // queries).to(tl.int64) * stride_head + (rows % queries).to(tl.int64) * stride_query
     return tl.load(query + start[:, None] + columns[None, :], mask=valid[:, None] & (columns < dim)[None, :], other=0)
+
+
+@triton.jit
+def attend_tokens(
+    q,  # [M, BLOCK_R] latent queries
+    rows,  # [M] their numbers in the sample
+    valid,  # [M]
+    top,
+    total,
+    out,  # [M, BLOCK_V] fp32, latent
+    key,  # coefficients of one sample
+    value,
+    key_rank,
+    value_rank,
+    first,  # tokens first .. last - 1 of the segment are attended to
+    last,
+    index,  # of the sample, from the segment's first slot on
+    first_slot,
+    mask,
+    mask_head,
+    mask_query,
+    mask_token,
+    queries,
+    scores_out,  # of the sample, [Hq, all_slots] fp32
+    all_slots,
+    MASK: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SCORES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention to packed tokens, added to a running softmax: returns `top, total, out`."""
+    ranks, value_ranks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
+    for start in range(first, last, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        there = token < last
+        c = tl.load(
+            key + token[:, None] * key_rank + ranks[None, :],
+            mask=there[:, None] & (ranks < key_rank)[None, :],
+            other=0,
+        )
+        scores = tl.dot(q, tl.trans(c), input_precision=PRECISION)
+        column = token.to(tl.int64)
+        if RAGGED or MASK != 0:
+            column = tl.load(index + token, mask=there, other=0)
+        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+        if SCORES:
+            store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, all_slots)
+        weights, top, total, shrink = step(scores, top, total)
+        c = tl.load(
+            value + token[:, None] * value_rank + value_ranks[None, :],
+            mask=there[:, None] & (value_ranks < value_rank)[None, :],
+            other=0,
+        )
+        out = out * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision=PRECISION)
+    return top, total, out
 
 
 @triton.jit

@@ -8,7 +8,7 @@ So coefficients are read once, whatever the number of heads, and both products r
 import triton
 import triton.language as tl
 
-from attnpack_fx.kernels.triton.softmax import masked, step, store_partial, store_scores
+from attnpack_fx.kernels.triton.softmax import attend_tokens, store_partial
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def tokens_kernel(
     value += sample * tokens * value_rank
     index += sample * slots + first_slot
     mask += sample * mask_sample
-    ranks, value_ranks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
+    ranks = tl.arange(0, BLOCK_R)
     place = (segment * samples + sample) * all_rows + rows
     q = tl.load(latent + place[:, None] * BLOCK_R + ranks[None, :], mask=valid[:, None], other=0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -70,36 +70,10 @@ def tokens_kernel(
     out = tl.full([BLOCK_M, BLOCK_V], 0.0, tl.float32)
     begin = inner * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, tokens)
-    for start in range(begin, end, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        there = token < end
-        c = tl.load(
-            key + token[:, None] * key_rank + ranks[None, :],
-            mask=there[:, None] & (ranks < key_rank)[None, :],
-            other=0,
-        )
-        scores = tl.dot(q, tl.trans(c), input_precision=PRECISION)
-        column = token.to(tl.int64)
-        if RAGGED or MASK != 0:
-            column = tl.load(index + token, mask=there, other=0)
-        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
-        if SCORES:
-            store_scores(
-                scores_out + sample * (all_rows // queries) * all_slots,
-                scores,
-                rows,
-                valid,
-                queries,
-                first_slot + token,
-                there,
-                all_slots,
-            )
-        weights, top, total, shrink = step(scores, top, total)
-        c = tl.load(
-            value + token[:, None] * value_rank + value_ranks[None, :],
-            mask=there[:, None] & (value_ranks < value_rank)[None, :],
-            other=0,
-        )
-        out = out * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision=PRECISION)
+    top, total, out = attend_tokens(
+        q, rows, valid, top, total, out, key, value, key_rank, value_rank, begin, end, index, first_slot,
+        mask, mask_head, mask_query, mask_token, queries, scores_out + sample * (all_rows // queries) * all_slots,
+        all_slots, MASK, RAGGED, SCORES, BLOCK_N, BLOCK_R, BLOCK_V, PRECISION,
+    )  # fmt: skip
     place = (split * samples + sample) * all_rows + rows
     store_partial(partial, log_sums, out, top, total, place, valid, BLOCK_V, BLOCK_V)

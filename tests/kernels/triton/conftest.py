@@ -3,17 +3,9 @@
 import numpy as np
 import pytest
 import triton.language as tl
-from torch._library.triton import set_wrap_triton_enabled
 from triton import knobs
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
-
-
-@pytest.fixture(autouse=True, scope="package")
-def launched_at_once():
-    """`wrap_triton` is for tracing; the interpreter's functions are called as they are."""
-    with set_wrap_triton_enabled(False):
-        yield
 
 
 @pytest.fixture(autouse=True, scope="package")
