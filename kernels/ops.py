@@ -2,7 +2,7 @@
 
 Every operator takes plain tensors, in the terms of `parts.py`; `reference.py` defines what each must compute. The
 functions below are what runs on every device. One with Triton kernels branches to them in its body, by device; on a GPU
-Inductor sees through it (`_visible_on_gpu`) and launches the kernels itself, on a CPU it stays one call.
+Inductor may see through it and launch them itself (`_show_kernels`); on a CPU it stays one call.
 """
 
 import functools
