@@ -18,7 +18,13 @@ ROWS = 8
 
 def append_(tails: Sequence[Tensor], new: Sequence[Tensor], positions: Sequence[int]) -> None:
     """See `ops.append_`. Two at a time, if their sizes agree but for the head dim, as those of keys and values do."""
-    rest = list(zip(tails, new, positions, strict=True))
+    rest = []
+    for tail, tokens, position in zip(tails, new, positions, strict=True):
+        _check_rows(tail, tokens.shape[2], position)
+        if tail.is_contiguous():
+            rest.append((tail, tokens, position))
+        else:  # written where it lies, so it cannot be made contiguous first
+            tail.narrow(0, position, tokens.shape[2]).copy_(tokens.permute(2, 0, 1, 3))
     while rest:
         first, *rest = rest
         pair = bool(rest) and rest[0][1].shape[:3] == first[1].shape[:3]
@@ -26,6 +32,16 @@ def append_(tails: Sequence[Tensor], new: Sequence[Tensor], positions: Sequence[
         # not be aliases.
         second = rest.pop(0) if pair else (first[1], first[1], 0)
         _append_pair(first, second, pair)
+
+
+def _check_rows(tail: Tensor, count: int, position: int) -> None:
+    """A kernel would write beyond the end. Symbolic sizes are the runtime's, which makes room before each step."""
+    known = all(isinstance(size, int) for size in (tail.shape[0], count, position))
+    if known and not 0 <= position <= tail.shape[0] - count:
+        raise IndexError(
+            f"attnpack::append_: got {count} tokens for rows {position} to {position + count - 1} of a tail with "
+            f"{tail.shape[0]} rows, expected rows that exist; make room first"
+        )
 
 
 def _append_pair(first: tuple[Tensor, Tensor, int], second: tuple[Tensor, Tensor, int], pair: bool) -> None:

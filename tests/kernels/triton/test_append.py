@@ -47,3 +47,19 @@ def test_strided_tokens(transposed):
     tail = torch.zeros(5, 2, 3, 8)
     append.append_([tail], [new], [1])
     assert torch.equal(tail[1:], new.permute(2, 0, 1, 3)) and tail[0].eq(0).all()
+
+
+def test_strided_tails():
+    tails = [torch.zeros(2, 5, 3, 8).transpose(0, 1), torch.zeros(5, 2, 3, 8)]
+    new = [torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 8)]
+    append.append_(tails, new, [1, 3])
+    for tail, tokens, position in zip(tails, new, [1, 3], strict=True):
+        assert torch.equal(tail[position], tokens[:, :, 0]) and tail.count_nonzero() == tokens.count_nonzero()
+
+
+@pytest.mark.parametrize(("position", "count"), [(4, 1), (3, 2), (9, 1), (-1, 1)])
+def test_append_beyond_the_rows_is_an_error_and_writes_nothing(position, count):
+    tail = torch.zeros(4, 1, 2, 3)
+    with pytest.raises(IndexError, match="of a tail with 4 rows"):
+        append.append_([tail], [torch.ones(1, 2, count, 3)], [position])
+    assert tail.eq(0).all()
