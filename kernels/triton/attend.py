@@ -10,7 +10,6 @@ once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torch.library import wrap_triton
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
-from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, processors, strides
+from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, processors
+from attnpack_fx.kernels.triton.problem import Problem, Segment
 from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
 from attnpack_fx.kernels.triton.tokens import tokens_kernel
 
@@ -36,131 +36,6 @@ BASIS_ROWS = 64
 MOST_DIMS = 256
 #: Segments that one launch takes.
 MAX_SEGMENTS = 2
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The factors of one segment's keys and values, contiguous."""
-
-    key: Tensor
-    key_basis: Tensor
-    value: Tensor
-    value_basis: Tensor
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The arguments of `ops.attention` as kernels take them."""
-
-    query: Tensor
-    segments: list[Segment]
-    key_tail: Tensor
-    value_tail: Tensor
-    length: int
-    index: Tensor
-    mask: Tensor | None
-    scale: float
-    ragged: bool
-
-    @property
-    def heads(self) -> int:
-        return self.key_tail.shape[2]
-
-    @property
-    def group(self) -> int:
-        return self.query.shape[1] // self.heads
-
-    @property
-    def packed(self) -> int:
-        return sum(segment.key.shape[1] for segment in self.segments)
-
-    @property
-    def rows(self) -> int:
-        return self.query.shape[1] * self.query.shape[2]
-
-    @property
-    def block_g(self) -> int:
-        """Query rows of one KV head that a program takes."""
-        if self.query.shape[2] == 1:
-            return min(block(self.group), 64)
-        return 64 if max(self.block_d, self.block_dv) <= 128 else 32
-
-    @property
-    def block_r(self) -> int:
-        return max((block(segment.key.shape[2]) for segment in self.segments), default=16)
-
-    @property
-    def block_v(self) -> int:
-        return max((block(segment.value.shape[2]) for segment in self.segments), default=16)
-
-    @property
-    def block_d(self) -> int:
-        return block(self.query.shape[3])
-
-    @property
-    def block_dv(self) -> int:
-        return block(self.value_tail.shape[3])
-
-    def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """One factor of the first and the last segment; where there is none, a tensor that is not read."""
-        if not self.segments:
-            return self.index, self.index
-        return getattr(self.segments[0], name), getattr(self.segments[-1], name)
-
-    def mask_arguments(self) -> dict[str, Any]:
-        mask = self.mask
-        if mask is None:
-            steps, tokens, kind = (0, 0, 0, 0), 0, 0
-        else:
-            # A mask that is broadcast over tokens has no columns to count from.
-            tokens = mask.shape[3] if mask.shape[3] > 1 else self.length
-            steps, kind = strides(mask), 1 if mask.dtype == torch.bool else 2
-        names = ("mask_sample", "mask_head", "mask_query", "mask_token")
-        # Where an argument is not read, an input of the graph stands in: anything computed would be copied for it.
-        given = {"mask": self.index if mask is None else mask, "MASK": kind, "mask_tokens": tokens}
-        return given | dict(zip(names, steps, strict=True))
-
-    def shared_arguments(self) -> dict[str, Any]:
-        """What every kernel that reads queries and tail rows takes."""
-        sample, head, token, _ = self.query.stride()
-        return self.mask_arguments() | {
-            "query": self.query,
-            "key_tail": self.key_tail,
-            "value_tail": self.value_tail,
-            "index": self.index,
-            "heads": self.heads,
-            "group": self.group,
-            "queries": self.query.shape[2],
-            "dim": self.query.shape[3],
-            "value_dim": self.value_tail.shape[3],
-            "query_sample": sample,
-            "query_head": head,
-            "query_token": token,
-            "length": self.length,
-            "packed": self.packed,
-            "slots": self.index.shape[1],
-            "scale": self.scale,
-            "SEGMENTS": len(self.segments),
-            "RAGGED": self.ragged,
-            "BLOCK_G": self.block_g,
-            "BLOCK_D": self.block_d,
-            "BLOCK_DV": self.block_dv,
-            "PRECISION": precision(self.query.dtype),
-        }
-
-    def segment_arguments(self) -> dict[str, Any]:
-        """Sizes of the segments."""
-        keys, values = self.pair("key"), self.pair("value")
-        if not self.segments:
-            return {"tokens0": 0, "tokens1": 0, "key_rank0": 0, "key_rank1": 0, "value_rank0": 0, "value_rank1": 0}
-        return {
-            "tokens0": keys[0].shape[1],
-            "tokens1": keys[1].shape[1],
-            "key_rank0": keys[0].shape[2],
-            "key_rank1": keys[1].shape[2],
-            "value_rank0": values[0].shape[2],
-            "value_rank1": values[1].shape[2],
-        }
 
 
 def takes(query: Tensor, key_coefficients: Sequence[Tensor], *others: Any) -> bool:
@@ -201,6 +76,7 @@ def attention(
         query = query.contiguous()
     while mask is not None and mask.dim() < 4:
         mask = mask.unsqueeze(0)
+    key_tail, value_tail, index = key_tail.contiguous(), value_tail.contiguous(), index.contiguous()
     problem = Problem(query, segments, key_tail, value_tail, length, index, mask, scale, ragged)
     batch, heads, queries, _ = query.shape
     out = query.new_empty((batch, heads, queries, value_tail.shape[3]))
@@ -230,6 +106,8 @@ def fits_fused(problem: Problem) -> bool:
         return False
     if query.shape[2] > 1:
         return True
+    if not segments:  # a dense tail alone is best split, and nothing is saved by waiting for no other kernel
+        return False
     programs = query.shape[0] * problem.heads * cdiv(problem.group, problem.block_g)
     read = sum(s.key.shape[1] * (s.key.shape[2] + s.value.shape[2]) * size for s in segments)
     return bool(programs <= FUSED_PROGRAMS * processors(query.device) and read <= FUSED_BYTES)

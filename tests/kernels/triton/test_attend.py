@@ -128,6 +128,16 @@ def test_strided_queries(transposed):
     check(shape, query=query.transpose(*transposed).contiguous().transpose(*transposed))
 
 
+@pytest.mark.parametrize("name", ["key_tail", "value_tail", "index"])
+@pytest.mark.parametrize("rotary", [0, 16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_strided_tails_and_indices(name, rotary, fused, monkeypatch):
+    monkeypatch.setattr(attend, "fits_fused", lambda problem: fused)
+    shape = Shapes(batch=2, heads=3, rotary=rotary, ragged=True, mask="bool")
+    given = attention_arguments(shape)[name]
+    check(shape, **{name: given.transpose(0, 1).contiguous().transpose(0, 1)})
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_masks_with_fewer_dims(dims):
     shape = Shapes(mask="bool", queries=3)
