@@ -8,12 +8,23 @@ from attnpack_fx.hf import pack_cache
 from attnpack_fx.modality import modality
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.packing import pack
-from attnpack_fx.policy import PackPolicy
+from attnpack_fx.partial import Partial
+from attnpack_fx.passes.storage import Columns, LayerPlan, Stored
+from attnpack_fx.policy import PackPolicy, PolicyError
+from attnpack_fx.ranks import Energy, Linear, PerLayer
 
 __all__ = [
     "AttnpackWarning",
+    "Columns",
+    "Energy",
+    "LayerPlan",
+    "Linear",
     "PackPolicy",
     "PackedTensor",
+    "Partial",
+    "PerLayer",
+    "PolicyError",
+    "Stored",
     "attnpack_backend",
     "cache_bytes",
     "compile",

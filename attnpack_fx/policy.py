@@ -2,69 +2,117 @@
 
 A policy is a value: frozen, hashable, equal to any policy with the same fields. `PackPolicy.from_options`
 splits what a user hands to `torch.compile(..., options=...)` into a policy and plain Inductor configuration;
-nothing later validates it again.
+nothing later validates it again. `PackPolicy.layer` says what it comes to in one attention layer.
 """
 
-import difflib
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
-#: One rank: a number of columns, or `"full"` for as many as the matrix has.
-Rank = int | Literal["full"]
-#: A rank for keys and values alike, a `(key, value)` pair of ranks, or `None` for "leave dense".
-RankSpec = Rank | tuple[Rank, Rank] | None
-Modality = Literal["vision", "text"]
+from attnpack_fx.checks import PolicyError, checked_bool, checked_int, checked_keys, is_number
+from attnpack_fx.layer_plans import checked_layers, fitted
+from attnpack_fx.options import inductor_patches, mode_patches, normalised, unknown
+from attnpack_fx.partial import Partial, checked_partial
+from attnpack_fx.passes.storage import Columns, KeySpace, LayerPlan, Stored
+from attnpack_fx.ranks import (
+    DEFAULT_VISION_RANK,
+    Energy,
+    Modality,
+    PerLayer,
+    Rank,
+    RankSpec,
+    checked_rank,
+    known_place,
+    parts,
+    resolve,
+    to_json,
+)
 
-DEFAULT_VISION_RANK = 64
+__all__ = ["PackPolicy", "PolicyError", "Rank", "RankSpec"]
 
-_RANK_EXPECTED = "an int >= 1, a (key, value) pair of such ranks, 'full' (lossless) or None (leave dense)"
+#: The version of the files that `PackPolicy.save` writes.
+FILE_VERSION = 1
+
 _KEY_SPACES = ("rotated", "unrotated", "auto")
-
-
-class PolicyError(ValueError):
-    """An option has a value no policy can have, or one this model cannot honour."""
+_BASES = ("sample", "batch")
 
 
 @dataclass(frozen=True)
 class PackPolicy:
-    """Which cached keys and values are packed, and at which rank.
+    """Which cached keys and values are packed, and how.
 
     The defaults are the setting of AttentionPack (CVPR 2026, arXiv 2603.23914): vision tokens at rank 64 for
-    keys and values, text tokens dense.
+    keys and values, text tokens dense, keys factorised before rotary embedding where that is recognised.
 
-    vision_rank: columns kept per layer of the `[T, H * D]` matrix of vision tokens: an int, a `(key, value)`
-        pair, `"full"` (as many as the matrix has: lossless) or `None` (dense). A pair may mix ints and
-        `"full"`. The default, exactly 64, means "64, or what exists": where `H * D < 64` it is clipped.
+    vision_rank: columns kept per layer of the `[T, H * D]` matrix of vision tokens: an int, `"full"` (as many as the
+        matrix has: lossless), a schedule over the decoder layers (`Linear`, `PerLayer`, `Energy`), a `(key, value)`
+        pair of these, or `None` (dense). The default, exactly 64, means "64, or what exists": where `H * D < 64` it
+        is clipped.
     text_rank: the same for all other tokens, and for every token of a graph that shows no modality. Default
         `None`. Never clipped.
+    skip_layers: numbers of decoder layers that stay dense; negative ones count from the last layer.
     key_space: `"rotated"`: keys are stored as they are attended, after rotary embedding, and never rebuilt.
-        `"unrotated"` and `"auto"` are reserved and raise `NotImplementedError`.
+        `"unrotated"`: before it, which takes about a quarter of the rank and a rotation at every step. `"auto"`: as
+        `layers` says, else un-rotated; rotated wherever no rotary embedding is recognised. Other than `"auto"` it
+        overrides `layers`.
+    fold_every: fold the oldest dense tokens into the packed text as soon as so many lie beyond the `recent` newest;
+        `None` never does. Needs packed, unquantised text.
+    recent: how many of the newest tokens a fold leaves dense.
+    max_fold_error: a bound, > 0, on the relative Frobenius error folds may add up to in a layer; `None` sets none.
+    partial: read less of the vision tokens that are attended to little; a `Partial`, or a mapping with its fields.
+    bases: `"sample"`: one basis per sample, layer and modality. `"batch"`: one for the whole batch.
+    basis_tolerance: with a basis for the whole batch, a sample whose relative Frobenius error against it exceeds this
+        gets a basis of its own. A number >= 0.
+    layers: a calibrated plan, one `LayerPlan` (or a mapping with its fields) per decoder layer, instead of
+        `vision_rank`, `text_rank` and `skip_layers`, which stay at their defaults.
+    layer_count: the number of decoder layers, for graphs that do not show it.
     strict: a rewrite that fails raises; otherwise the untouched graph is compiled and the reason is logged.
 
-    Raises `ValueError` for any field of a wrong type or value.
+    Lists count as tuples and JSON forms as what they stand for. Raises `PolicyError`, a `ValueError`, for any field of
+    a wrong type or value and for fields that contradict each other.
     """
 
     vision_rank: RankSpec = DEFAULT_VISION_RANK
     text_rank: RankSpec = None
-    key_space: Literal["rotated", "unrotated", "auto"] = "rotated"
+    skip_layers: tuple[int, ...] = ()
+    key_space: Literal["rotated", "unrotated", "auto"] = "auto"
+    fold_every: int | None = None
+    recent: int = 32
+    max_fold_error: float | None = None
+    partial: Partial | None = None
+    bases: Literal["sample", "batch"] = "sample"
+    basis_tolerance: float = 0.1
+    layers: tuple[LayerPlan, ...] | None = None
+    layer_count: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vision_rank", "text_rank"):
-            object.__setattr__(self, name, _checked_rank(name, getattr(self, name)))
-        if self.key_space not in _KEY_SPACES:
-            raise PolicyError(
-                f"key_space: got {self.key_space!r}, expected one of {', '.join(map(repr, _KEY_SPACES))}; "
-                "use 'rotated', the default"
-            )
-        if self.key_space != "rotated":
-            raise NotImplementedError(
-                f"key_space={self.key_space!r} is not available: 'rotated' is the only key space in this "
-                "release; set key_space='rotated' or leave it out"
-            )
-        if not isinstance(self.strict, bool):
-            raise PolicyError(f"strict: got {self.strict!r}, expected a bool; use True or False")
+            self._set(name, checked_rank(name, getattr(self, name)))
+        self._set("skip_layers", _checked_skips(self.skip_layers))
+        _checked_choice("key_space", self.key_space, _KEY_SPACES)
+        if self.fold_every is not None:
+            checked_int("fold_every", self.fold_every, 1, "use None to never fold")
+        checked_int("recent", self.recent, 0, "0 folds all tokens alike")
+        if self.max_fold_error is not None:
+            if not is_number(self.max_fold_error) or self.max_fold_error <= 0:
+                raise PolicyError(
+                    f"max_fold_error: got {self.max_fold_error!r}, expected a number > 0; use None for no bound"
+                )
+            self._set("max_fold_error", float(self.max_fold_error))
+        self._set("partial", checked_partial(self.partial))
+        _checked_choice("bases", self.bases, _BASES)
+        if not is_number(self.basis_tolerance) or self.basis_tolerance < 0:
+            raise PolicyError(f"basis_tolerance: got {self.basis_tolerance!r}, expected a number >= 0; e.g. 0.1")
+        self._set("basis_tolerance", float(self.basis_tolerance))
+        self._set("layers", checked_layers(self.layers))
+        if self.layer_count is not None:
+            checked_int("layer_count", self.layer_count, 1, "use None where the graph shows it")
+        checked_bool("strict", self.strict)
+        _check_combinations(self)
 
     @classmethod
     def from_options(
@@ -72,15 +120,15 @@ class PackPolicy:
     ) -> tuple["PackPolicy", dict[str, Any]]:
         """Split `torch.compile` options into a policy and Inductor configuration patches.
 
-        options: policy fields by name, or a ready policy under `"policy"`; besides them any
-            `torch._inductor.config` key, and `"mode"` (`torch.compile` takes mode or options but not both, so
-            a mode can ride along here).
+        options: policy fields by name, as themselves or in their JSON form, or a ready policy under `"policy"`;
+            besides them any `torch._inductor.config` key, and `"mode"` (`torch.compile` takes mode or options but not
+            both, so a mode can ride along here).
         mode, dynamic: as given to `torch.compile`. Explicit options win over those a mode brings.
 
         A `-` in a key counts as `_`, as in `torch.compile`. Raises `ValueError` for anything unknown or of a
         wrong type.
         """
-        given = _normalised(options)
+        given = normalised(options)
         policy = given.pop("policy", None)
         inner_mode = given.pop("mode", None)
         own = {name: given.pop(name) for name in _field_names(cls) if name in given}
@@ -100,148 +148,268 @@ class PackPolicy:
             raise PolicyError(f"mode: got {mode!r} and, in options, {inner_mode!r}, expected one; drop one of them")
         chosen = inner_mode if mode is None else mode
         return policy, {
-            **_mode_patches(chosen, dynamic),
-            **_inductor_patches(given, (*_field_names(cls), "policy")),
+            **mode_patches(chosen, dynamic),
+            **inductor_patches(given, (*_field_names(cls), "policy")),
         }
 
-    def ranks(self, modality: Modality, key_width: int, value_width: int) -> tuple[int, int] | None:
-        """`(key rank, value rank)` for tokens of `modality`, or `None` if they stay dense.
+    def layer(self, number: int | None, count: int | None, key_width: int, value_width: int) -> LayerPlan:
+        """What one attention layer packs, every rank a number.
 
-        key_width, value_width: `H * D` of the cached keys and values. The number of tokens, which limits a
-        rank too, is not known here. Raises `ValueError` if a rank exceeds its width.
+        number, count: of this layer, from 0, and of decoder layers; None where the graph does not show them (then
+            `layer_count` counts). Settings that are the same in every layer need neither.
+        key_width, value_width: `H * D` of the cached keys and values. The number of tokens, which limits a rank too,
+            is not known here.
+
+        With `partial`, a block of vision columns ends wherever the columns of a group do (with `Energy`: of a group at
+        the largest rank). The plan says `key_space="unrotated"` where the policy leaves it open. Raises `PolicyError`
+        if a rank exceeds its width, or if a number is missing or contradicts the policy.
         """
-        spec = self._spec(modality)
-        if spec is None:
-            return None
-        key, value = spec if isinstance(spec, tuple) else (spec, spec)
-        clip = modality == "vision" and spec == DEFAULT_VISION_RANK
-        name = f"{modality}_rank"
-        return _resolved(name, "key", key, key_width, clip), _resolved(name, "value", value, value_width, clip)
+        number, count = self._place(number, count)
+        vision, text = (self._stored(name, number, count, key_width, value_width) for name in ("vision", "text"))
+        key_space: KeySpace = "unrotated"
+        if self.key_space != "auto":
+            key_space = self.key_space
+        elif self.layers is not None:
+            key_space = self._planned(number, count).key_space
+        if vision is not None and self.partial is not None:
+            vision = Stored(
+                _cut(vision.key, self.partial) if self.partial.keys else vision.key, _cut(vision.value, self.partial)
+            )
+        return LayerPlan(vision, text, key_space)
+
+    def ranks(self, modality: Modality, key_width: int, value_width: int) -> tuple[int, int] | None:
+        """`(key rank, value rank)` for tokens of `modality` in any layer, or `None` if they stay dense.
+
+        key_width, value_width: `H * D` of the cached keys and values. Raises `PolicyError` if a rank exceeds its
+        width, or differs between layers.
+        """
+        self._spec(modality)
+        stored = self._stored(modality, None, self.layer_count, key_width, value_width)
+        return None if stored is None else (stored.key.rank, stored.value.rank)
 
     def lossless(self, modality: Modality) -> bool:
-        """Whether keys and values of `modality` are both packed at full rank."""
-        return self._spec(modality) in ("full", ("full", "full"))
+        """Whether keys and values of `modality` are both packed at rank `"full"`; False for a calibrated plan."""
+        return self.layers is None and parts(self._spec(modality)) == ("full", "full")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON-able values; `from_dict` is the inverse."""
         values = {name: getattr(self, name) for name in _field_names(type(self))}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        values.update(vision_rank=to_json(self.vision_rank), text_rank=to_json(self.text_rank))
+        if self.partial is not None:
+            values["partial"] = asdict(self.partial)
+        if self.layers is not None:
+            values["layers"] = [asdict(plan) for plan in self.layers]
+        return {name: _with_lists(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PackPolicy":
         """The policy with these fields, defaults elsewhere. Raises `ValueError` for an unknown field."""
+        if not isinstance(values, Mapping):
+            raise PolicyError(f"policy: got {type(values).__name__}, expected a mapping such as {{'vision_rank': 64}}")
         names = _field_names(cls)
         for key in values:
             if key not in names:
-                raise PolicyError(_unknown(key, names, names))
+                raise PolicyError(unknown(key, names, names))
         return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy to a JSON file, which `load` reads. Raises OSError if it cannot be written."""
+        content = {"version": FILE_VERSION, "policy": self.to_dict()}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PackPolicy":
+        """The policy in a file that `save` wrote.
+
+        Raises OSError if it cannot be read, and `PolicyError` if it is not JSON, holds no policy, comes from a newer
+        version, or has a field that is unknown or wrong.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PolicyError(
+                f"{os.fspath(path)}: not a JSON file ({error}); expected one written by PackPolicy.save"
+            ) from None
+        try:
+            return cls.from_dict(_checked_content(content))
+        except PolicyError as error:
+            raise PolicyError(f"{os.fspath(path)}: {error}") from None
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _spec(self, modality: str) -> RankSpec:
         if modality not in ("vision", "text"):
             raise PolicyError(f"modality: got {modality!r}, expected 'vision' or 'text'")
         return self.vision_rank if modality == "vision" else self.text_rank
 
+    def _place(self, number: int | None, count: int | None) -> tuple[int | None, int | None]:
+        """Layer number and number of layers, as far as they are known, once they are found to agree."""
+        if count is None:
+            count = self.layer_count
+        elif self.layer_count is not None and count != self.layer_count:
+            raise PolicyError(
+                f"layer_count: got {self.layer_count}, but the model has {count} decoder layers; "
+                "leave layer_count out, or give the right one"
+            )
+        if number is not None and count is not None and not 0 <= number < count:
+            raise PolicyError(
+                f"layer_count: got {count}, but there is a layer {number}, counted from 0; give the right layer_count"
+            )
+        return number, count
+
+    def _stored(
+        self, modality: Modality, number: int | None, count: int | None, key_width: int, value_width: int
+    ) -> Stored | None:
+        if self.layers is not None:
+            stored = self._planned(number, count).of(modality)
+            return fitted(f"layers[{number}].{modality}", stored, key_width, value_width)
+        if self._skipped(number, count):
+            return None
+        return resolve(modality, self._spec(modality), number, count, key_width, value_width)
+
+    def _planned(self, number: int | None, count: int | None) -> LayerPlan:
+        assert self.layers is not None
+        number, count = known_place("layers", number, count)
+        if len(self.layers) != count:
+            raise PolicyError(
+                f"layers: got a plan for {len(self.layers)} decoder layers, but this model has {count}; "
+                "use a plan made for this model"
+            )
+        return self.layers[number]
+
+    def _skipped(self, number: int | None, count: int | None) -> bool:
+        if not self.skip_layers:
+            return False
+        if number is not None and count is None and self.skip_layers[0] >= 0:
+            return number in self.skip_layers
+        number, count = known_place("skip_layers", number, count)
+        for skipped in self.skip_layers:
+            if not -count <= skipped < count:
+                raise PolicyError(
+                    f"skip_layers: got {skipped}, but this model has {count} decoder layers; "
+                    f"expected numbers from {-count} to {count - 1}"
+                )
+        return number in self.skip_layers or number - count in self.skip_layers
+
 
 def _field_names(cls: type[PackPolicy]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls))
 
 
-def _checked_rank(name: str, spec: Any) -> RankSpec:
-    """`spec` with a pair as a tuple; a list is a pair too, since that is what JSON makes of one."""
-    if spec is None:
-        return None
-    if isinstance(spec, (tuple, list)):
-        if len(spec) != 2:
-            raise PolicyError(f"{name}: got {spec!r}, expected {_RANK_EXPECTED}; a pair is (key rank, value rank)")
-        if None in spec:
+def _checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise PolicyError(
+            f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}; "
+            f"the default is {PackPolicy.__dataclass_fields__[name].default!r}"
+        )
+
+
+def _checked_skips(values: Any) -> tuple[int, ...]:
+    """Layer numbers, each once and sorted, so that policies that skip the same layers are equal."""
+    if not isinstance(values, (tuple, list)) or not all(
+        isinstance(value, int) and not isinstance(value, bool) for value in values
+    ):
+        raise PolicyError(f"skip_layers: got {values!r}, expected layer numbers; e.g. (0, -1) for the first and last")
+    return tuple(sorted(set(values)))
+
+
+def _check_combinations(policy: PackPolicy) -> None:
+    """Raise PolicyError for fields that contradict each other."""
+    if policy.layers is not None:
+        for name in ("vision_rank", "text_rank", "skip_layers"):
+            value, default = getattr(policy, name), PackPolicy.__dataclass_fields__[name].default
+            if value != default:
+                raise PolicyError(
+                    f"{name}: got {value!r} beside layers, expected its default, {default!r}: a calibrated plan says "
+                    f"itself what every layer packs; drop {name} or layers"
+                )
+    _check_counts(policy)
+    _check_fold(policy)
+    if policy.partial is not None and not _packed(policy, "vision"):
+        raise PolicyError(
+            "partial: got a Partial, expected None where vision tokens stay dense: there are no columns to leave out; "
+            "give vision_rank, or layers that pack vision, or drop partial"
+        )
+    if policy.bases == "batch" and _has_energy(policy):
+        raise PolicyError(
+            "bases: got 'batch' with an energy, expected 'sample': a share of energy gives each sample a rank of its "
+            "own, and samples that share a basis share its rank; use fixed ranks or bases='sample'"
+        )
+
+
+def _check_counts(policy: PackPolicy) -> None:
+    """All that has one entry per decoder layer has as many entries as there are layers."""
+    counts = {} if policy.layer_count is None else {"layer_count": policy.layer_count}
+    if policy.layers is not None:
+        counts["layers"] = len(policy.layers)
+    for name in ("vision_rank", "text_rank"):
+        for role, spec in zip(("key", "value"), parts(getattr(policy, name)), strict=False):
+            if isinstance(spec, PerLayer):
+                counts[f"{name}, {role}"] = len(spec.ranks)
+    if len(set(counts.values())) > 1:
+        got = ", ".join(f"{count} ({name})" for name, count in counts.items())
+        raise PolicyError(f"number of decoder layers: got {got}, expected one number; give one entry per decoder layer")
+
+
+def _check_fold(policy: PackPolicy) -> None:
+    if policy.fold_every is None:
+        if policy.max_fold_error is not None:
             raise PolicyError(
-                f"{name}: got {spec!r}, expected {_RANK_EXPECTED}; keys and values of one token are packed "
-                f"together or not at all, so use {name}=None to leave both dense, or 'full' for the exact one"
+                f"max_fold_error: got {policy.max_fold_error!r} without fold_every, expected None: nothing is folded; "
+                "set fold_every, or drop max_fold_error"
             )
-        key, value = spec
-        return _checked_single(name, key, spec), _checked_single(name, value, spec)
-    return _checked_single(name, spec, spec)
-
-
-def _checked_single(name: str, rank: Any, spec: Any) -> Rank:
-    # bool is an int to Python, but vision_rank=True never means rank 1.
-    if isinstance(rank, int) and not isinstance(rank, bool):
-        if rank >= 1:
-            return rank
-        raise PolicyError(f"{name}: got {spec!r}, expected {_RANK_EXPECTED}; use None to leave these tokens dense")
-    if isinstance(rank, str) and rank == "full":
-        return "full"
-    raise PolicyError(f"{name}: got {spec!r} ({type(rank).__name__}), expected {_RANK_EXPECTED}; e.g. {name}=64")
-
-
-def _resolved(name: str, role: str, rank: Rank, width: int, clip: bool) -> int:
-    if rank == "full":
-        return width
-    if rank <= width:
-        return rank
-    if clip:
-        return width
-    raise PolicyError(
-        f"{name}={rank} exceeds H * D = {width}, the largest rank a {role} of this model has; "
-        f"use a rank <= {width} or 'full'"
-    )
-
-
-def _normalised(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    if options is None:
-        return {}
-    if isinstance(options, PackPolicy):
-        raise PolicyError("options: got a PackPolicy, expected a mapping; use options={'policy': policy}")
-    if not isinstance(options, Mapping):
-        raise PolicyError(f"options: got {type(options).__name__}, expected a mapping such as {{'vision_rank': 64}}")
-    given: dict[str, Any] = {}
-    for key, value in options.items():
-        if not isinstance(key, str):
-            raise PolicyError(f"options: got the key {key!r}, expected names as str")
-        name = key.replace("-", "_")
-        if name in given:
-            raise PolicyError(f"options: got {name!r} twice, spelled with '-' and with '_'; give it once")
-        given[name] = value
-    return given
-
-
-def _mode_patches(mode: str | None, dynamic: bool | None) -> dict[str, Any]:
-    if mode is None:
-        return {}
-    # Imported when needed, not with the package: Inductor is slow to import.
-    from torch._inductor import list_mode_options
-
-    known = tuple(list_mode_options())
-    if not isinstance(mode, str) or mode not in known:
-        raise PolicyError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, known))}{_hint(mode, known)}")
-    return dict(list_mode_options(mode, dynamic))
-
-
-def _inductor_patches(given: Mapping[str, Any], policy_keys: tuple[str, ...]) -> dict[str, Any]:
-    """`given` as Inductor config patches, checked the way `torch.compile` checks its own options."""
-    if not given:
-        return {}
-    from torch._inductor import config
-
-    current = config.get_config_copy()
-    for name, value in given.items():
-        if name not in current:
-            raise PolicyError(_unknown(name, (*policy_keys, "mode"), (*policy_keys, "mode", *current)))
-        expected = config.get_type(name)  # type: ignore[attr-defined]  # installed at import
-        # Unions and subscripted types have no isinstance; torch.compile lets them pass as well.
-        if isinstance(expected, type) and not isinstance(value, expected):
+        return
+    if not _packed(policy, "text"):
+        raise PolicyError(
+            f"fold_every: got {policy.fold_every!r}, expected None where text stays dense: there is no packed text "
+            "to fold into; give text_rank, or layers that pack text, or drop fold_every"
+        )
+    for number, plan in enumerate(policy.layers or ()):
+        if plan.text is not None and (plan.text.key.quantised or plan.text.value.quantised):
             raise PolicyError(
-                f"Inductor option {name!r}: got {value!r} ({type(value).__name__}), "
-                f"expected {expected.__name__}; its default is {current[name]!r}"
+                f"fold_every: got {policy.fold_every!r} with quantised text in layers[{number}], expected text blocks "
+                "of 0 bits (the model's dtype): every fold would quantise what is quantised already; "
+                "drop fold_every or plan unquantised text"
             )
-    return dict(given)
 
 
-def _unknown(key: Any, allowed: tuple[str, ...], candidates: tuple[str, ...]) -> str:
-    more = " or any torch._inductor.config key" if len(candidates) > len(allowed) else ""
-    return f"unknown option: got {key!r}, expected one of {', '.join(allowed)}{more}{_hint(key, candidates)}"
+def _packed(policy: PackPolicy, modality: Modality) -> bool:
+    """Whether any layer packs tokens of `modality`."""
+    if policy.layers is not None:
+        return any(plan.of(modality) is not None for plan in policy.layers)
+    return policy._spec(modality) is not None
 
 
-def _hint(got: Any, candidates: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(got), candidates, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _has_energy(policy: PackPolicy) -> bool:
+    specs = (*parts(policy.vision_rank), *parts(policy.text_rank))
+    stored = [plan.of(name) for plan in policy.layers or () for name in ("vision", "text")]
+    columns = [part for item in stored if item is not None for part in (item.key, item.value)]
+    return any(isinstance(spec, Energy) for spec in specs) or any(part.energy is not None for part in columns)
+
+
+def _checked_content(content: Any) -> Any:
+    """The policy in the content of a file."""
+    expected = f"{{'version': {FILE_VERSION}, 'policy': {{...}}}}, as PackPolicy.save writes it"
+    if not isinstance(content, dict) or "version" not in content or "policy" not in content:
+        raise PolicyError(f"not a policy file: expected {expected}")
+    version = checked_int("version", content["version"], 1, f"expected {expected}")
+    if version > FILE_VERSION:
+        raise PolicyError(
+            f"version: got {version}, expected at most {FILE_VERSION}: the file was written by a newer release; "
+            "upgrade attnpack-fx, or save the policy again with this one"
+        )
+    return checked_keys("policy file", content, ("version", "policy"))["policy"]
+
+
+def _cut(columns: Columns, partial: Partial) -> Columns:
+    return columns.cut(partial.columns(columns.rank))
+
+
+def _with_lists(value: Any) -> Any:
+    """`value` with lists for tuples, as it would come back from JSON."""
+    if isinstance(value, dict):
+        return {key: _with_lists(inner) for key, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_with_lists(inner) for inner in value]
+    return value
