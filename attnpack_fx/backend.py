@@ -15,7 +15,6 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch.fx import Graph, GraphModule, Node
 
 from attnpack_fx import modality
-from attnpack_fx.kernels.parts import PackedParts
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes import pipeline
 from attnpack_fx.passes.state import Argument, GraphState, PackedInput, SiteReport
@@ -117,8 +116,9 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
         state.examples[node] = example
         fake = node.meta.get("example_value")
         if isinstance(fake, PackedTensor):
-            parts = PackedParts(fake.segments, fake.rows, fake.sizes.shape[1], fake.index, fake.slot)
-            state.packed[node] = PackedInput(node, position, parts, fake.modalities, fake.placement.ragged)
+            state.packed[node] = PackedInput(
+                node, position, fake.form, fake.named, tail=fake.rows, length=fake.sizes.shape[1]
+            )
     return state
 
 

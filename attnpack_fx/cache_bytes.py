@@ -43,8 +43,7 @@ def cache_bytes(past_key_values: object) -> int:
         if isinstance(item, torch.Tensor):
             tensors += 1
             if isinstance(item, PackedTensor):
-                parts = item.parts
-                pending.extend([*parts.coefficients, *parts.bases, parts.tail, parts.index, parts.slot])
+                pending.extend(item.tensors)
             elif is_traceable_wrapper_subclass(item):
                 names, _ = item.__tensor_flatten__()
                 pending.extend(getattr(item, name) for name in names)

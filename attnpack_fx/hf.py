@@ -43,7 +43,7 @@ def pack_cache(
 
     Sliding-window layers stay as they are: what they keep changes with every token.
     """
-    for layer in self_attention_layers(past_key_values):
+    for number, layer in enumerate(self_attention_layers(past_key_values)):
         key = getattr(layer, "keys", None)
         if (
             isinstance(key, Tensor)
@@ -51,7 +51,7 @@ def pack_cache(
             and not isinstance(key, PackedTensor)
             and not getattr(layer, "is_sliding", False)
         ):
-            layer.keys, layer.values = pack(key, layer.values, policy, modality=modality, real=real)
+            layer.keys, layer.values = pack(key, layer.values, policy, modality=modality, real=real, layer=number)
     return past_key_values
 
 

@@ -9,6 +9,7 @@ operations it cannot honour are refused.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
+from attnpack_fx.angles import SharedAngles
+from attnpack_fx.held import Held, fake_parts, rank_of, stacked
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.parts import SPARE_ROWS, PackedParts, Segment
+from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment
 from attnpack_fx.placement import Placement
 from attnpack_fx.tail import TailBuffer, TailLease, allocate
 
@@ -29,94 +32,120 @@ class PackedTensor(torch.Tensor):
 
     Made by the compiled graph, or by `attnpack_fx.pack`. Fields, none of them to be written to:
 
-    segments: low-rank parts, `coefficient [B, N, R]` and `basis [B, H, R, D]` each.
-    modalities: what each segment holds, `"vision"` or `"text"`.
+    held: the packed part: segments, where each token is stored, rotary embedding.
     lease: the dense tail's rows; `lease.length` of them hold tokens.
-    placement: where each prompt token is stored.
+    importance: None, or fp32 `[B, N]`, how much recent queries attended to each token of the first segment.
 
     Not differentiable. Saves and loads with `torch.save` / `torch.load(weights_only=True)` once `attnpack_fx` is
     imported.
     """
 
-    segments: tuple[Segment[Tensor], ...]
-    modalities: tuple[str, ...]
+    held: Held
     lease: TailLease
-    placement: Placement
+    importance: Tensor | None
     rows: Tensor
     sizes: Tensor
 
     @staticmethod
     def __new__(
         cls,
-        segments: tuple[Segment[Tensor], ...],
-        modalities: tuple[str, ...],
+        held: Held,
         lease: TailLease,
-        placement: Placement,
+        importance: Tensor | None = None,
         traced: tuple[Tensor, Any] | None = None,
     ) -> "PackedTensor":
         rows = lease.buffer.rows
         if traced is None:
             _, batch, heads, dim = rows.shape
-            tokens = placement.slot.shape[1] + lease.length - _kept(segments, placement)
-            size = (batch, heads, tokens, dim)
+            size = batch, heads, held.placement.slot.shape[1] + lease.length - held.kept, dim
         else:
             size = traced[1]
         return torch.Tensor._make_wrapper_subclass(cls, size, dtype=rows.dtype, device=rows.device, requires_grad=False)
 
-    def __init__(self, segments, modalities, lease, placement, traced=None):
-        self.segments = segments
-        self.modalities = modalities
+    def __init__(self, held, lease, importance=None, traced=None):
+        self.held = held
         self.lease = lease
-        self.placement = placement
-        for number, segment in enumerate(segments):
-            setattr(self, f"coefficient_{number}", segment.coefficient)
-            setattr(self, f"basis_{number}", segment.basis)
+        self.importance = importance
         if traced is not None:
             self.rows, self.sizes = lease.buffer.rows, traced[0]
             return
         self.rows = lease.buffer.template
         self._dynamo_weak_dynamic_indices = {2}
-        ranks = [size for segment in segments for size in segment.coefficient.shape[1:]]
-        self.sizes = _shape(lease.length + SPARE_ROWS, placement.index.shape[1], placement.slot.shape[1], *ranks)
+        self.sizes = _shape(lease.length + SPARE_ROWS, *held.sizes)
 
     @property
     def index(self) -> Tensor:  # type: ignore[override]
-        return self.placement.index
+        return self.held.placement.index
 
     @property
     def slot(self) -> Tensor:
-        return self.placement.slot
+        return self.held.placement.slot
+
+    @property
+    def placement(self) -> Placement:
+        return self.held.placement
+
+    @property
+    def segments(self) -> tuple[Segment[Tensor], ...]:
+        return self.held.segments
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.held.modalities
 
     @property
     def parts(self) -> PackedParts[Tensor]:
-        return PackedParts(self.segments, self.lease.buffer.rows, self.lease.length, self.index, self.slot)
+        angles = None if self.held.angles is None else self.held.angles.packed
+        return PackedParts(self.segments, self.lease.buffer.rows, self.lease.length, self.index, self.slot, angles)
+
+    @property
+    def form(self) -> Form:
+        """What compiled graphs are made for."""
+        return self.held.forms[self.importance is not None]
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The tensors a compiled graph takes besides the tail, by name."""
+        return self.held.named if self.importance is None else self.held.named | {"importance": self.importance}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that takes memory."""
+        return [*self.held.tensors, self.lease.buffer.rows, *([] if self.importance is None else [self.importance])]
 
     @property
     def ranks(self) -> dict[str, int]:
         """Rank by modality."""
         return {
-            name: segment.coefficient.shape[-1] for name, segment in zip(self.modalities, self.segments, strict=True)
+            name: sum(map(rank_of, segment.blocks))
+            for name, segment in zip(self.modalities, self.segments, strict=True)
         }
 
     @property
     def tokens(self) -> dict[str, int]:
         """Stored tokens (of the longest sample) by where they are: each modality packed, and `"dense"`."""
-        counts = {
-            name: segment.coefficient.shape[1] for name, segment in zip(self.modalities, self.segments, strict=True)
-        }
-        return counts | {"dense": self.lease.length}
+        return dict(zip(self.modalities, self.held.counts, strict=True)) | {"dense": self.lease.length}
 
     def dense(self) -> Tensor:
         """The dense `[B, H, T, D]` tensor this stands for; padding is zero."""
         parts = self.parts
-        return ops.decompress(parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot)
+        stored = parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot
+        return ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales)
 
     def grow(self, count: int) -> "PackedTensor":
         """A handle with room for `count` more tokens, whose rows the caller must write: tail rows `lease.length -
         count` on.
         """
         lease = self.lease.buffer.extend(self.lease, count)
-        return PackedTensor(self.segments, self.modalities, lease, self.placement)
+        return PackedTensor(self.held, lease, self.importance)
+
+    def attended(self, importance: Tensor) -> "PackedTensor":
+        """The same with another importance."""
+        return PackedTensor(self.held, self.lease, importance)
+
+    def turned(self, angles: SharedAngles) -> "PackedTensor":
+        """The same with other angles of the tail's rows."""
+        return PackedTensor(replace(self.held, angles=angles), self.lease, self.importance)
 
     def append(self, new: Tensor) -> "PackedTensor":
         """`cat([self, new], dim=2)` with new `[B, H, k, D]`; self stays as it is."""
@@ -126,40 +155,42 @@ class PackedTensor(torch.Tensor):
 
     def crop(self, tokens: int) -> "PackedTensor":
         """Only the first `tokens` tokens."""
-        prompt, kept = self.placement.slot.shape[1], _kept(self.segments, self.placement)
-        placement = self.placement if tokens >= prompt else self.placement.crop(tokens)
-        return self._with(lease=self.lease.buffer.lease(kept + max(0, tokens - prompt)), placement=placement)
+        placed, length = self.slot.shape[1], self.held.kept
+        held = self.held
+        if tokens < placed:
+            held = replace(held, placement=held.placement.crop(tokens))
+        else:
+            length += tokens - placed
+        if held.angles is not None:
+            held = replace(held, angles=held.angles.cropped(length))
+        return self._with(held=held, lease=self.lease.buffer.lease(length))
 
     def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
-        segments = tuple(
-            Segment(segment.coefficient.index_select(0, rows), segment.basis.index_select(0, rows))
-            for segment in self.segments
-        )
         length = self.lease.length
         lease = allocate(self.lease.buffer.rows[:length].index_select(1, rows), length).lease(length)
-        return PackedTensor(segments, self.modalities, lease, self.placement.select(rows))
+        importance = None if self.importance is None else self.importance.index_select(0, rows)
+        return PackedTensor(self.held.select(rows), lease, importance)
 
-    def map(self, function: Callable[[Tensor], Tensor], placement: Placement | None = None) -> "PackedTensor":
-        """Apply a shape-preserving `function` that copies to every floating part."""
-        segments = tuple(Segment(function(segment.coefficient), function(segment.basis)) for segment in self.segments)
+    def map(self, function: Callable[[Tensor], Tensor], to: torch.device | None = None) -> "PackedTensor":
+        """Apply a shape-preserving `function` that copies to every floating part; `to`: where to move the others."""
         length = self.lease.length
         lease = allocate(function(self.lease.buffer.rows[:length]), length).lease(length)
-        return PackedTensor(segments, self.modalities, lease, placement or self.placement)
+        importance = self.importance if to is None or self.importance is None else self.importance.to(to)
+        return PackedTensor(self.held.map(function, to), lease, importance)
 
-    def _with(self, lease: TailLease | None = None, placement: Placement | None = None) -> "PackedTensor":
+    def _with(self, held: Held | None = None, lease: TailLease | None = None) -> "PackedTensor":
         lease = lease or self.lease.buffer.lease(self.lease.length)
-        return PackedTensor(self.segments, self.modalities, lease, placement or self.placement)
+        return PackedTensor(held or self.held, lease, self.importance)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """What Dynamo sees, and guards on at every call: no part, only the dims of the tail and what varies."""
-        return ["rows", "sizes"], (self.modalities, self.placement.ragged)
+        return ["rows", "sizes"], self.form
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
     ) -> "PackedTensor":
-        modalities, ragged = context
         rows, sizes = inner["rows"], inner["sizes"]
         if not isinstance(rows, FakeTensor):
             raise NotImplementedError(
@@ -167,15 +198,16 @@ class PackedTensor(torch.Tensor):
                 f"contents; got parts of type {type(rows).__name__}, expected fake ones. Use `clone`, `to` or "
                 "`torch.save`."
             )
-        _, batch, heads, dim = rows.shape
-        _, count, slots, prompt, *ranks = sizes.shape
-        segments = tuple(
-            Segment(rows.new_empty((batch, tokens, rank)), rows.new_empty((batch, heads, rank, dim)))
-            for tokens, rank in zip(ranks[::2], ranks[1::2], strict=True)
-        )
-        index, slot = (rows.new_empty((batch, size), dtype=torch.int64) for size in (slots, prompt))
+        _, count, *varying = sizes.shape
+        segments, index, slot, angles = fake_parts(context, rows, varying)
+        shared = None if angles is None else SharedAngles(angles)
+        held = Held(segments, context.modalities, Placement(index, slot, context.ragged), shared)
+        importance = None
+        if context.weighed:
+            shape = rows.shape[1], segments[0].blocks[0].coefficient.shape[1]
+            importance = rows.new_empty(shape, dtype=torch.float32)
         lease = TailBuffer(rows).lease(count - SPARE_ROWS)
-        return PackedTensor(segments, modalities, lease, Placement(index, slot, ragged), (sizes, outer_size))
+        return PackedTensor(held, lease, importance, (sizes, outer_size))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -225,22 +257,13 @@ class PackedTensor(torch.Tensor):
         return memo.setdefault(id(self), self.clone())
 
     def __reduce_ex__(self, protocol):
-        length = self.lease.length
-        factors = [part for segment in self.segments for part in (segment.coefficient, segment.basis)]
-        rows = self.lease.buffer.rows[:length].clone()
-        return _rebuild, (
-            factors,
-            self.modalities,
-            rows,
-            self.placement.index,
-            self.placement.slot,
-            self.placement.ragged,
-        )
+        return _rebuild, (self.held.state(), self.lease.buffer.rows[: self.lease.length].clone(), self.importance)
 
     def __repr__(self, *, tensor_contents=None):
+        ranks = self.ranks
         held = ", ".join(
-            f"{name} {tuple(segment.coefficient.shape[:2])} at rank {segment.coefficient.shape[2]}"
-            for name, segment in zip(self.modalities, self.segments, strict=True)
+            f"{name} {self.shape[0], count} at rank {ranks[name]}"
+            for name, count in zip(self.modalities, self.held.counts, strict=True)
         )
         return (
             f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
@@ -266,15 +289,8 @@ def _shape(*sizes: int) -> Tensor:
     return known
 
 
-def _kept(segments: tuple[Segment[Tensor], ...], placement: Placement) -> int:
-    """How many tail rows hold prompt tokens."""
-    return placement.index.shape[1] - sum(segment.coefficient.shape[1] for segment in segments)
-
-
-def _rebuild(factors, modalities, rows, index, slot, ragged) -> PackedTensor:
-    segments = tuple(Segment(*factors[start : start + 2]) for start in range(0, len(factors), 2))
-    lease = allocate(rows, rows.shape[0]).lease(rows.shape[0])
-    return PackedTensor(segments, tuple(modalities), lease, Placement(index, slot, ragged))
+def _rebuild(state, rows, importance) -> PackedTensor:
+    return PackedTensor(Held.from_state(state), allocate(rows, rows.shape[0]).lease(rows.shape[0]), importance)
 
 
 torch.serialization.add_safe_globals([_rebuild])
@@ -309,38 +325,23 @@ def _cat(tensors, dim=0):
 
 def _join(tensors):
     """Samples of several caches in one batch: of prompts and tails as long, in the same segments."""
-    first = tensors[0]
-    kind = first.shape[1:], first.dtype, first.device, first.modalities
     if any(not isinstance(tensor, PackedTensor) for tensor in tensors):
         return NotImplemented
-    kept = [_kept(tensor.segments, tensor.placement) for tensor in tensors]
-    prompts = {tensor.placement.slot.shape[1] for tensor in tensors}
-    if len(prompts) > 1 or any((t.shape[1:], t.dtype, t.device, t.modalities) != kind for t in tensors):
+    first = tensors[0]
+    kinds = {(t.shape[1:], t.slot.shape[1], t.dtype, t.device, t.importance is None) for t in tensors}
+    held = first.held.join([tensor.held for tensor in tensors[1:]])
+    if len(kinds) > 1 or held is None:
         return NotImplemented
-    counts = [[segment.coefficient.shape[1] for segment in tensor.segments] for tensor in tensors]
-    placement = first.placement.join([tensor.placement for tensor in tensors[1:]], counts)
-    segments = tuple(
-        Segment(_stacked([each.coefficient for each in alike]), _stacked([each.basis for each in alike]))
-        for alike in zip(*(tensor.segments for tensor in tensors), strict=True)
-    )
     rows = []
-    for tensor, own in zip(tensors, kept, strict=True):
-        prompt, appended = tensor.lease.buffer.rows[: tensor.lease.length].tensor_split([own])
-        rows.append(torch.cat([prompt, prompt.new_zeros((max(kept) - own, *prompt.shape[1:])), appended]))
+    kept = max(tensor.held.kept for tensor in tensors)
+    for tensor in tensors:
+        placed, appended = tensor.lease.buffer.rows[: tensor.lease.length].tensor_split([tensor.held.kept])
+        rows.append(torch.cat([placed, placed.new_zeros((kept - placed.shape[0], *placed.shape[1:])), appended]))
     joined = torch.cat(rows, dim=1)
-    lease = allocate(joined, joined.shape[0]).lease(joined.shape[0])
-    return PackedTensor(segments, first.modalities, lease, placement)
-
-
-def _stacked(factors):
-    """Factors in one batch, those with fewer tokens or a lower rank filled up by zeros, which add nothing."""
-    widest = [max(sizes) for sizes in zip(*(factor.shape[1:] for factor in factors), strict=True)]
-    shape = (sum(factor.shape[0] for factor in factors), *widest)
-    stacked, start = factors[0].new_zeros(shape), 0
-    for factor in factors:
-        stacked[(slice(start, start + factor.shape[0]), *map(slice, factor.shape[1:]))] = factor
-        start += factor.shape[0]
-    return stacked
+    importance = None
+    if first.importance is not None:
+        importance = stacked([tensor.importance for tensor in tensors])
+    return PackedTensor(held, allocate(joined, joined.shape[0]).lease(joined.shape[0]), importance)
 
 
 def _slice(packed, dim=0, start=None, end=None, step=1):
@@ -375,8 +376,7 @@ def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None
     if _is_fake(packed) or pin_memory or (dtype is not None and not dtype.is_floating_point):
         return NotImplemented
     target = packed.device if device is None else torch.device(device)
-    moved = packed.placement.to(target, non_blocking=non_blocking)
-    return packed.map(lambda part: aten._to_copy(part, dtype=dtype, device=target, non_blocking=non_blocking), moved)
+    return packed.map(lambda part: aten._to_copy(part, dtype=dtype, device=target, non_blocking=non_blocking), target)
 
 
 def _clone(packed, *, memory_format=None):
@@ -392,7 +392,7 @@ def _zero(packed):
         return NotImplemented
     # New parts rather than zeroed ones: forks of this cache may read the old.
     zeros = packed.map(torch.zeros_like)
-    PackedTensor.__init__(packed, zeros.segments, zeros.modalities, zeros.lease, zeros.placement)
+    PackedTensor.__init__(packed, zeros.held, zeros.lease, zeros.importance)
     return packed
 
 

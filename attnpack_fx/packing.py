@@ -2,12 +2,15 @@
 
 from torch import Tensor
 
+from attnpack_fx.held import Held
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.parts import Segment
 from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.passes.state import TEXT, VISION, Modality
+from attnpack_fx.passes.plan_tokens import asks_for_loss, gain
+from attnpack_fx.passes.state import TEXT, VISION
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
+from attnpack_fx.regrouping import weighed
+from attnpack_fx.storing import squares_of, store
 from attnpack_fx.tail import TailBuffer
 
 
@@ -18,33 +21,37 @@ def pack(
     *,
     modality: Tensor | None = None,
     real: Tensor | None = None,
+    layer: int | None = None,
 ) -> tuple[PackedTensor, PackedTensor]:
-    """Pack one layer's cache, as the compiled graph does at prefill.
+    """Pack one layer's cache, as the compiled graph does at prefill; keys are stored as they are, rotated.
 
     key, value: `[B, H, T, D]`, head dims may differ; modality: bool `[B or 1, T]`, True for vision, None for all text;
-    real: bool `[B or 1, T]`, False for padding, None for none.
+    real: bool `[B or 1, T]`, False for padding, None for none; layer: its number, for policies that ask.
 
     Raises ValueError for ranks the heads cannot have, and for NaN or Inf in what is packed.
     """
     widths = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
-    ranks: dict[Modality, tuple[int, int]] = {}
-    for name in (VISION, TEXT):
-        chosen = policy.ranks(name, *widths) if name == TEXT or modality is not None else None
-        if chosen is not None:
-            ranks[name] = chosen
-    gains = {name: [] if policy.lossless(name) else [*pair, *widths] for name, pair in ranks.items()}
-    known = modality if VISION in ranks else None
-    *indices, slot = ops.plan(known, real, key, TEXT in ranks, gains.get(VISION, []), gains.get(TEXT, []))
-    index = {name: found for name, found in zip((VISION, TEXT), indices, strict=False) if name in ranks}
+    plan = policy.layer(layer, policy.layer_count, *widths)
+    stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
+    if modality is None:
+        stored.pop(VISION, None)
+    gains = {name: gain(policy, name, how, widths) for name, how in stored.items()}
+    known = modality if VISION in stored else None
+    *indices, slot = ops.plan(known, real, key, TEXT in stored, gains.get(VISION, []), gains.get(TEXT, []))
+    index = {name: found for name, found in zip((VISION, TEXT), indices, strict=False) if name in stored}
     placement = Placement.from_plan([*index.values(), indices[2]], slot)
     packed = []
-    for number, dense in enumerate((key.detach(), value.detach())):
-        held = {
-            name: Segment(*ops.compress(dense, index[name], pair[number]))
-            for name, pair in ranks.items()
-            if index[name].shape[1]
-        }
-        rows = ops.take_rows(dense, indices[2], 0)
-        lease = TailBuffer(rows).lease(indices[2].shape[1])
-        packed.append(PackedTensor(tuple(held.values()), tuple(held), lease, placement))
-    return packed[0], packed[1]
+    for kind, dense in (("key", key.detach()), ("value", value.detach())):
+        squares = dense.float().square().sum((1, 3)) if asks_for_loss(policy, stored.values()) else None
+        segments, losses = {}, []
+        for name, how in stored.items():
+            if index[name].shape[1]:
+                columns = getattr(how, kind)
+                coefficient, basis = ops.compress(dense, index[name], columns.rank)
+                total = None if squares is None else squares_of(squares, index[name])
+                segments[name], loss = store(coefficient, basis, columns, total)
+                losses += [] if loss is None else [(name, loss)]
+        lease = TailBuffer(ops.take_rows(dense, indices[2], 0)).lease(indices[2].shape[1])
+        held = Held(tuple(segments.values()), tuple(segments), placement, losses=tuple(losses))
+        packed.append(PackedTensor(held, lease))
+    return weighed(packed[0], policy), packed[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad as _pad
 
 from attnpack_fx.kernels.aten.plan import slots
+from attnpack_fx.shared import Memo
 
 
 @dataclass(eq=False)
@@ -28,7 +29,7 @@ class Placement:
     index: Tensor
     slot: Tensor
     ragged: bool
-    _derived: dict[str, tuple[object, int, "Placement"]] = field(default_factory=dict, repr=False)
+    _memo: Memo = field(default_factory=Memo, repr=False)
 
     @classmethod
     def from_plan(cls, indices: list[Tensor], slot: Tensor) -> "Placement":
@@ -42,7 +43,7 @@ class Placement:
         def derive() -> Placement:
             return Placement(self.index.index_select(0, rows), self.slot.index_select(0, rows), self.ragged)
 
-        return self._remember("select", rows, rows._version, derive)
+        return self._memo.derive("select", rows, rows._version, derive)
 
     def crop(self, tokens: int) -> "Placement":
         """Only the first `tokens` logical prompt positions; their slots keep their numbers."""
@@ -51,7 +52,23 @@ class Placement:
             index = self.index.masked_fill(self.index >= tokens, -1)
             return Placement(index, self.slot[:, :tokens].contiguous(), _has_filler(index))
 
-        return self._remember("crop", tokens, 0, derive)
+        return self._memo.derive("crop", tokens, 0, derive)
+
+    def extend(self, count: int) -> "Placement":
+        """With slots for the first `count` tokens appended so far, which follow the placed ones."""
+
+        def derive() -> Placement:
+            (batch, placed), tokens = self.index.shape, self.slot.shape[1]
+            positions = torch.arange(tokens, tokens + count, device=self.index.device).expand(batch, -1)
+            numbers = torch.arange(placed, placed + count, device=self.index.device).expand(batch, -1)
+            return Placement(torch.cat([self.index, positions], 1), torch.cat([self.slot, numbers], 1), self.ragged)
+
+        return self._memo.derive("extend", count, 0, derive)
+
+    def reorder(self, order: Tensor) -> "Placement":
+        """With the first slots in another order, int64 `[B, n]`; for one layer, so not remembered."""
+        index = torch.cat([self.index.gather(1, order), self.index[:, order.shape[1] :]], 1)
+        return Placement(index, slots(index, self.slot.shape[1]), self.ragged)
 
     def join(self, others: Sequence["Placement"], counts: Sequence[Sequence[int]]) -> "Placement":
         """The samples of self, then those of the others, whose prompts are as long.
@@ -72,7 +89,7 @@ class Placement:
             index = torch.cat(columns, dim=1)
             return Placement(index, slots(index, self.slot.shape[1]), _has_filler(index))
 
-        return self._remember("join", (*others, *map(tuple, counts)), 0, derive)
+        return self._memo.derive("join", (*others, *map(tuple, counts)), 0, derive)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Placement":
         if self.index.device == device:
@@ -82,7 +99,7 @@ class Placement:
             index = self.index.to(device, non_blocking=non_blocking)
             return Placement(index, self.slot.to(device, non_blocking=non_blocking), self.ragged)
 
-        return self._remember("to", device, 0, derive)
+        return self._memo.derive("to", device, 0, derive)
 
     def same_as(self, other: "Placement") -> bool:
         """Whether both place every token alike (compares contents only when the objects differ)."""
@@ -94,18 +111,6 @@ class Placement:
             and torch.equal(self.index, other.index)
             and torch.equal(self.slot, other.slot)
         )
-
-    def _remember(self, name, argument, version, derive) -> "Placement":
-        known = self._derived.get(name)
-        if known is not None and known[1] == version and (known[0] is argument or _equal(known[0], argument)):
-            return known[2]
-        derived = derive()
-        self._derived[name] = (argument, version, derived)
-        return derived
-
-
-def _equal(left: object, right: object) -> bool:
-    return not isinstance(left, Tensor) and left == right
 
 
 def _has_filler(index: Tensor) -> bool:

@@ -254,7 +254,8 @@ class PackPolicy:
             )
         if number is not None and count is not None and not 0 <= number < count:
             raise PolicyError(
-                f"layer_count: got {count}, but there is a layer {number}, counted from 0; give the right layer_count"
+                f"layer {number}: expected a number below {count}, the number of decoder layers; "
+                "give the right layer_count, or leave it out"
             )
         return number, count
 

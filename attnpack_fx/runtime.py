@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from attnpack_fx import modality
-from attnpack_fx.kernels.parts import SPARE_ROWS, Segment
+from attnpack_fx.collecting import Collector
+from attnpack_fx.kernels.parts import SPARE_ROWS
+from attnpack_fx.maintenance import maintain
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.packing import pack
 from attnpack_fx.passes.state import (
@@ -20,15 +22,13 @@ from attnpack_fx.passes.state import (
     InputSpec,
     ModalityMask,
     OutputSpec,
-    Packed,
     PaddedLength,
     Part,
-    Plain,
     Room,
+    Size,
 )
-from attnpack_fx.placement import Placement
+from attnpack_fx.passes.storage import Stored
 from attnpack_fx.policy import PackPolicy
-from attnpack_fx.tail import TailBuffer
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +42,22 @@ class Runtime:
         self._feeders = [_feeder(spec) for spec in state.inputs.values()]
         self._outputs: list[OutputSpec] = state.outputs
         self._pairs = state.pairs
+        self._maintained = _maintained(state) if policy.partial or policy.fold_every else []
         self._candidates = state.candidates
         self._carried = state.carried
         self._carries = state.carries
 
     def __call__(self, *arguments: Any) -> list[Any]:
-        for key, value in self._pairs:
-            _check_pair(arguments[key], arguments[value])
+        for pair in self._pairs:
+            _check_pair(arguments[pair.key], arguments[pair.value])
         grown: dict[int, PackedTensor] = {}
         flat = [feed(arguments, grown) for feed in self._feeders]
         results = self._compiled(*flat)
-        placements: dict[int, Placement] = {}
-        outputs = [_collect(spec, results, grown, placements) for spec in self._outputs]
+        collector = Collector(results, grown, self._policy)
+        outputs = [collector.collect(spec) for spec in self._outputs]
+        for key, value, count, text in self._maintained:
+            added = count.evaluate(arguments)
+            outputs[key], outputs[value] = maintain(outputs[key], outputs[value], added, text, self._policy)
         self._pack_candidates(outputs)
         self._carry(arguments, results, outputs)
         return outputs
@@ -63,10 +67,11 @@ class Runtime:
         mask = modality.stated() if self._candidates else None
         if mask is None:
             return
-        for key, value in self._candidates:
+        for key, value, layer in self._candidates:
             batch, _, tokens, _ = outputs[key].shape
             fitted = modality.fit(mask, batch, tokens, outputs[key].device, newest=False)
-            outputs[key], outputs[value] = pack(outputs[key], outputs[value], self._policy, modality=fitted)
+            packed = pack(outputs[key], outputs[value], self._policy, modality=fitted, layer=layer)
+            outputs[key], outputs[value] = packed
 
     def _carry(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any]) -> None:
         if not self._carries:
@@ -76,6 +81,16 @@ class Runtime:
             modality.carry(mask, (item for item in outputs if not isinstance(item, PackedTensor)))
 
 
+def _maintained(state: GraphState) -> list[tuple[int, int, Size, Stored | None]]:
+    """Outputs that are keys and values of one layer, grown by this call: places, by how much, how text is stored."""
+    found = {spec.position: (place, spec) for place, spec in enumerate(state.outputs) if isinstance(spec, Grown)}
+    return [
+        (found[pair.key][0], found[pair.value][0], found[pair.key][1].count, pair.text)
+        for pair in state.pairs
+        if pair.key in found and pair.value in found
+    ]
+
+
 def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]], Any]:
     """How one input of the compiled graph is found among Dynamo's arguments and the packed values grown for this
     call.
@@ -83,8 +98,10 @@ def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]
     match spec:
         case Argument(position):
             return lambda arguments, grown: arguments[position]
+        case Part(position, "importance"):
+            return lambda arguments, grown: arguments[position].importance
         case Part(position, name):
-            return lambda arguments, grown: getattr(arguments[position], name)
+            return lambda arguments, grown: arguments[position].held.named[name]
         case PaddedLength(position):
             return lambda arguments, grown: arguments[position].lease.length + SPARE_ROWS
         case Room(position, count):
@@ -115,30 +132,3 @@ def _check_pair(key: PackedTensor, value: PackedTensor) -> None:
             f"keys {key} and values {value} of one layer do not hold the same tokens in the same places; "
             "pass both from the same cache, and reorder, crop or select both alike"
         )
-
-
-def _collect(
-    spec: OutputSpec, results: Sequence[Any], grown: dict[int, PackedTensor], placements: dict[int, Placement]
-) -> Any:
-    match spec:
-        case Plain(index):
-            return results[index]
-        case Grown(position):
-            return grown[position]
-        case Packed():
-            return _assemble(spec, results, placements)
-
-
-def _assemble(spec: Packed, results: Sequence[Any], placements: dict[int, Placement]) -> PackedTensor:
-    if spec.slot not in placements:
-        placements[spec.slot] = Placement.from_plan([results[index] for index in spec.indices], results[spec.slot])
-    held = [
-        (name, Segment(results[coefficient], results[basis]))
-        for name, (coefficient, basis) in zip(spec.modalities, spec.factors, strict=True)
-        if results[coefficient].shape[1]
-    ]
-    rows = results[spec.tail]
-    lease = TailBuffer(rows).lease(rows.shape[0])
-    return PackedTensor(
-        tuple(segment for _, segment in held), tuple(name for name, _ in held), lease, placements[spec.slot]
-    )

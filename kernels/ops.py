@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from attnpack_fx.kernels import aten
 from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.parts import first_blocks
 
 if importlib.util.find_spec("triton") is not None:
     from attnpack_fx.kernels import triton
@@ -231,23 +232,27 @@ def decompress(
     length: int,
     index: Tensor,
     slot: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    blocks: Sequence[int],
+    scales: Sequence[Tensor],
 ) -> Tensor:
     """The dense meaning: `[B, H, P + length - m, D]`, tokens in logical order, padding zero.
 
-    cos, sin: None, or `[B or 1, sum of N_s, E]` each, E <= D even, one entry per dim and slot: packed rows are keys
-    before
-    rotary embedding and are rotated (first E dims; rotate-half, or pairwise when interleaved). Tail rows are never
-    rotated.
+    coefficients, bases: of every block, in order; tail, length, index, slot as in `parts.py`.
+    cos, sin, interleaved, axes: None, or the `Angles` of packed rows that are keys before rotary embedding, which are
+        then rotated (first E dims). Tail rows never are.
+    blocks: segment number and bits of every block; empty: a segment each, as they are. scales: of the blocks with bits.
     """
-    return aten.decompress(coefficients, bases, tail, length, index, slot, cos, sin, interleaved)
+    rotary = cos, sin, interleaved, axes
+    return aten.decompress(coefficients, bases, tail, length, index, slot, *rotary, blocks, scales)
 
 
 @_fake("decompress")
-def _(coefficients, bases, tail, length, index, slot, cos=None, sin=None, interleaved=False):
-    kept = index.shape[1] - sum(c.shape[1] for c in coefficients)
+def _(coefficients, bases, tail, length, index, slot, cos, sin, interleaved, axes, blocks, scales):
+    kept = index.shape[1] - _packed(coefficients, blocks)
     _, batch, heads, dim = tail.shape
     return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
 
@@ -266,25 +271,31 @@ def attention(
     mask: Tensor | None,
     scale: float,
     ragged: bool,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    key_blocks: Sequence[int],
+    value_blocks: Sequence[int],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
 ) -> Tensor:
     """`softmax(scale * q K^T + mask) V` over packed segments and tail in one softmax, never decompressed.
 
-    query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H; segments and tails as in `parts.py`, keys and values may
-    differ
-        in rank and head dim; the first `length` tail rows count.
+    query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H; blocks and tails as in `parts.py`, keys and values may
+        differ in blocks, rank and head dim, and hold the same tokens in the same segments; the first `length` tail
+        rows count.
     mask: None, or bool (True attends) or additive, broadcastable to `[B, Hq, Tq, T]`, tokens in logical order.
     ragged: whether `index` holds filler, which is then left out.
-    cos, sin, interleaved: as in `decompress`, for the keys.
+    cos, sin, interleaved, axes: as in `decompress`, for the keys; blocks and scales too, of keys and values.
 
     Returns `[B, Hq, Tq, Dv]` in query's dtype; rows whose every token is masked are zero, as in
     scaled_dot_product_attention.
     Has no gradient: backward raises.
     """
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    return _attention(*arguments, index, mask, scale, ragged, cos, sin, interleaved, weights=False)[0]
+    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks, key_scales, value_scales)
+    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, weights=False)[0]
 
 
 @_operator(visible=True)
@@ -301,39 +312,51 @@ def attention_weights(
     mask: Tensor | None,
     scale: float,
     ragged: bool,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    key_blocks: Sequence[int],
+    value_blocks: Sequence[int],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, and how much the last query attends to every slot: its weights, averaged over query heads.
+    """`attention`, and how much it attends to every slot: its weights, averaged over queries and query heads.
 
     Arguments and first result as in `attention`; weights fp32 `[B, slots]` with slots in storage order (packed tokens,
     then tail rows). Slots that are filler or masked have none; a sample's weights sum to 1 where any head saw a token.
     """
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    return _attention(*arguments, index, mask, scale, ragged, cos, sin, interleaved, weights=True)
+    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks, key_scales, value_scales)
+    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, weights=True)
 
 
 def _attention(query: Tensor, *arguments: Any, weights: bool) -> tuple[Tensor, Tensor]:
     implementation = _implementation(query)
-    if implementation is triton and not triton.takes(query, *arguments):
+    # The kernels keep the weights of one query.
+    many = weights and query.shape[2] > 1
+    if implementation is triton and (many or not triton.takes(query, *arguments)):
         implementation = aten
     return implementation.attention(query, *arguments, weights)
 
 
 @_fake("attention")
-def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, *_, **__):
+def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, *_):
     batch, heads, queries, _ = query.shape
     return query.new_empty((batch, heads, queries, value_tail.shape[-1]))
 
 
 @_fake("attention_weights")
-def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *_, **__):
+def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *rest):
     batch, heads, queries, _ = query.shape
-    slots = sum(c.shape[1] for c in key_coefficients) + length
-    return query.new_empty((batch, heads, queries, value_tail.shape[-1])), query.new_empty(
-        (batch, slots), dtype=torch.float32
-    )
+    slots = _packed(key_coefficients, rest[8]) + length
+    out = query.new_empty((batch, heads, queries, value_tail.shape[-1]))
+    return out, query.new_empty((batch, slots), dtype=torch.float32)
+
+
+def _packed(coefficients: Sequence[Tensor], blocks: Sequence[int]) -> int:
+    """How many slots the segments have."""
+    return sum(coefficients[number].shape[1] for number in first_blocks(len(coefficients), blocks))
 
 
 @_operator()
@@ -388,8 +411,7 @@ def _refuse_gradient(ctx, grad):
             return [refuse(*pair) for pair in zip(shape, needed, strict=True)]
         return no_gradient(grad, shape) if needed else None
 
-    # Arguments left at their defaults are in `shapes`, not in `needs_input_grad`.
-    return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=False))
+    return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=True))
 
 
 def _refuse_gradients(ctx, grad, grad_weights):

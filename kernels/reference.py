@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.parts import first_blocks
 
 
 def plan(
@@ -155,14 +156,47 @@ def stored(
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
+    axes: Tensor | None,
+    blocks: Sequence[int],
+    scales: Sequence[Tensor],
 ) -> Tensor:
-    """The dense rows in slot order, `[B, H, sum of N_s + length, D]`."""
+    """The dense rows in slot order, `[B, H, sum of N_s + length, D]`: of each segment the sum of its blocks."""
+    _, batch, heads, dim = tail.shape
     rows = tail[:length].double().permute(1, 2, 0, 3)
-    packed = [c.double()[:, None] @ b.double() for c, b in zip(coefficients, bases, strict=True)]
+    packed: list[Tensor] = []
+    firsts, remaining = first_blocks(len(coefficients), blocks), iter(scales)
+    for number, (c, b) in enumerate(zip(coefficients, bases, strict=True)):
+        bits = blocks[2 * number + 1] if blocks else 0
+        if bits:
+            scale = next(remaining).double()
+            c = decoded(c, scale.shape[2], bits) * scale[:, 0, None]
+            b = decoded(b, dim, bits) * scale[:, 1, None, :, None]
+        if number in firsts:
+            packed.append(rows.new_zeros((batch, heads, c.shape[1], dim)))
+        packed[-1][:, :, : c.shape[1]] += c.double()[:, None] @ b.double()
     low_rank = torch.cat([rows[:, :, :0], *packed], 2)
     if cos is not None and sin is not None:
+        if axes is not None:
+            cos, sin = (_summed(table.double(), axes) for table in (cos, sin))
         low_rank = rotate(low_rank, cos.double(), sin.double(), interleaved)
     return torch.cat([low_rank, rows], 2)
+
+
+def decoded(codes: Tensor, size: int, bits: int) -> Tensor:
+    """The levels behind codes of `bits` bits, `size` in the last dim, low bits of a byte first.
+
+    Fields are in two's complement; those of two bits stand half a level higher, so that they have no zero.
+    """
+    fields = torch.stack([(codes.int() >> shift) % 2**bits for shift in range(0, 8, bits)], -1).flatten(-2)
+    signed = torch.where(fields < 2 ** (bits - 1), fields, fields - 2**bits)[..., :size]
+    return signed.double() + (0.5 if bits == 2 else 0.0)
+
+
+def _summed(table: Tensor, axes: Tensor) -> Tensor:
+    """`out[b, n] = sum over a of table[b, axes[b, a, n]]`."""
+    batch = max(table.shape[0], axes.shape[0])
+    table, axes = table.expand(batch, -1, -1), axes.expand(batch, -1, -1)
+    return torch.stack([table[b][axes[b]].sum(0) for b in range(batch)])
 
 
 def decompress(
@@ -172,12 +206,15 @@ def decompress(
     length: int,
     index: Tensor,
     slot: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    blocks: Sequence[int],
+    scales: Sequence[Tensor],
 ) -> Tensor:
-    """Rows in logical order: prompt position t holds slot `slot[t]` (zero without one), then the appended rows."""
-    rows = stored(coefficients, bases, tail, length, cos, sin, interleaved)
+    """Rows in logical order: placed position t holds slot `slot[t]` (zero without one), then the appended rows."""
+    rows = stored(coefficients, bases, tail, length, cos, sin, interleaved, axes, blocks, scales)
     batch, heads, slots, dim = rows.shape
     prompt, prompt_slots = slot.shape[1], index.shape[1]
     out = rows.new_zeros((batch, heads, prompt + slots - prompt_slots, dim))
@@ -202,13 +239,19 @@ def attention(
     mask: Tensor | None,
     scale: float,
     ragged: bool,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    key_blocks: Sequence[int],
+    value_blocks: Sequence[int],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
 ) -> Tensor:
     """`softmax(scale q K^T + mask) V` over the slots, K and V dense, KV heads repeated for their query heads."""
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    return attention_weights(*arguments, index, mask, scale, ragged, cos, sin, interleaved)[0]
+    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks, key_scales, value_scales)
+    return attention_weights(*arguments, index, mask, scale, ragged, *rotary, *blocks)[0]
 
 
 def attention_weights(
@@ -224,13 +267,20 @@ def attention_weights(
     mask: Tensor | None,
     scale: float,
     ragged: bool,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    key_blocks: Sequence[int],
+    value_blocks: Sequence[int],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, and its softmax weights of the last query, averaged over heads: `[B, slots]`."""
-    keys = stored(key_coefficients, key_bases, key_tail, length, cos, sin, interleaved)
-    values = stored(value_coefficients, value_bases, value_tail, length, None, None, False)
+    """`attention`, and its softmax weights, averaged over heads and queries: `[B, slots]`."""
+    rotary = cos, sin, interleaved, axes
+    keys = stored(key_coefficients, key_bases, key_tail, length, *rotary, key_blocks, key_scales)
+    unrotated = None, None, False, None
+    values = stored(value_coefficients, value_bases, value_tail, length, *unrotated, value_blocks, value_scales)
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = scale * query.double() @ keys.transpose(-1, -2)
@@ -252,7 +302,7 @@ def attention_weights(
     weights = torch.softmax(scores, -1)
     # Rows whose every token is masked.
     weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
-    return weights @ values, weights[:, :, -1].mean(1)
+    return weights @ values, weights.mean((1, 2))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,13 +7,13 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
-from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_of, through_no_ops
-from attnpack_fx.passes.plan_tokens import TokenPlanner
+from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation
+from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_count, layer_number, layer_of, through_no_ops
+from attnpack_fx.passes.plan_tokens import TokenPlanner, asks_for_loss, gain
 from attnpack_fx.passes.state import (
     TEXT,
     VISION,
     GraphState,
-    Modality,
     Packed,
     Site,
     SiteReport,
@@ -37,7 +37,12 @@ class FlatOutputs:
 
 
 def compress(
-    state: GraphState, site: Site, planner: TokenPlanner, flat: FlatOutputs, compressed: dict[Node, Packed]
+    state: GraphState,
+    site: Site,
+    planner: TokenPlanner,
+    rotary: RotaryFinder,
+    flat: FlatOutputs,
+    compressed: dict[Node, Packed],
 ) -> SiteReport | None:
     """Pack what this site puts into the cache."""
     results = state.results
@@ -50,44 +55,76 @@ def compress(
     key_shape, value_shape = shape_of(site.key), shape_of(site.value)
     assert key_shape is not None and value_shape is not None
     widths = key_shape[1] * key_shape[3], value_shape[1] * value_shape[3]
-    modality = planner.modality(site.key)
-    ranks: dict[Modality, tuple[int, int]] = {}
-    for name in (VISION, TEXT):
-        chosen = state.policy.ranks(name, *widths) if name == TEXT or modality is not None else None
-        if chosen is not None:
-            ranks[name] = chosen
-    if not ranks:
-        state.candidates.append((results.index(site.key), results.index(site.value)))
+    plan = state.policy.layer(layer_number(layer), _layer_count(state), *widths)
+    modality = planner.modality(site.key) if plan.vision is not None else None
+    stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
+    if modality is None:
+        stored.pop(VISION, None)
+    if not stored:
+        state.candidates.append((results.index(site.key), results.index(site.value), layer_number(layer)))
         reason = "no vision tokens are known here and text_rank is None"
-        if modality is not None:
-            reason = "vision_rank and text_rank are None"
+        if plan.vision is None:
+            reason = "the policy leaves this layer dense"
         return SiteReport(layer, site.kind, "dense", reason, causal=True)
-    gains = {name: [] if state.policy.lossless(name) else [*pair, *widths] for name, pair in ranks.items()}
-    if VISION not in ranks:
-        modality = None
+    gains = {name: gain(state.policy, name, how, widths) for name, how in stored.items()}
+    rotation = _rotation(rotary, site) if plan.key_space == "unrotated" else None
     graph = state.graph
     with graph.inserting_before(site.node.next):
         *indices, slot = planner.plan(site, site.key, modality, gains)
         index = dict(zip((VISION, TEXT), indices[:2], strict=True))
-        for number, node in enumerate((site.key, site.value)):
-            source = graph.call_method("detach", (node,))
-            factors = []
-            for name, pair in ranks.items():
-                pair_node = graph.call_function(
-                    torch.ops.attnpack.compress.default, (source, index[name], pair[number])
-                )
-                coefficient, basis = (graph.call_function(operator.getitem, (pair_node, item)) for item in (0, 1))
+        for node, kind in ((site.key, "key"), (site.value, "value")):
+            angles = rotation if kind == "key" else None
+            source = graph.call_method("detach", (node if angles is None else angles.unrotated,))
+            factors, columns = [], []
+            for name, how in stored.items():
+                columns.append(getattr(how, kind))
+                pair = graph.call_function(torch.ops.attnpack.compress.default, (source, index[name], columns[-1].rank))
+                coefficient, basis = (graph.call_function(operator.getitem, (pair, item)) for item in (0, 1))
                 factors.append((flat.add(coefficient), flat.add(basis)))
-            tail = graph.call_function(torch.ops.attnpack.take_rows.default, (source, indices[2], 0))
+            attended = graph.call_method("detach", (node,))
+            tail = graph.call_function(torch.ops.attnpack.take_rows.default, (attended, indices[2], 0))
             compressed[node] = Packed(
-                modalities=tuple(ranks),
+                modalities=tuple(stored),
+                columns=tuple(columns),
                 factors=tuple(factors),
-                indices=(*(flat.add(index[name]) for name in ranks), flat.add(indices[2])),
+                indices=(*(flat.add(index[name]) for name in stored), flat.add(indices[2])),
                 slot=flat.add(slot),
                 tail=flat.add(tail),
+                squares=flat.add(_squares(state, source)) if asks_for_loss(state.policy, stored.values()) else None,
+                angles=None if angles is None else (flat.add(angles.cos), flat.add(angles.sin)),
+                interleaved=angles is not None and angles.interleaved,
+                keys=kind == "key",
             )
-    key_rank, value_rank = ({str(name): pair[number] for name, pair in ranks.items()} for number in (0, 1))
-    return SiteReport(layer, site.kind, "compressed", key_rank=key_rank, value_rank=value_rank, causal=True)
+    return SiteReport(
+        layer,
+        site.kind,
+        "compressed",
+        key_rank={str(name): how.key.rank for name, how in stored.items()},
+        value_rank={str(name): how.value.rank for name, how in stored.items()},
+        key_space="rotated" if rotation is None else "unrotated",
+        causal=True,
+    )
+
+
+def _layer_count(state: GraphState) -> int | None:
+    """How many decoder layers there are; None where the graph may not show all."""
+    results = set(state.results)
+    return None if state.carries else layer_count(site.node for site in state.sites if site.key in results)
+
+
+def _rotation(rotary: RotaryFinder, site: Site) -> Rotation | None:
+    """The rotary embedding of all keys that this site keeps, where it is recognised."""
+    *past, new = cat_along_tokens(site.key) or [site.key]
+    if any(shape_of(piece) != (0,) for piece in past):
+        return None
+    return rotary.rotation_of(new)
+
+
+def _squares(state: GraphState, source: Node) -> Node:
+    """The sum of squares of every token, `[B, T]`."""
+    graph = state.graph
+    wide = graph.call_method("float", (source,))
+    return graph.call_method("sum", (graph.call_method("square", (wide,)), (1, 3)))
 
 
 def _uncompressible(site: Site) -> str | None:

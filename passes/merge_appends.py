@@ -7,7 +7,7 @@ from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack
 from attnpack_fx.passes.cleanup import writes
 from attnpack_fx.passes.state import GraphState
 
-_ATTENTION = torch.ops.attnpack.attention.default
+_ATTENTION = (torch.ops.attnpack.attention.default, torch.ops.attnpack.attention_weights.default)
 _APPEND = torch.ops.attnpack.append_.default
 
 
@@ -17,7 +17,7 @@ def merge_appends(state: GraphState) -> int:
     order = {node: number for number, node in enumerate(nodes)}
     appends = {_tail(node): node for node in nodes if node.target is _APPEND}
     merged = 0
-    for attention in [node for node in nodes if node.target is _ATTENTION]:
+    for attention in [node for node in nodes if node.target in _ATTENTION]:
         key, value = (appends.get(attention.args[position]) for position in (5, 6))  # by key_tail and value_tail
         if key is None or value is None or key is value:
             continue

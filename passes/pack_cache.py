@@ -10,6 +10,7 @@ output becomes `attnpack::compress` and the attention of this call stays exact (
 from torch.fx import Node
 
 from attnpack_fx.passes.dense_past import FlatOutputs, compress, leave
+from attnpack_fx.passes.find_rotary import RotaryFinder
 from attnpack_fx.passes.packed_past import Appended, append, attend, decompress_rest
 from attnpack_fx.passes.plan_tokens import TokenPlanner
 from attnpack_fx.passes.state import GraphState, Grown, OutputSpec, Packed, Plain
@@ -17,12 +18,17 @@ from attnpack_fx.passes.state import GraphState, Grown, OutputSpec, Packed, Plai
 
 def pack_cache(state: GraphState) -> int:
     """Rewrite every site that can be; reports each; returns how many changed."""
-    appended = append(state)
+    rotary = RotaryFinder(state.graph)
+    appended = append(state, rotary)
     compressed: dict[Node, Packed] = {}
     flat = FlatOutputs(state)
     planner = TokenPlanner(state)
     for site in state.sites:
-        report = attend(state, site, appended) or compress(state, site, planner, flat, compressed) or leave(state, site)
+        report = (
+            attend(state, site, appended)
+            or compress(state, site, planner, rotary, flat, compressed)
+            or leave(state, site)
+        )
         state.reports.append(report)
     _write_outputs(state, flat, appended, compressed)
     decompress_rest(state, appended)
@@ -43,10 +49,17 @@ def _write_outputs(
         if isinstance(result, Node) and result in compressed:
             specs.append(compressed[result])
         elif isinstance(result, Node) and result in appended:
-            specs.append(Grown(appended[result].packed.position, appended[result].count))
+            specs.append(_grown(flat, appended[result]))
         else:
             specs.append(Plain(flat.add(result)))
     if state.carries and state.modality is not None:
         state.carried = flat.add(state.modality)
     state.outputs = specs
     state.output.args = (tuple(flat.nodes),)
+
+
+def _grown(flat: FlatOutputs, appended: Appended) -> Grown:
+    importance = None if appended.importance is None else flat.add(appended.importance)
+    rotation = appended.rotation
+    angles = None if rotation is None else (flat.add(rotation.cos), flat.add(rotation.sin))
+    return Grown(appended.packed.position, appended.count, importance, angles)

@@ -4,29 +4,38 @@ decompress.
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels.parts import layout
 from attnpack_fx.passes.cleanup import drop_dead
 from attnpack_fx.passes.find_attention import scale_of
-from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_of
-from attnpack_fx.passes.state import GraphState, PackedInput, Site, SiteReport, Size, shape_of
+from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation
+from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_count, layer_number, layer_of
+from attnpack_fx.passes.state import GraphState, PackedInput, Pair, Site, SiteReport, Size, shape_of
+from attnpack_fx.passes.storage import Stored
 
 
 @dataclass
 class Appended:
-    """A packed input after new tokens were appended to its tail."""
+    """A packed input after new tokens were appended to its tail.
+
+    rotation: of the new keys, where they may be folded before rotary embedding; importance: what it becomes.
+    """
 
     packed: PackedInput
     count: Size
     tail: Node
     before: Node
     length: Node
+    rotation: Rotation | None = None
+    importance: Node | None = None
 
 
-def append(state: GraphState) -> dict[Node, Appended]:
+def append(state: GraphState, rotary: RotaryFinder) -> dict[Node, Appended]:
     """Turn `cat([packed, new], dim=2)` into a write to the tail's spare rows; the first per packed input."""
     appended = {}
     for packed in state.packed.values():
@@ -46,7 +55,10 @@ def append(state: GraphState) -> dict[Node, Appended]:
             added = tokens if isinstance(tokens, int) else state.graph.call_method("size", (new, 2))
             longer = state.graph.call_function(operator.add, (length, added))
         state.wanted.add(longer)  # what reads it may come after the first sweep of dead nodes
-        appended[cat] = Appended(packed, count, tail, length, longer)
+        rotation = None
+        if packed.form.angles is not None and state.policy.fold_every is not None:
+            rotation = rotary.rotation_of(new)
+        appended[cat] = Appended(packed, count, tail, length, longer, rotation)
     return appended
 
 
@@ -76,27 +88,67 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
         mask = site.mask
         if mask is not None and len(shape_of(mask)) == 2:  # type: ignore[arg-type]
             mask = graph.call_function(operator.getitem, (mask, (None, None)))
-        attention = graph.call_function(
-            torch.ops.attnpack.attention.default,
-            (
-                site.query,
-                state.factors(key.packed, "coefficient"),
-                state.factors(key.packed, "basis"),
-                state.factors(value.packed, "coefficient"),
-                state.factors(value.packed, "basis"),
-                key.tail,
-                value.tail,
-                key.length,
-                state.part(key.packed, "index"),
-                mask,
-                scale_of(site),
-                key.packed.ragged,
-            ),
+        arguments = (
+            site.query,
+            state.numbered(key.packed, "coefficient"),
+            state.numbered(key.packed, "basis"),
+            state.numbered(value.packed, "coefficient"),
+            state.numbered(value.packed, "basis"),
+            key.tail,
+            value.tail,
+            key.length,
+            state.part(key.packed, "index"),
+            mask,
+            scale_of(site),
+            key.packed.form.ragged,
+            *state.rotary(key.packed),
+            layout(key.packed.form.bits),
+            layout(value.packed.form.bits),
+            state.numbered(key.packed, "scale"),
+            state.numbered(value.packed, "scale"),
         )
+        if key.packed.form.weighed and state.policy.partial is not None:
+            attention = _weighed(state, site, key, arguments, state.policy.partial.momentum)
+        else:
+            attention = graph.call_function(torch.ops.attnpack.attention.default, arguments)
     attention.meta["example_value"] = site.node.meta.get("example_value")
     site.node.replace_all_uses_with(attention)
-    state.pairs.append((key.packed.position, value.packed.position))
+    state.pairs.append(Pair(key.packed.position, value.packed.position, _text(state, site, key, value)))
     return SiteReport(layer_of(site.node), site.kind, "packed", causal=True)
+
+
+def _text(state: GraphState, site: Site, key: Appended, value: Appended) -> Stored | None:
+    """How the layer of this site stores text, where tokens may be folded into it."""
+    if state.policy.fold_every is None:
+        return None
+    count = None if state.carries else layer_count(each.node for each in state.sites if _is_cached(state, each))
+    widths = (operand.packed.tail.shape[2] * operand.packed.tail.shape[3] for operand in (key, value))
+    return state.policy.layer(layer_number(layer_of(site.node)), count, *widths).text
+
+
+def _is_cached(state: GraphState, site: Site) -> bool:
+    return site.key in state.packed or site.key in state.results
+
+
+def _weighed(state: GraphState, site: Site, key: Appended, arguments: Any, momentum: float) -> Node:
+    """Attention that also updates the importance of packed tokens: `I <- w^Tq I + (1 - w^Tq) mean of the weights`."""
+    graph, importance = state.graph, state.part(key.packed, "importance")
+    both = graph.call_function(torch.ops.attnpack.attention_weights.default, arguments)
+    attention, weights = (graph.call_function(operator.getitem, (both, item)) for item in (0, 1))
+    tokens = graph.call_method("size", (importance, 1))
+    now = graph.call_method("narrow", (weights, 1, 0, tokens))
+    queries = shape_of(site.query)[2]  # type: ignore[index]
+    if not isinstance(queries, int):
+        queries = graph.call_method("size", (site.query, 2))
+        kept: Any = graph.call_function(operator.pow, (momentum, queries))
+        new: Any = graph.call_function(operator.sub, (1.0, kept))
+    else:
+        kept, new = momentum**queries, 1.0 - momentum**queries
+    old = graph.call_function(operator.mul, (importance, kept))
+    updated = graph.call_function(operator.add, (old, graph.call_function(operator.mul, (now, new))))
+    state.wanted.add(updated)  # becomes an output once all sites are rewritten
+    key.importance = updated
+    return attention
 
 
 def _packed_operand(state: GraphState, node: Node, appended: dict[Node, Appended]) -> Appended | None:
@@ -153,11 +205,14 @@ def _decompress(state: GraphState, packed: PackedInput, tail: Node, length: Node
     return state.graph.call_function(
         torch.ops.attnpack.decompress.default,
         (
-            state.factors(packed, "coefficient"),
-            state.factors(packed, "basis"),
+            state.numbered(packed, "coefficient"),
+            state.numbered(packed, "basis"),
             tail,
             length,
             state.part(packed, "index"),
             state.part(packed, "slot"),
+            *state.rotary(packed),
+            layout(packed.form.bits),
+            state.numbered(packed, "scale"),
         ),
     )

@@ -2,7 +2,9 @@
 agree.
 """
 
+import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ from attnpack_fx.passes.state import (
     GraphState,
     Modality,
     ModalityMask,
+    Policy,
     Site,
     same_size,
     shape_of,
 )
+from attnpack_fx.passes.storage import Columns, Stored
 
 
 class TokenPlanner:
@@ -91,3 +95,24 @@ def _follows(state: GraphState, later: Node, earlier: Node) -> bool:
         if node is later:
             return False
     return False
+
+
+def gain(policy: Policy, name: Modality, how: Stored, widths: tuple[int, int]) -> list[int]:
+    """When to pack tokens of a modality, as `attnpack::plan` takes it; empty means always.
+
+    widths: `H * D` of keys and of values.
+    """
+    if policy.lossless(name) or (name == TEXT and policy.fold_every is not None):
+        return []  # folds need a segment to fold into
+    return [_words(how.key), _words(how.value), *widths]
+
+
+def _words(columns: Columns) -> int:
+    """The rank that takes as much memory with nothing quantised to fewer than 16 bits."""
+    return sum(math.ceil(count * (bits or 16) / 16) for count, bits in columns.blocks if isinstance(count, int))
+
+
+def asks_for_loss(policy: Policy, stored: Iterable[Stored]) -> bool:
+    """Whether it matters how much truncation drops: for folds, which keep a bound, and ranks chosen by energy."""
+    energies = [columns.energy for how in stored for columns in (how.key, how.value)]
+    return policy.fold_every is not None or any(energy is not None for energy in energies)

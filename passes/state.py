@@ -16,17 +16,34 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from attnpack_fx.kernels.parts import SPARE_ROWS, PackedParts
+from attnpack_fx.kernels.parts import SPARE_ROWS, Form
+from attnpack_fx.passes.storage import Columns, LayerPlan, Stored
 
 Modality = Literal["vision", "text"]
 VISION: Modality = "vision"
 TEXT: Modality = "text"
 
 
-class Ranks(Protocol):
+class Momentum(Protocol):
+    """How fast importance forgets: AttentionPack's omega."""
+
+    @property
+    def momentum(self) -> float: ...
+
+
+class Policy(Protocol):
     """What the passes ask of a policy."""
 
-    def ranks(self, modality: Modality, key_width: int, value_width: int) -> tuple[int, int] | None: ...
+    @property
+    def fold_every(self) -> int | None: ...
+
+    @property
+    def partial(self) -> Momentum | None: ...
+
+    @property
+    def bases(self) -> str: ...
+
+    def layer(self, number: int | None, count: int | None, key_width: int, value_width: int) -> LayerPlan: ...
 
     def lossless(self, modality: Modality) -> bool: ...
 
@@ -105,26 +122,39 @@ class Plain:
 
 @dataclass(frozen=True)
 class Grown:
-    """The packed argument `position` with `count` tokens appended."""
+    """The packed argument `position` with `count` tokens appended.
+
+    importance: the output that is its new importance; angles: `(cos, sin)` outputs of the new tokens, for keys that are
+    stored before rotary embedding and may be folded.
+    """
 
     position: int
     count: Size
+    importance: int | None = None
+    angles: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Packed:
     """A new packed value, from outputs of the rewritten graph.
 
-    modalities: of its segments; factors: `(coefficient, basis)` outputs of each; indices: the index of each segment,
-    then of the dense
-    prompt tokens; slot, tail: the others.
+    modalities, columns: of its segments, and how each is stored; factors: `(coefficient, basis)` outputs of each;
+    indices: the index of each segment, then of the dense prompt tokens; slot, tail: the others.
+    squares: sum of squares of every token, `[B, T]`, where something asks how much a truncation dropped.
+    angles: `(cos, sin)` outputs, of keys stored before rotary embedding; interleaved: as in `Angles`.
+    keys: whether these are keys, not values.
     """
 
     modalities: tuple[Modality, ...]
+    columns: tuple[Columns, ...]
     factors: tuple[tuple[int, int], ...]
     indices: tuple[int, ...]
     slot: int
     tail: int
+    squares: int | None = None
+    angles: tuple[int, int] | None = None
+    interleaved: bool = False
+    keys: bool = False
 
 
 OutputSpec = Plain | Grown | Packed
@@ -134,15 +164,25 @@ OutputSpec = Plain | Grown | Packed
 class PackedInput:
     """A placeholder of Dynamo's graph that holds a packed value.
 
-    fakes: its parts as fake tensors, with a tail of no rows and a length padded by `SPARE_ROWS`; modalities, ragged:
-    as in `PackedTensor`.
+    form: what is fixed about it; parts: its tensors by name (`index`, `slot`, `coefficient_<n>`, ...) as fakes; tail:
+    a fake of no rows; length: how many it has, padded by `SPARE_ROWS`.
     """
 
     node: Node
     position: int
-    fakes: PackedParts[Any]
-    modalities: tuple[str, ...]
-    ragged: bool
+    form: Form
+    parts: dict[str, Any]
+    tail: Any
+    length: Any
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Packed arguments that one attention reads as keys and values; text: how their layer stores text, for folds."""
+
+    key: int
+    value: int
+    text: Stored | None = None
 
 
 @dataclass
@@ -169,6 +209,7 @@ class Site:
 class SiteReport:
     """What became of one attention site.
 
+    key_space: of what is compressed: `"rotated"` or `"unrotated"`.
     action: `"packed"` (reads a packed past), `"compressed"` (its cache leaves packed), `"dense"` (left as it was),
     `"uncached"` (keeps no cache, as in a vision encoder).
     """
@@ -180,6 +221,7 @@ class SiteReport:
     causal: bool = False
     key_rank: dict[str, int] = field(default_factory=dict)
     value_rank: dict[str, int] = field(default_factory=dict)
+    key_space: str = ""
 
 
 @dataclass
@@ -187,19 +229,19 @@ class GraphState:
     """The graph and everything known about it; passes read and update it in place."""
 
     graph: Graph
-    policy: Ranks
+    policy: Policy
     packed: dict[Node, PackedInput]
     inputs: dict[Node, InputSpec]
     examples: dict[Node, Any]
     wanted: set[Node] = field(default_factory=set)
     modality_given: bool = False
     carries: bool = False
-    pairs: list[tuple[int, int]] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     modality: Node | None = None
     outputs: list[OutputSpec] = field(default_factory=list)
-    candidates: list[tuple[int, int]] = field(default_factory=list)
+    candidates: list[tuple[int, int, int | None]] = field(default_factory=list)
     carried: int | None = None
 
     @property
@@ -230,27 +272,31 @@ class GraphState:
         return node
 
     def part(self, packed: PackedInput, name: str) -> Node:
-        """The placeholder of one part: `index`, `slot`, `coefficient_<n>` or `basis_<n>`."""
-        kind, _, number = name.partition("_")
-        if number:
-            fake = getattr(packed.fakes.segments[int(number)], kind)
-        else:
-            fake = getattr(packed.fakes, kind)
-        return self.add_input(Part(packed.position, name), fake, f"{packed.node.name}_{name}")
+        """The placeholder of one part: `index`, `slot`, `cos`, `importance`, `coefficient_<n>`, `basis_<n>`, ..."""
+        return self.add_input(Part(packed.position, name), packed.parts[name], f"{packed.node.name}_{name}")
 
-    def factors(self, packed: PackedInput, kind: str) -> list[Node]:
-        """The placeholders of `"coefficient"` or `"basis"` of every segment."""
-        return [self.part(packed, f"{kind}_{number}") for number in range(len(packed.modalities))]
+    def numbered(self, packed: PackedInput, kind: str) -> list[Node]:
+        """The placeholders of `"coefficient"`, `"basis"` or `"scale"` of every block that has one."""
+        blocks = sum(map(len, packed.form.bits))
+        names = [f"{kind}_{number}" for number in range(blocks)]
+        return [self.part(packed, name) for name in names if name in packed.parts]
+
+    def rotary(self, packed: PackedInput) -> tuple[Node | None, Node | None, bool, Node | None]:
+        """What operators take as `cos, sin, interleaved, axes`."""
+        if packed.form.angles is None:
+            return None, None, False, None
+        axes = self.part(packed, "axes") if packed.form.angles.axes else None
+        return self.part(packed, "cos"), self.part(packed, "sin"), packed.form.angles.interleaved, axes
 
     def length(self, packed: PackedInput) -> Node:
         """A node holding how many tail rows of a packed input hold tokens."""
-        padded = self.add_input(PaddedLength(packed.position), packed.fakes.length, f"{packed.node.name}_length")
+        padded = self.add_input(PaddedLength(packed.position), packed.length, f"{packed.node.name}_length")
         with self.graph.inserting_before(self.first_computation()):
             return self.graph.call_function(operator.sub, (padded, SPARE_ROWS))
 
     def room(self, packed: PackedInput, tokens: int | torch.SymInt, count: Size) -> Node:
         """The placeholder of a packed input's tail rows, with room for `tokens` more."""
-        template, padded = packed.fakes.tail, packed.fakes.length
+        template, padded = packed.tail, packed.length
         example = template.new_empty((padded + tokens, *template.shape[1:]))
         return self.add_input(Room(packed.position, count), example, f"{packed.node.name}_tail")
 

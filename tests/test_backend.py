@@ -55,8 +55,7 @@ def all_packed(cache: Cache) -> bool:
         ({"text_rank": "most"}, ValueError, "text_rank: got 'most'"),
         ({"policy": {"vision_rank": 4}}, ValueError, "policy: got dict, expected a PackPolicy"),
         ({"max_autotune": "yes"}, ValueError, "'max_autotune': got 'yes'"),
-        ({"key_space": "unrotated"}, NotImplementedError, "'rotated' is the only key space"),
-        ({"key_space": "auto"}, NotImplementedError, "'rotated' is the only key space"),
+        ({"key_space": "both"}, ValueError, "key_space: got 'both'"),
     ],
 )
 def test_a_bad_option_is_raised_as_it_is_by_the_first_call(options, error, message, without_inductor):

@@ -245,7 +245,7 @@ def test_saves_and_loads_with_weights_only():
 def test_bytes_are_those_of_factors_and_rows():
     key, value, *_ = packed_pair(PackPolicy(vision_rank=2), tokens=40, dim=16)
     factors = sum(
-        part.numel() * 4 for packed in (key, value) for s in packed.segments for part in (s.coefficient, s.basis)
+        (block.coefficient.numel() + block.basis.numel()) * 4 for packed in (key, value) for block in packed.held.blocks
     )
     rows = 2 * 34 * 2 * 2 * 16 * 4
     indices = key.index.numel() * 8 + key.slot.numel() * 8

@@ -92,7 +92,7 @@ def test_head_dims_of_keys_and_values_may_differ():
 def test_half_precision_is_factored_in_float32_and_stored_as_given(dtype):
     key, value = dense_pair(tokens=12, dtype=dtype)
     packed, _ = pack(key, value, FULL)
-    assert packed.dtype == packed.segments[0].basis.dtype == dtype
+    assert packed.dtype == packed.held.blocks[0].basis.dtype == dtype
     close(packed.dense().float(), key.float(), 4 * torch.finfo(dtype).eps)
 
 

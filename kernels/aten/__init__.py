@@ -1,10 +1,11 @@
 """The operators in ATen calls: what every device can run, and what runs on CPU."""
 
 from attnpack_fx.kernels.aten.attention import attention
+from attnpack_fx.kernels.aten.decompress import decompress
 from attnpack_fx.kernels.aten.factorize import align, compress, fold, sketch
 from attnpack_fx.kernels.aten.linear import linear
 from attnpack_fx.kernels.aten.plan import plan
-from attnpack_fx.kernels.aten.rows import append_, decompress, take_rows
+from attnpack_fx.kernels.aten.rows import append_, take_rows
 
 __all__ = [
     "align",

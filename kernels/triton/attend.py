@@ -67,6 +67,11 @@ def attention(
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
+    axes: Tensor | None,
+    key_blocks: Sequence[int],
+    value_blocks: Sequence[int],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
     weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""

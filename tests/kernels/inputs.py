@@ -135,6 +135,11 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
         "cos": angles.cos() if shape.rotary else None,
         "sin": angles.sin() if shape.rotary else None,
         "interleaved": shape.interleaved,
+        "axes": None,
+        "key_blocks": [],
+        "value_blocks": [],
+        "key_scales": [],
+        "value_scales": [],
     }
 
 

@@ -8,6 +8,8 @@ from attnpack_fx.kernels import reference
 
 from .inputs import Shapes, attention_arguments, relative_error
 
+UNROTATED = (None, None, False, None)
+
 
 def test_attention_over_lossless_parts_is_attention_over_the_dense_cache():
     key, value = (torch.randn(2, 3, 20, 8, dtype=torch.float64) for _ in range(2))
@@ -22,10 +24,12 @@ def test_attention_over_lossless_parts_is_attention_over_the_dense_cache():
         factors.append(reference.compress(x, vision, 1000))
     (kc, kb), (vc, vb) = factors
     length = dense.shape[1] + 3
-    out = reference.attention(query, [kc], [kb], [vc], [vb], *tails, length, index, mask, 0.3, False)
+    rest = (mask, 0.3, False, *UNROTATED, [], [], [], [])
+    out = reference.attention(query, [kc], [kb], [vc], [vb], *tails, length, index, *rest)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     assert relative_error(out, expected) < 1e-12
-    assert relative_error(reference.decompress([kc], [kb], tails[0], length, index, slot), key) < 1e-12
+    dense = reference.decompress([kc], [kb], tails[0], length, index, slot, *UNROTATED, [], [])
+    assert relative_error(dense, key) < 1e-12
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -1,9 +1,11 @@
 """Dynamo graphs of small functions, ready for the passes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx import GraphModule, Node
 
 from attnpack_fx import PackPolicy
 from attnpack_fx.backend import _state_of
@@ -32,3 +34,40 @@ def operations(state: GraphState) -> list[str]:
         for node in state.graph.nodes
         if node.op in ("call_function", "call_method")
     ]
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One graph Dynamo captured, and the real arguments of its first call."""
+
+    state: GraphState
+    module: GraphModule
+    arguments: list[Any]
+
+    def evaluate(self, *nodes: Node) -> tuple[Any, ...]:
+        """The values of these nodes. The graph returns nothing else from then on."""
+        self.state.output.args = (nodes,)
+        self.state.graph.lint()
+        return tuple(GraphModule(self.module, self.state.graph)(*self.arguments))
+
+
+def capture_graphs(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> list[CapturedGraph]:
+    """Every graph Dynamo captures from one call of `function`; nothing is compiled."""
+    graphs: list[CapturedGraph] = []
+
+    def backend(gm, example_inputs):
+        state = _state_of(gm, example_inputs, PackPolicy(vision_rank="full", text_rank="full"))
+        graph = CapturedGraph(state, gm, [])
+
+        def call(*given):
+            if not graph.arguments:
+                graph.arguments.extend(item.clone() if isinstance(item, torch.Tensor) else item for item in given)
+            return gm.forward(*given)
+
+        graphs.append(graph)
+        return call
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend)(*arguments, **keywords)
+    return graphs

@@ -467,7 +467,7 @@ def test_an_obstacle_is_the_reason(without_inductor):
 def test_text_without_a_rank_stays_dense_until_a_modality_is_stated(without_inductor):
     state, _, (report,) = rewritten(step, *dense_past(), *tokens(), policy=VISION_ONLY)
     assert report.action == "dense" and "text_rank" in report.reason
-    assert state.candidates == [(1, 2)]
+    assert state.candidates == [(1, 2, None)]
     compiled = partial(run, step, *dense_past(), *tokens(), policy=VISION_ONLY)
     with pytest.warns(AttnpackWarning, match="no vision tokens"):
         _, key, _ = compiled()

@@ -100,7 +100,7 @@ def test_agrees_with_attention_on_the_dense_meaning(shape):
     arguments = attention_arguments(shape)
     index = arguments["index"]
     slot = torch.argsort(index, 1)
-    common = (arguments["length"], index, slot)
+    common = (arguments["length"], index, slot, None, None, False, None, [], [])
     key = reference.decompress(arguments["key_coefficients"], arguments["key_bases"], arguments["key_tail"], *common)
     value = reference.decompress(
         arguments["value_coefficients"], arguments["value_bases"], arguments["value_tail"], *common
@@ -151,7 +151,7 @@ def test_no_dense_keys_or_values_are_built(rotary, queries, monkeypatch):
 
 @given(shape=shapes())
 @settings(max_examples=80, deadline=None)
-def test_weights_of_the_last_query(shape):
+def test_weights(shape):
     arguments = attention_arguments(shape)
     out, weights = implementation.attention(**arguments, weights=True)
     expected_out, expected = reference.attention_weights(**arguments)

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnpack_fx.kernels import reference
-from attnpack_fx.kernels.aten.rows import append_, decompress, select_tokens, take_rows
+from attnpack_fx.kernels.aten.rows import append_, select_tokens, take_rows
 
-from ..inputs import DTYPES, SEEDS, assert_close, attention_arguments, shapes
+from ..inputs import DTYPES, SEEDS
 
 
 @given(
@@ -54,22 +54,3 @@ def test_append_beyond_the_rows_is_an_error_and_writes_nothing(position, count):
     with pytest.raises((RuntimeError, IndexError)):
         append_([tail], [torch.ones(1, 2, count, 3)], [position])
     assert tail.eq(0).all()
-
-
-@given(shape=shapes(mask="none"), rotary=st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_decompress_matches_the_reference(shape, rotary):
-    fields = shape.__dict__ | {"rotary": shape.key_dim // 2 if rotary else 0}
-    arguments = attention_arguments(type(shape)(**fields))
-    index = arguments["index"]
-    slot = torch.full((shape.batch, index.shape[1] + shape.padding), -1)
-    for sample, row in enumerate(index.tolist()):
-        for number, position in enumerate(row):
-            if position >= 0:
-                slot[sample, position] = number
-    parts = [arguments[name] for name in ("key_coefficients", "key_bases", "key_tail", "length")]
-    rest = (index, slot, arguments["cos"], arguments["sin"], shape.interleaved)
-    out, expected = decompress(*parts, *rest), reference.decompress(*parts, *rest)
-    assert out.dtype == shape.dtype and out.is_contiguous()
-    assert_close(out, expected)
-    assert out[:, :, : slot.shape[1]].transpose(1, 2)[slot < 0].eq(0).all()

@@ -46,6 +46,10 @@ H200 = SimpleNamespace(
 )
 
 
+#: No rotary embedding, one block a segment, nothing quantised.
+PLAIN = (None, None, False, None, [], [], [], [])
+
+
 class LoweredError(Exception):
     """The code is printed; there is nothing to run it on."""
 
@@ -54,7 +58,7 @@ def step(query, key_coefficient, key_basis, value_coefficient, value_basis, key_
     length = count.shape[0] - 2
     ops.append_([key_tail, value_tail], [new, new * 2], [length - 1, length - 1])
     factors = [key_coefficient], [key_basis], [value_coefficient], [value_basis]
-    return ops.attention(query * 2, *factors, key_tail, value_tail, length, index, None, 0.1, False).relu()
+    return ops.attention(query * 2, *factors, key_tail, value_tail, length, index, None, 0.1, False, *PLAIN).relu()
 
 
 def lower(graph_module, examples):

@@ -1,0 +1,179 @@
+"""Rotary embedding of keys that are stored before it: one small object shared by the keys of every layer.
+
+Fidelity is why it exists: rotation spreads a key over dims of every frequency and costs about a factor of four in rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as _pad
+
+from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.parts import Angles
+from attnpack_fx.kernels.rotary_axes import tabulate
+from attnpack_fx.shared import Memo
+
+
+@dataclass(eq=False)
+class SharedAngles:
+    """cos and sin of a packed cache's tokens.
+
+    packed: of the slots in segments.
+    tail: `(cos, sin)` pieces `[B or 1, k, E]` of the tail's rows, in order, kept where they may be folded; else None.
+    """
+
+    packed: Angles[Tensor]
+    tail: tuple[tuple[Tensor, Tensor], ...] | None = None
+    _memo: Memo = field(default_factory=Memo, repr=False)
+
+    @classmethod
+    def of_prompt(
+        cls, cos: Tensor, sin: Tensor, index: Tensor, packed: int, interleaved: bool, keep_tail: bool
+    ) -> "SharedAngles":
+        """From those of the prompt, `[B or 1, P, E]`, and where tokens went: `packed` slots of `index`, the tail."""
+        if cos.shape[0] == 1 and bool((index == index[:1]).all()):
+            index = index[:1]
+        rows = [_rows(each, index) for each in (cos, sin)]
+        held = rows[0][:, :packed].contiguous(), rows[1][:, :packed].contiguous()
+        table = tabulate(*held, interleaved)
+        angles = Angles(*held, None, interleaved) if table is None else Angles(*table, interleaved)
+        tail = ((rows[0][:, packed:].clone(), rows[1][:, packed:].clone()),) if keep_tail else None
+        return cls(angles, tail)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        packed = [self.packed.cos, self.packed.sin, *([] if self.packed.axes is None else [self.packed.axes])]
+        return [*packed, *(each for piece in self.tail or () for each in piece)]
+
+    def appended(self, cos: Tensor, sin: Tensor) -> "SharedAngles":
+        """With new rows in the tail; what the first layer asks for, the others of the call share."""
+        if self.tail is None:
+            return self
+        tail = self.tail
+        return self._memo.derive("appended", cos, 0, lambda: SharedAngles(self.packed, (*tail, (cos, sin))))
+
+    def cropped(self, length: int) -> "SharedAngles":
+        """With the first `length` rows of the tail."""
+        if self.tail is None:
+            return self
+
+        def derive() -> SharedAngles:
+            cos, sin = self.tail_rows()
+            return SharedAngles(self.packed, ((cos[:, :length], sin[:, :length]),))
+
+        return self._memo.derive("cropped", length, 0, derive)
+
+    def tail_rows(self) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B or 1, length, E]` of the tail."""
+        assert self.tail is not None
+        batch = max(piece[0].shape[0] for piece in self.tail)
+        cos, sin = (
+            torch.cat([each.expand(batch, -1, -1) for each in pieces], 1) for pieces in zip(*self.tail, strict=True)
+        )
+        return cos, sin
+
+    def folded(self, count: int) -> "SharedAngles":
+        """With the first `count` tail rows behind the packed slots."""
+
+        def derive() -> SharedAngles:
+            cos, sin = self.tail_rows()
+            packed = _extended(self.packed, cos[:, :count], sin[:, :count])
+            return SharedAngles(packed, ((cos[:, count:].clone(), sin[:, count:].clone()),))
+
+        return self._memo.derive("folded", count, 0, derive)
+
+    def reordered(self, order: Tensor) -> "SharedAngles":
+        """Of packed slots in another order, int64 `[B, n]`, which may be shorter; for one layer, so not remembered."""
+        angles, batch = self.packed, order.shape[0]
+        if angles.axes is not None:
+            axes = angles.axes.expand(batch, -1, -1)
+            chosen = axes.gather(2, order[:, None].expand(-1, axes.shape[1], -1))
+            return SharedAngles(Angles(angles.cos, angles.sin, chosen, angles.interleaved), self.tail)
+        cos, sin = (_rows(each, order) for each in (angles.cos, angles.sin))
+        return SharedAngles(Angles(cos, sin, None, angles.interleaved), self.tail)
+
+    def select(self, rows: Tensor) -> "SharedAngles":
+        """The samples `rows` (int64 `[B']`) of the batch."""
+        return self._memo.derive("select", rows, rows._version, lambda: self._map(lambda each: _chosen(each, rows)))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "SharedAngles":
+        if self.packed.cos.device == device:
+            return self
+        moved = lambda: self._map(lambda each: each.to(device, non_blocking=non_blocking))  # noqa: E731
+        return self._memo.derive("to", device, 0, moved)
+
+    def join(
+        self, others: Sequence["SharedAngles"], batches: Sequence[int], counts: Sequence[Sequence[int]]
+    ) -> "SharedAngles":
+        """The samples of self, then those of the others.
+
+        batches, counts: how many samples, and slots of each segment, of self first.
+        """
+
+        def derive() -> SharedAngles:
+            every = [self, *others]
+            joined = []
+            for number in (0, 1):
+                parts = []
+                for angles, batch, sizes in zip(every, batches, counts, strict=True):
+                    rows = per_slot(Rotary(*_plain(angles.packed)), 0, sum(sizes))[number]
+                    parts.append(rows.expand(batch, -1, -1).split(list(sizes), 1))
+                joined.append(torch.cat([_stack(alike) for alike in zip(*parts, strict=True)], 1))
+            return SharedAngles(Angles(joined[0], joined[1], None, self.packed.interleaved))
+
+        return self._memo.derive("join", (*others, *map(tuple, counts)), 0, derive)
+
+    def state(self) -> tuple[Any, ...]:
+        """Everything, in plain containers and tensors; `from_state` is the inverse."""
+        return (*_plain(self.packed), None if self.tail is None else list(self.tail))
+
+    @classmethod
+    def from_state(cls, state: tuple[Any, ...]) -> "SharedAngles":
+        cos, sin, interleaved, axes, tail = state
+        return cls(Angles(cos, sin, axes, interleaved), None if tail is None else tuple(map(tuple, tail)))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "SharedAngles":
+        angles = self.packed
+        axes = None if angles.axes is None else function(angles.axes)
+        packed = Angles(function(angles.cos), function(angles.sin), axes, angles.interleaved)
+        tail = None if self.tail is None else tuple((function(cos), function(sin)) for cos, sin in self.tail)
+        return SharedAngles(packed, tail)
+
+
+def _plain(angles: Angles[Tensor]) -> tuple[Tensor, Tensor, bool, Tensor | None]:
+    return angles.cos, angles.sin, angles.interleaved, angles.axes
+
+
+def _rows(each: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` `[B, n]` (-1: any) of each `[B or 1, P, E]`."""
+    sample = torch.arange(index.shape[0], device=each.device)[:, None]
+    return each.expand(index.shape[0], -1, -1)[sample, index.clamp(min=0)]
+
+
+def _chosen(each: Tensor, rows: Tensor) -> Tensor:
+    return each if each.shape[0] == 1 else each.index_select(0, rows)
+
+
+def _stack(alike: Sequence[Tensor]) -> Tensor:
+    widest = max(part.shape[1] for part in alike)
+    return torch.cat([_pad(part, (0, 0, 0, widest - part.shape[1])) for part in alike])
+
+
+def _extended(angles: Angles[Tensor], cos: Tensor, sin: Tensor) -> Angles[Tensor]:
+    """With a row for every new slot, `[B or 1, k, E]`."""
+    batch = max(cos.shape[0], angles.cos.shape[0])
+    old, count = angles.cos.shape[1], cos.shape[1]
+    every = [each.expand(batch, -1, -1) for each in (angles.cos, cos, angles.sin, sin)]
+    if angles.axes is None:
+        return Angles(torch.cat(every[:2], 1), torch.cat(every[2:], 1), None, angles.interleaved)
+    # A new slot takes its whole angle from a row of its own, and nothing from the other axes: the last, zero row.
+    zero = every[0].new_zeros((batch, 1, cos.shape[2]))
+    axes = angles.axes.expand(batch, -1, -1)
+    own = torch.arange(old, old + count, device=axes.device)
+    new = axes.new_full((batch, axes.shape[1], count), old + count)
+    new[:, 0] = own
+    tables = torch.cat([*every[:2], zero], 1), torch.cat([*every[2:], zero], 1)
+    return Angles(*tables, torch.cat([axes, new], 2), angles.interleaved)

@@ -1,0 +1,80 @@
+"""From the outputs of a compiled graph to what its caller gets: packed results are put together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from attnpack_fx.angles import SharedAngles
+from attnpack_fx.held import Held
+from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.passes.state import Grown, OutputSpec, Packed, Plain
+from attnpack_fx.placement import Placement
+from attnpack_fx.policy import PackPolicy
+from attnpack_fx.regrouping import weighed
+from attnpack_fx.storing import squares_of, store
+from attnpack_fx.tail import TailBuffer
+
+
+class Collector:
+    """The outputs of one call. What layers share, their placement and angles, is made once.
+
+    results: of the compiled graph; grown: packed arguments with room for this call's tokens, by position.
+    """
+
+    def __init__(self, results: Sequence[Any], grown: dict[int, PackedTensor], policy: PackPolicy) -> None:
+        self._results = results
+        self._grown = grown
+        self._policy = policy
+        self._placements: dict[int, Placement] = {}
+        self._angles: dict[Any, SharedAngles] = {}
+
+    def collect(self, spec: OutputSpec) -> Any:
+        match spec:
+            case Plain(index):
+                return self._results[index]
+            case Grown():
+                return self._extended(spec)
+            case Packed():
+                return self._assembled(spec)
+
+    def _extended(self, spec: Grown) -> PackedTensor:
+        packed = self._grown[spec.position]
+        if spec.angles is not None and packed.held.angles is not None:
+            cos, sin = (self._results[number] for number in spec.angles)
+            packed = packed.turned(packed.held.angles.appended(cos, sin))
+        if spec.importance is not None:
+            packed = packed.attended(self._results[spec.importance])
+        return packed
+
+    def _assembled(self, spec: Packed) -> PackedTensor:
+        results = self._results
+        indices = [results[number] for number in spec.indices]
+        if spec.slot not in self._placements:
+            self._placements[spec.slot] = Placement.from_plan(indices, results[spec.slot])
+        squares = None if spec.squares is None else results[spec.squares]
+        segments, modalities, losses = [], [], []
+        for number, (name, columns) in enumerate(zip(spec.modalities, spec.columns, strict=True)):
+            coefficient, basis = (results[output] for output in spec.factors[number])
+            if not coefficient.shape[1]:
+                continue
+            held = None if squares is None else squares_of(squares, indices[number])
+            segment, loss = store(coefficient, basis, columns, held)
+            segments.append(segment)
+            modalities.append(name)
+            losses += [] if loss is None else [(name, loss)]
+        packed = sum(segment.blocks[0].coefficient.shape[1] for segment in segments)
+        angles = None if spec.angles is None or not packed else self._angles_of(spec, packed)
+        made = Held(tuple(segments), tuple(modalities), self._placements[spec.slot], angles, losses=tuple(losses))
+        rows: Tensor = results[spec.tail]
+        tensor = PackedTensor(made, TailBuffer(rows).lease(rows.shape[0]))
+        return weighed(tensor, self._policy) if spec.keys else tensor
+
+    def _angles_of(self, spec: Packed, packed: int) -> SharedAngles:
+        assert spec.angles is not None
+        known = spec.angles, spec.slot, packed
+        if known not in self._angles:
+            cos, sin = (self._results[number] for number in spec.angles)
+            index, keep = self._placements[spec.slot].index, self._policy.fold_every is not None
+            self._angles[known] = SharedAngles.of_prompt(cos, sin, index, packed, spec.interleaved, keep)
+        return self._angles[known]

@@ -1,0 +1,61 @@
+"""From the factors of a truncated SVD to what is stored: the rank the data asks for, blocks of columns, their bits."""
+
+from torch import Tensor
+
+from attnpack_fx.held import Loss
+from attnpack_fx.kernels.aten.quantize import quantize
+from attnpack_fx.kernels.parts import Block, Segment
+from attnpack_fx.passes.storage import Columns
+
+
+def store(
+    coefficient: Tensor, basis: Tensor, columns: Columns, squares: Tensor | None = None
+) -> tuple[Segment[Tensor], Loss | None]:
+    """One segment, and how far it is from the tokens where the sum of their squares `[B]` is given.
+
+    coefficient: `[B, N, R]`; basis: `[B or 1, H, R, D]`; fewer columns than `columns` asks for are fine.
+    """
+    kept = coefficient.shape[2]
+    if columns.energy is not None:
+        assert squares is not None
+        kept = _rank_of(coefficient, columns.energy, squares)
+    blocks: list[Block[Tensor]] = []
+    start = 0
+    for count, bits in columns.blocks:
+        assert count != "full", "resolved before it reaches the graph"
+        end = min(start + count, kept)
+        if end > start or not blocks:
+            blocks.append(_block(coefficient, basis, start, end, bits))
+        start = end
+    loss = None
+    if squares is not None:
+        squares = squares.double()
+        held = coefficient[:, :, :kept].double().square().sum((1, 2))
+        loss = Loss(squares, (squares - held).clamp(min=0).sqrt())
+    return Segment(tuple(blocks)), loss
+
+
+def squares_of(tokens: Tensor, index: Tensor) -> Tensor:
+    """The sum over a segment, float64 `[B]`, of what each token has: tokens `[B, T]`, index `[B, N]` with filler -1."""
+    chosen = tokens.double().gather(1, index.clamp(min=0))
+    return chosen.masked_fill_(index < 0, 0).sum(1)
+
+
+def _rank_of(coefficient: Tensor, energy: float, squares: Tensor) -> int:
+    """The smallest rank that keeps that share of the squared Frobenius norm of every sample, at least 1."""
+    held = coefficient.double().square().sum(1).cumsum(1)
+    enough = held >= energy * squares.double()[:, None]
+    # Samples that never get there keep all columns.
+    short = (~enough).sum(1).clamp(max=coefficient.shape[2] - 1)
+    return int(short.max()) + 1 if short.numel() else coefficient.shape[2]
+
+
+def _block(coefficient: Tensor, basis: Tensor, start: int, end: int, bits: int) -> Block[Tensor]:
+    whole = start == 0 and end == coefficient.shape[2]
+    if not whole:
+        # Copies: a view would keep the columns that are not stored.
+        coefficient, basis = coefficient[:, :, start:end].clone(), basis[:, :, start:end].clone()
+    if not bits:
+        return Block(coefficient, basis)
+    codes, basis_codes, scale = quantize(coefficient, basis, bits)
+    return Block(codes, basis_codes, scale, bits)
