@@ -7,13 +7,14 @@ With `(a, b)` the pairs of dims that turn together, and per query row m, rank r 
 a score is `sum over r of C[t, r] g[t, r, m]`: the query is rotated instead of the key. Three forms of the same sum:
 
 - turned queries: g for every token, one product of `2 E` operations per number of g, tiled so that g stays in cache.
-- tables: where cos and sin are sums over rotary axes (`Rotary.axes`), so is g: it is computed for the rows of the tables
-  alone, and every token sums `A R` of its rows, weighted by its coefficients, as one embedding bag.
+- tables: where cos and sin are sums over rotary axes (`Rotary.axes`), so is g: it is computed for the rows of the
+  tables alone, and every token sums `A R` of its rows, weighted by its coefficients, as one embedding bag.
 - turned keys: key tiles are rebuilt and rotated as complex numbers, `2 R + 1` operations per number of a key, whatever
   the number of query rows. For chunked prefill, and for large groups of query heads at high rank.
 
-`_form` weighs them by what they took on two Xeon cores (Sapphire Rapids), in nanoseconds per token. All compute in fp32:
-bf16 products of these shapes are no faster on CPUs without matrix units. Dims that do not turn are absorbed.
+`_form` weighs them by what they took on one Xeon core (Sapphire Rapids), in nanoseconds per token; the core did 116
+GFLOP/s in the first form's product. All compute in fp32: without matrix units, bf16 products of these shapes were
+slower. Dims that do not turn are absorbed.
 """
 
 import itertools
@@ -74,11 +75,11 @@ def _form(rows: Tensor, blocks: _Blocks, rotary: Rotary) -> Callable[..., None]:
     queries = heads * rows.shape[2]
     rank = sum(coefficient.shape[2] for coefficient, _ in blocks)
     costs = {
-        _turned_keys: heads * dims * (0.009 * rank + 0.4) + 0.01 * queries * dims,
-        _turned_queries: rank * queries * (0.008 * dims + 0.3),
+        _turned_keys: heads * dims * (0.018 * rank + 1.2) + 0.02 * queries * dims,
+        _turned_queries: rank * queries * (0.018 * dims + 0.6),
     }
     if rotary.axes is not None:
-        costs[_tables] = rotary.axes.shape[1] * rank * (0.05 * queries + 2)
+        costs[_tables] = rotary.axes.shape[1] * rank * (0.3 * queries + 8)
     return min(costs, key=lambda form: costs[form])
 
 

@@ -85,14 +85,17 @@ def expected(q: Tensor, keys: list[tuple[int, Tensor, Tensor]], rotary: Rotary, 
     return torch.cat(out, -1)
 
 
-def check(given: tuple[Tensor, list[tuple[int, Tensor, Tensor]], Rotary, int], form: str | None = None) -> None:
+def check(
+    given: tuple[Tensor, list[tuple[int, Tensor, Tensor]], Rotary, int], form: str | None = None, slack: float = 3.0
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if form is not None:
             patch.setattr(unrotated, "_form", lambda *_: FORMS[form])
         actual = unrotated.scores(*given)
     assert actual.dtype == given[0].dtype
-    error = relative_error(actual, expected(*given))
-    assert error <= TOLERANCE[actual.dtype], f"{form}: {error:.2e}"
+    error = relative_error(actual, expected(*given), floor=1.0)
+    limit = TOLERANCE[actual.dtype] * (slack if actual.dtype == torch.float32 else 1)
+    assert error <= limit, f"{form}: {error:.2e}"
 
 
 @st.composite
@@ -148,7 +151,7 @@ def test_the_layouts_of_real_models(layout, dtype, samples):
     q, keys, _, batch = problem(shape)
     tables = Rotary(found[0], found[1], False, found[2])
     for form in FORMS:
-        check((q, keys, tables, batch), form)
+        check((q, keys, tables, batch), form, slack=1)
     rows = Rotary(cos, sin, False)
     split, whole = unrotated.scores(q, keys, tables, batch), unrotated.scores(q, keys, rows, batch)
     assert relative_error(split, whole.double()) <= TOLERANCE[dtype]
