@@ -44,5 +44,3 @@ def test_the_default_cases_cover_groups_and_dtypes():
     cases = unrotated.cases(unrotated.parse([]))
     shapes = {(case.dtype, case.kv_heads) for case in cases}
     assert shapes == {(dtype, heads) for dtype in unrotated.DTYPES.values() for heads in (8, 32)}
-        (d, h) for d in unrotated.DTYPES.values() for h in (8, 32)
-    }
