@@ -14,7 +14,7 @@ from torch import Tensor
 class Rotary(NamedTuple):
     """The rotary embedding of packed slots, for keys kept before it.
 
-    cos, sin: `[B or 1, P, E]`, one entry per dim, E even and at most the head dim.
+    cos, sin: `[B or 1, P, E]`, one entry per dim, E even and at most the head dim. Both dims of a pair have the same.
     interleaved: whether pairs are neighbours rather than halves.
     axes: None, and row n belongs to slot n (P = N); or int64 `[B or 1, A, N]`: cos of slot n is the sum over a of
         `cos[axes[a, n]]`, sin likewise. Rows are then tables of positions along the axes of multimodal rotary embedding
