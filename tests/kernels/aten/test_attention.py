@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpack_fx.kernels import reference
+from attnpack_fx.kernels.aten import unrotated
 
 from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, relative_error, shapes
 
@@ -53,7 +54,7 @@ def test_tiles_over_queries_and_keys_change_nothing(shape, rotary):
     with pytest.MonkeyPatch.context() as patch:
         slots = sum(shape.segments) + arguments["length"]
         patch.setattr(implementation, "SCORE_BYTES", 4 * 2 * shape.batch * shape.heads * shape.group * max(slots, 1))
-        patch.setattr(implementation, "KEY_TILE_BYTES", 4 * 5 * shape.batch * shape.heads * shape.key_dim)
+        patch.setattr(unrotated, "TILE_BYTES", 4 * 5 * shape.batch * shape.heads * shape.key_dim)
         out = attention(**arguments)
     assert_close(out, reference.attention(**arguments), floor=ATTENTION_FLOOR)
 
@@ -143,7 +144,7 @@ def test_no_dense_keys_or_values_are_built(rotary, queries, monkeypatch):
     shape = Shapes(heads=8, key_dim=64, value_dim=64, segments=(600,), queries=queries, rotary=rotary)
     arguments = attention_arguments(shape)
     monkeypatch.setattr(implementation, "SCORE_BYTES", 100_000)
-    monkeypatch.setattr(implementation, "KEY_TILE_BYTES", 100_000)
+    monkeypatch.setattr(unrotated, "TILE_BYTES", 100_000)
     with LargestTensor() as recorded:
         attention(**arguments)
     assert 0 < recorded.largest <= 32 * 8 * 64 * 2
