@@ -55,11 +55,13 @@ class Collector:
         squares = None if spec.squares is None else results[spec.squares]
         segments, modalities, losses = [], [], []
         for number, (name, columns) in enumerate(zip(spec.modalities, spec.columns, strict=True)):
-            coefficient, basis = (results[output] for output in spec.factors[number])
+            outputs = spec.factors[number]
+            coefficient, basis = results[outputs.coefficient], results[outputs.basis]
+            owner = None if outputs.owner is None else results[outputs.owner]
             if not coefficient.shape[1]:
                 continue
             held = None if squares is None else squares_of(squares, indices[number])
-            segment, loss = store(coefficient, basis, columns, held)
+            segment, loss = store(coefficient, basis, columns, held, owner)
             segments.append(segment)
             modalities.append(name)
             losses += [] if loss is None else [(name, loss)]

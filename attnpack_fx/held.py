@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.kernels.parts import Angles, AnglesForm, Block, Form, Segment
+from attnpack_fx.kernels.parts import OWNED, Angles, AnglesForm, Block, Form, Segment, kind
 from attnpack_fx.placement import Placement
 
 
@@ -83,11 +83,8 @@ class Held:
             angles = AnglesForm(width, axes, own_rows, own_axes, held.interleaved, held.cos.dtype)
         plain = Form(
             self.modalities,
-            tuple(tuple(block.bits for block in segment.blocks) for segment in self.segments),
-            tuple(
-                tuple(block.basis.shape[0] != block.coefficient.shape[0] for block in segment.blocks)
-                for segment in self.segments
-            ),
+            tuple(tuple(map(kind, segment.blocks)) for segment in self.segments),
+            tuple(tuple(is_shared(block) for block in segment.blocks) for segment in self.segments),
             self.placement.ragged,
             angles,
         )
@@ -96,7 +93,7 @@ class Held:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """What varies: slots, placed tokens, tokens and rank of every block, rows of angles. `fake_parts` reads it."""
-        blocks = [size for block in self.blocks for size in (block.coefficient.shape[1], rank_of(block))]
+        blocks = [size for block in self.blocks for size in _sizes(block)]
         rows = [] if self.angles is None else [self.angles.packed.cos.shape[1]]
         return self.placement.index.shape[1], self.placement.slot.shape[1], *blocks, *rows
 
@@ -108,6 +105,8 @@ class Held:
             found[f"coefficient_{number}"], found[f"basis_{number}"] = block.coefficient, block.basis
             if block.scale is not None:
                 found[f"scale_{number}"] = block.scale
+            if block.owner is not None:
+                found[f"owner_{number}"] = block.owner
         if self.angles is not None:
             held = self.angles.packed
             found |= {"cos": held.cos, "sin": held.sin} | ({} if held.axes is None else {"axes": held.axes})
@@ -125,9 +124,10 @@ class Held:
         shared = self.forms[0].shared
 
         def chosen(block: Block[Tensor], alike: bool) -> Block[Tensor]:
-            basis = block.basis if alike else block.basis.index_select(0, rows)
+            owner = None if block.owner is None else block.owner.index_select(0, rows)
+            basis = block.basis if alike or owner is not None else block.basis.index_select(0, rows)
             scale = None if block.scale is None else block.scale.index_select(0, rows)
-            return Block(block.coefficient.index_select(0, rows), basis, scale, block.bits)
+            return Block(block.coefficient.index_select(0, rows), basis, scale, block.bits, owner)
 
         segments = tuple(
             Segment(tuple(map(chosen, segment.blocks, alike)))
@@ -149,11 +149,12 @@ class Held:
             return tensor if to is None else tensor.to(to)
 
         def applied(block: Block[Tensor]) -> Block[Tensor]:
+            owner = None if block.owner is None else moved(block.owner)
             if block.bits:
                 assert block.scale is not None
                 codes, basis, scale = (moved(part).clone() for part in (block.coefficient, block.basis, block.scale))
-                return Block(codes, basis, scale, block.bits)
-            return Block(function(block.coefficient), function(block.basis))
+                return Block(codes, basis, scale, block.bits, owner)
+            return Block(function(block.coefficient), function(block.basis), owner=owner)
 
         return replace(
             self,
@@ -174,7 +175,7 @@ class Held:
         turned = [None if held.angles is None else held.angles.packed.interleaved for held in every]
         for held in every:
             form = held.forms[0]
-            if held.modalities != self.modalities or (form.bits, form.shared) != plain or held.reserve:
+            if held.modalities != self.modalities or (form.kinds, form.shared) != plain or held.reserve:
                 return None
         if len(set(turned)) > 1:
             return None
@@ -194,7 +195,7 @@ class Held:
         angles = self.angles
         return {
             "segments": [
-                [(block.coefficient, block.basis, block.scale, block.bits) for block in segment.blocks]
+                [(block.coefficient, block.basis, block.scale, block.bits, block.owner) for block in segment.blocks]
                 for segment in self.segments
             ],
             "modalities": list(self.modalities),
@@ -228,6 +229,16 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     return out
 
 
+def is_shared(block: Block[Tensor]) -> bool:
+    """Whether all samples have one basis."""
+    return block.owner is None and block.basis.shape[0] != block.coefficient.shape[0]
+
+
+def _sizes(block: Block[Tensor]) -> list[int]:
+    bases = [] if block.owner is None else [block.basis.shape[0]]
+    return [block.coefficient.shape[1], rank_of(block), *bases]
+
+
 def rank_of(block: Block[Tensor]) -> int:
     """Columns of a block."""
     return (block.coefficient if block.scale is None else block.scale).shape[2]
@@ -245,19 +256,22 @@ def fake_parts(
     remaining = iter(varying)
     packed = 0
     segments = []
-    for bits_of, shared_of in zip(form.bits, form.shared, strict=True):
+    for kinds_of, shared_of in zip(form.kinds, form.shared, strict=True):
         blocks: list[Block[Tensor]] = []
-        for bits, shared in zip(bits_of, shared_of, strict=True):
+        for stored, shared in zip(kinds_of, shared_of, strict=True):
             tokens, rank = next(remaining), next(remaining)
             packed += 0 if blocks else tokens
-            samples = 1 if shared else batch
+            bits, samples, owner = stored & ~OWNED, 1 if shared else batch, None
+            if stored & OWNED:
+                samples, owner = next(remaining), rows.new_empty((batch,), dtype=torch.int64)
             if bits:
                 codes = rows.new_empty((batch, tokens, -(-rank * bits // 8)), dtype=torch.uint8)
                 basis = rows.new_empty((samples, heads, rank, -(-dim * bits // 8)), dtype=torch.uint8)
-                blocks.append(Block(codes, basis, rows.new_empty((batch, 2, rank), dtype=torch.float32), bits))
+                scale = rows.new_empty((batch, 2, rank), dtype=torch.float32)
+                blocks.append(Block(codes, basis, scale, bits, owner))
             else:
                 factors = rows.new_empty((batch, tokens, rank)), rows.new_empty((samples, heads, rank, dim))
-                blocks.append(Block(*factors))
+                blocks.append(Block(*factors, owner=owner))
         segments.append(Segment(tuple(blocks)))
     index, slot = (rows.new_empty((batch, size), dtype=torch.int64) for size in (slots, placed))
     angles = None

@@ -130,7 +130,7 @@ class PackedTensor(torch.Tensor):
         """The dense `[B, H, T, D]` tensor this stands for; padding is zero."""
         parts = self.parts
         stored = parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot
-        return ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales)
+        return ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales, parts.owners)
 
     def grow(self, count: int) -> "PackedTensor":
         """A handle with room for `count` more tokens, whose rows the caller must write: tail rows `lease.length -

@@ -64,8 +64,8 @@ class PackPolicy:
     max_fold_error: a bound, > 0, on the relative Frobenius error folds may add up to in a layer; `None` sets none.
     partial: read less of the vision tokens that are attended to little; a `Partial`, or a mapping with its fields.
     bases: `"sample"`: one basis per sample, layer and modality. `"batch"`: one for the whole batch.
-    basis_tolerance: with a basis for the whole batch, a sample whose relative Frobenius error against it exceeds this
-        gets a basis of its own. A number >= 0.
+    basis_tolerance: with a basis for the whole batch, a sample of whose squared Frobenius norm more than this share is
+        left out gets a basis of its own. A number >= 0.
     layers: a calibrated plan, one `LayerPlan` (or a mapping with its fields) per decoder layer, instead of
         `vision_rank`, `text_rank` and `skip_layers`, which stay at their defaults.
     layer_count: the number of decoder layers, for graphs that do not show it.

@@ -1,5 +1,6 @@
 """From the factors of a truncated SVD to what is stored: the rank the data asks for, blocks of columns, their bits."""
 
+import torch
 from torch import Tensor
 
 from attnpack_fx.held import Loss
@@ -9,23 +10,30 @@ from attnpack_fx.passes.storage import Columns
 
 
 def store(
-    coefficient: Tensor, basis: Tensor, columns: Columns, squares: Tensor | None = None
+    coefficient: Tensor,
+    basis: Tensor,
+    columns: Columns,
+    squares: Tensor | None = None,
+    owner: Tensor | None = None,
 ) -> tuple[Segment[Tensor], Loss | None]:
     """One segment, and how far it is from the tokens where the sum of their squares `[B]` is given.
 
-    coefficient: `[B, N, R]`; basis: `[B or 1, H, R, D]`; fewer columns than `columns` asks for are fine.
+    coefficient: `[B, N, R]`; basis: `[B, H, R, D]`, or `[G, H, R, D]` with owner `[B]`; fewer columns than `columns`
+        asks for are fine.
     """
     kept = coefficient.shape[2]
     if columns.energy is not None:
         assert squares is not None
         kept = _rank_of(coefficient, columns.energy, squares)
+    if owner is not None and (basis.shape[0] == 1 or torch.equal(owner, torch.arange(len(owner), device=owner.device))):
+        owner = None  # one basis for all, or one for each in order
     blocks: list[Block[Tensor]] = []
     start = 0
     for count, bits in columns.blocks:
         assert count != "full", "resolved before it reaches the graph"
         end = min(start + count, kept)
         if end > start or not blocks:
-            blocks.append(_block(coefficient, basis, start, end, bits))
+            blocks.append(_block(coefficient, basis, owner, start, end, bits))
         start = end
     loss = None
     if squares is not None:
@@ -50,12 +58,15 @@ def _rank_of(coefficient: Tensor, energy: float, squares: Tensor) -> int:
     return int(short.max()) + 1 if short.numel() else coefficient.shape[2]
 
 
-def _block(coefficient: Tensor, basis: Tensor, start: int, end: int, bits: int) -> Block[Tensor]:
+def _block(coefficient: Tensor, basis: Tensor, owner: Tensor | None, start: int, end: int, bits: int) -> Block[Tensor]:
     whole = start == 0 and end == coefficient.shape[2]
     if not whole:
         # Copies: a view would keep the columns that are not stored.
         coefficient, basis = coefficient[:, :, start:end].clone(), basis[:, :, start:end].clone()
     if not bits:
-        return Block(coefficient, basis)
-    codes, basis_codes, scale = quantize(coefficient, basis, bits)
-    return Block(codes, basis_codes, scale, bits)
+        return Block(coefficient, basis, owner=owner)
+    if owner is None:
+        return Block(*quantize(coefficient, basis, bits), bits)
+    codes, _, scale = quantize(coefficient, basis[:1], bits)
+    _, basis_codes, of_bases = quantize(basis.new_zeros(basis.shape[0], 0, end - start), basis, bits)
+    return Block(codes, basis_codes, torch.stack([scale[:, 0], of_bases[owner, 1]], 1), bits, owner)

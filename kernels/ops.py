@@ -153,6 +153,31 @@ def _(x, index, rank):
 
 
 @_operator()
+def compress_shared(
+    x: Tensor, index: Tensor, rank: int, tolerance: float, given: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`compress` with one basis for the samples of a batch, and one of its own for each sample that this fits badly.
+
+    x, index, rank: as in `compress`; tolerance: the largest share of a sample's squared Frobenius norm that the common
+    basis may leave out; given: the common basis `[1, H, R, D]` where it is known, else that of all samples' tokens.
+    Returns coefficient `[B, N, R]`, bases `[G, H, R, D]`, the common one first unless it was given or no sample is
+    left to it, and owner int64 `[B]`: a sample's number among the given basis and these.
+    """
+    return aten.compress_shared(x, index, rank, tolerance, given)
+
+
+@_fake("compress_shared")
+def _(x, index, rank, tolerance, given):
+    batch, heads, _, dim = x.shape
+    if given is not None:
+        rank = torch.sym_min(rank, given.shape[2])
+    rank = torch.sym_min(torch.sym_min(rank, heads * dim), batch * index.shape[1])
+    bases = allocate_size(torch.library.get_ctx()._shape_env)
+    coefficient = x.new_empty((batch, index.shape[1], rank))
+    return coefficient, x.new_empty((bases, heads, rank, dim)), x.new_empty((batch,), dtype=torch.int64)
+
+
+@_operator()
 def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """What `compress` does before its eigenproblem, for tensors of one shape: `align` makes factors of it.
 
@@ -238,20 +263,22 @@ def decompress(
     axes: Tensor | None,
     blocks: Sequence[int],
     scales: Sequence[Tensor],
+    owners: Sequence[Tensor],
 ) -> Tensor:
     """The dense meaning: `[B, H, P + length - m, D]`, tokens in logical order, padding zero.
 
     coefficients, bases: of every block, in order; tail, length, index, slot as in `parts.py`.
     cos, sin, interleaved, axes: None, or the `Angles` of packed rows that are keys before rotary embedding, which are
         then rotated (first E dims). Tail rows never are.
-    blocks: segment number and bits of every block; empty: a segment each, as they are. scales: of the blocks with bits.
+    blocks: segment number and kind of every block (`parts.layout`); empty: a segment each, as they are. scales: of the
+        blocks with bits; owners: of those that are `OWNED`.
     """
     rotary = cos, sin, interleaved, axes
-    return aten.decompress(coefficients, bases, tail, length, index, slot, *rotary, blocks, scales)
+    return aten.decompress(coefficients, bases, tail, length, index, slot, *rotary, blocks, scales, owners)
 
 
 @_fake("decompress")
-def _(coefficients, bases, tail, length, index, slot, cos, sin, interleaved, axes, blocks, scales):
+def _(coefficients, bases, tail, length, index, slot, cos, sin, interleaved, axes, blocks, scales, owners):
     kept = index.shape[1] - _packed(coefficients, blocks)
     _, batch, heads, dim = tail.shape
     return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
@@ -279,6 +306,8 @@ def attention(
     value_blocks: Sequence[int],
     key_scales: Sequence[Tensor],
     value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
 ) -> Tensor:
     """`softmax(scale * q K^T + mask) V` over packed segments and tail in one softmax, never decompressed.
 
@@ -287,15 +316,16 @@ def attention(
         rows count.
     mask: None, or bool (True attends) or additive, broadcastable to `[B, Hq, Tq, T]`, tokens in logical order.
     ragged: whether `index` holds filler, which is then left out.
-    cos, sin, interleaved, axes: as in `decompress`, for the keys; blocks and scales too, of keys and values.
+    cos, sin, interleaved, axes: as in `decompress`, for the keys; blocks, scales and owners too, of keys and values.
 
     Returns `[B, Hq, Tq, Dv]` in query's dtype; rows whose every token is masked are zero, as in
     scaled_dot_product_attention.
     Has no gradient: backward raises.
     """
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks, key_scales, value_scales)
-    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, weights=False)[0]
+    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
+    more = key_scales, value_scales, key_owners, value_owners
+    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=False)[0]
 
 
 @_operator(visible=True)
@@ -320,6 +350,8 @@ def attention_weights(
     value_blocks: Sequence[int],
     key_scales: Sequence[Tensor],
     value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and how much it attends to every slot: its weights, averaged over queries and query heads.
 
@@ -327,8 +359,9 @@ def attention_weights(
     then tail rows). Slots that are filler or masked have none; a sample's weights sum to 1 where any head saw a token.
     """
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks, key_scales, value_scales)
-    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, weights=True)
+    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
+    more = key_scales, value_scales, key_owners, value_owners
+    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=True)
 
 
 def _attention(query: Tensor, *arguments: Any, weights: bool) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,9 @@ import torch
 
 T = TypeVar("T")
 
+#: Set in what operators take as a block's bits when samples find their basis by `owner`.
+OWNED = 16
+
 #: What is added to a tail's length wherever Dynamo or Inductor can see it as a size: they compile separate graphs for
 #: sizes 0 and 1.
 SPARE_ROWS = 2
@@ -36,7 +39,7 @@ class Block(Generic[T]):
     coefficient: `[B, n, r]` for the segment's first n tokens, columns sorted by singular value and carrying it; filler
         rows are zero.
     basis: `[B, H, r, D]`, orthonormal rows once heads are concatenated (`[B, r, H * D]`); `[1, H, r, D]` when all
-        samples share it.
+        samples share it; `[G, H, r, D]` with owner int64 `[B]` when sample b has basis `owner[b]`.
     scale, bits: with bits 8, 4 or 2 both are codes (`aten/quantize.py`), scaled by `scale` fp32 `[B, 2, r]`; with 0
         they are as they are, and scale is None.
     """
@@ -45,6 +48,7 @@ class Block(Generic[T]):
     basis: T
     scale: T | None = None
     bits: int = 0
+    owner: T | None = None
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,13 @@ class PackedParts(Generic[T]):
         return [block.scale for block in self.blocks if block.scale is not None]
 
     @property
+    def owners(self) -> list[T]:
+        return [block.owner for block in self.blocks if block.owner is not None]
+
+    @property
     def layout(self) -> list[int]:
-        """What operators take as `blocks`: segment number and bits of every block; empty when nothing is unusual."""
-        return layout([[block.bits for block in segment.blocks] for segment in self.segments])
+        """What operators take as `blocks`; see `layout`."""
+        return layout([[kind(block) for block in segment.blocks] for segment in self.segments])
 
     @property
     def rotary(self) -> tuple[T | None, T | None, bool, T | None]:
@@ -118,11 +126,16 @@ class PackedParts(Generic[T]):
         return self.angles.cos, self.angles.sin, self.angles.interleaved, self.angles.axes
 
 
-def layout(bits: Sequence[Sequence[int]]) -> list[int]:
-    """From the bits of every block of every segment; empty for one block as it is per segment."""
-    if all(list(blocks) == [0] for blocks in bits):
+def kind(block: Block[T]) -> int:
+    """How a block is stored, as operators take it: its bits, and `OWNED`."""
+    return block.bits | (OWNED if block.owner is not None else 0)
+
+
+def layout(kinds: Sequence[Sequence[int]]) -> list[int]:
+    """Segment number and kind of every block, from the kinds of every segment; empty for one plain block each."""
+    if all(list(blocks) == [0] for blocks in kinds):
         return []
-    return [number for segment, blocks in enumerate(bits) for block in blocks for number in (segment, block)]
+    return [number for segment, blocks in enumerate(kinds) for block in blocks for number in (segment, block)]
 
 
 def first_blocks(count: int, blocks: Sequence[int]) -> list[int]:
@@ -147,13 +160,13 @@ class AnglesForm:
 class Form:
     """What is fixed about a packed value while its sizes vary; compiled graphs are made for one form.
 
-    modalities: of its segments; bits: of every block of every segment; shared: whether samples share the basis, of
-    every block; ragged: whether `index` holds filler; angles: of keys stored before rotary embedding.
+    modalities: of its segments; kinds: of every block of every segment (`kind`); shared: whether all samples share the
+    basis, of every block; ragged: whether `index` holds filler; angles: of keys stored before rotary embedding.
     weighed: whether the importance of the first segment's tokens is kept, fp32 `[B, N]`.
     """
 
     modalities: tuple[str, ...]
-    bits: tuple[tuple[int, ...], ...]
+    kinds: tuple[tuple[int, ...], ...]
     shared: tuple[tuple[bool, ...], ...]
     ragged: bool
     angles: AnglesForm | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.svd import sketch_size
-from attnpack_fx.kernels.parts import first_blocks
+from attnpack_fx.kernels.parts import OWNED, first_blocks
 
 
 def plan(
@@ -95,6 +95,49 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[..., :size] * singular[:, None, :size], basis
 
 
+def compress_shared(
+    x: Tensor, index: Tensor, rank: int, tolerance: float, given: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of many samples' tokens as one matrix, or the projection on a given basis; alone where that is too far.
+
+    Of the samples that leave out more than `tolerance`, the worse half leaves the common matrix, until none does.
+    """
+    batch, heads, _, dim = x.shape
+    a = take_rows(x.double(), index, 0).transpose(0, 1).flatten(2)
+    columns = min(rank, batch * a.shape[1], heads * dim) if given is None else min(rank, given.shape[2])
+
+    def left_out(sample: int, basis: Tensor) -> float:
+        total = a[sample].square().sum()
+        return float(1 - (a[sample] @ basis.T).square().sum() / total) if total else 0.0
+
+    if given is not None:
+        common = given[0, :, :columns].double().transpose(0, 1).flatten(1)
+    else:
+        fitted = list(range(batch))
+        while True:
+            common = torch.linalg.svd(a[fitted].flatten(0, 1), full_matrices=False).Vh[:columns]
+            bad = [sample for sample in fitted if left_out(sample, common) > tolerance]
+            if not bad or len(fitted) == 1:
+                break
+            fitted.sort(key=lambda sample: left_out(sample, common))
+            fitted = fitted[: len(fitted) - (len(bad) + 1) // 2]
+        common = torch.nn.functional.pad(common, (0, 0, 0, columns - common.shape[0]))
+    coefficient = a @ common.T
+    alone, owners = [], []
+    for sample in range(batch):
+        owners.append(0)
+        if left_out(sample, common) > tolerance:
+            own, basis = compress(x[sample : sample + 1], index[sample : sample + 1], columns)
+            coefficient[sample] = torch.nn.functional.pad(own[0], (0, columns - own.shape[2]))
+            alone.append(torch.nn.functional.pad(basis, (0, 0, 0, columns - basis.shape[2])))
+            owners[-1] = len(alone)
+    first = common.unflatten(1, (heads, dim)).transpose(0, 1)[None]
+    kept = given is None and len(alone) < batch
+    skipped = 0 if kept or given is not None else 1
+    bases = torch.cat([first if kept else first[:0], *alone])
+    return coefficient, bases, torch.tensor(owners, dtype=torch.int64) - skipped
+
+
 def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """`Q` the leading right singular vectors of A, as many as `sketch_size(rank)`; `C = A Q`. `align` may lose nothing.
 
@@ -159,14 +202,18 @@ def stored(
     axes: Tensor | None,
     blocks: Sequence[int],
     scales: Sequence[Tensor],
+    owners: Sequence[Tensor],
 ) -> Tensor:
     """The dense rows in slot order, `[B, H, sum of N_s + length, D]`: of each segment the sum of its blocks."""
     _, batch, heads, dim = tail.shape
     rows = tail[:length].double().permute(1, 2, 0, 3)
     packed: list[Tensor] = []
-    firsts, remaining = first_blocks(len(coefficients), blocks), iter(scales)
+    firsts, remaining, owning = first_blocks(len(coefficients), blocks), iter(scales), iter(owners)
     for number, (c, b) in enumerate(zip(coefficients, bases, strict=True)):
-        bits = blocks[2 * number + 1] if blocks else 0
+        kind = blocks[2 * number + 1] if blocks else 0
+        bits = kind & ~OWNED
+        if kind & OWNED:
+            b = torch.stack([b[owner] for owner in next(owning).tolist()])
         if bits:
             scale = next(remaining).double()
             c = decoded(c, scale.shape[2], bits) * scale[:, 0, None]
@@ -212,9 +259,10 @@ def decompress(
     axes: Tensor | None,
     blocks: Sequence[int],
     scales: Sequence[Tensor],
+    owners: Sequence[Tensor],
 ) -> Tensor:
     """Rows in logical order: placed position t holds slot `slot[t]` (zero without one), then the appended rows."""
-    rows = stored(coefficients, bases, tail, length, cos, sin, interleaved, axes, blocks, scales)
+    rows = stored(coefficients, bases, tail, length, cos, sin, interleaved, axes, blocks, scales, owners)
     batch, heads, slots, dim = rows.shape
     prompt, prompt_slots = slot.shape[1], index.shape[1]
     out = rows.new_zeros((batch, heads, prompt + slots - prompt_slots, dim))
@@ -247,11 +295,14 @@ def attention(
     value_blocks: Sequence[int],
     key_scales: Sequence[Tensor],
     value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
 ) -> Tensor:
     """`softmax(scale q K^T + mask) V` over the slots, K and V dense, KV heads repeated for their query heads."""
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks, key_scales, value_scales)
-    return attention_weights(*arguments, index, mask, scale, ragged, *rotary, *blocks)[0]
+    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
+    more = key_scales, value_scales, key_owners, value_owners
+    return attention_weights(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more)[0]
 
 
 def attention_weights(
@@ -275,12 +326,16 @@ def attention_weights(
     value_blocks: Sequence[int],
     key_scales: Sequence[Tensor],
     value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and its softmax weights, averaged over heads and queries: `[B, slots]`."""
     rotary = cos, sin, interleaved, axes
-    keys = stored(key_coefficients, key_bases, key_tail, length, *rotary, key_blocks, key_scales)
+    keys = stored(key_coefficients, key_bases, key_tail, length, *rotary, key_blocks, key_scales, key_owners)
     unrotated = None, None, False, None
-    values = stored(value_coefficients, value_bases, value_tail, length, *unrotated, value_blocks, value_scales)
+    values = stored(
+        value_coefficients, value_bases, value_tail, length, *unrotated, value_blocks, value_scales, value_owners
+    )
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = scale * query.double() @ keys.transpose(-1, -2)

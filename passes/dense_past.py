@@ -13,6 +13,7 @@ from attnpack_fx.passes.plan_tokens import TokenPlanner, asks_for_loss, gain
 from attnpack_fx.passes.state import (
     TEXT,
     VISION,
+    Factors,
     GraphState,
     Packed,
     Site,
@@ -78,9 +79,7 @@ def compress(
             factors, columns = [], []
             for name, how in stored.items():
                 columns.append(getattr(how, kind))
-                pair = graph.call_function(torch.ops.attnpack.compress.default, (source, index[name], columns[-1].rank))
-                coefficient, basis = (graph.call_function(operator.getitem, (pair, item)) for item in (0, 1))
-                factors.append((flat.add(coefficient), flat.add(basis)))
+                factors.append(_factors(state, flat, source, index[name], columns[-1].rank, name))
             attended = graph.call_method("detach", (node,))
             tail = graph.call_function(torch.ops.attnpack.take_rows.default, (attended, indices[2], 0))
             compressed[node] = Packed(
@@ -104,6 +103,19 @@ def compress(
         key_space="rotated" if rotation is None else "unrotated",
         causal=True,
     )
+
+
+def _factors(state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int, name: Modality) -> Factors:
+    """Compress the tokens at `index`, for each sample alone or for the batch."""
+    # Folds give every sample a basis of its own in time.
+    folded = name == TEXT and state.policy.fold_every is not None
+    graph, shared = state.graph, state.policy.bases == "batch" and not folded
+    if shared:
+        arguments = (source, index, rank, state.policy.basis_tolerance, None)
+        made = graph.call_function(torch.ops.attnpack.compress_shared.default, arguments)
+    else:
+        made = graph.call_function(torch.ops.attnpack.compress.default, (source, index, rank))
+    return Factors(*(flat.add(graph.call_function(operator.getitem, (made, item))) for item in range(2 + shared)))
 
 
 def _layer_count(state: GraphState) -> int | None:

@@ -102,10 +102,12 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
             scale_of(site),
             key.packed.form.ragged,
             *state.rotary(key.packed),
-            layout(key.packed.form.bits),
-            layout(value.packed.form.bits),
+            layout(key.packed.form.kinds),
+            layout(value.packed.form.kinds),
             state.numbered(key.packed, "scale"),
             state.numbered(value.packed, "scale"),
+            state.numbered(key.packed, "owner"),
+            state.numbered(value.packed, "owner"),
         )
         if key.packed.form.weighed and state.policy.partial is not None:
             attention = _weighed(state, site, key, arguments, state.policy.partial.momentum)
@@ -212,7 +214,8 @@ def _decompress(state: GraphState, packed: PackedInput, tail: Node, length: Node
             state.part(packed, "index"),
             state.part(packed, "slot"),
             *state.rotary(packed),
-            layout(packed.form.bits),
+            layout(packed.form.kinds),
             state.numbered(packed, "scale"),
+            state.numbered(packed, "owner"),
         ),
     )

@@ -43,6 +43,9 @@ class Policy(Protocol):
     @property
     def bases(self) -> str: ...
 
+    @property
+    def basis_tolerance(self) -> float: ...
+
     def layer(self, number: int | None, count: int | None, key_width: int, value_width: int) -> LayerPlan: ...
 
     def lossless(self, modality: Modality) -> bool: ...
@@ -135,10 +138,19 @@ class Grown:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """Outputs that are the factors of one segment; owner: which basis each sample has, where they may share."""
+
+    coefficient: int
+    basis: int
+    owner: int | None = None
+
+
+@dataclass(frozen=True)
 class Packed:
     """A new packed value, from outputs of the rewritten graph.
 
-    modalities, columns: of its segments, and how each is stored; factors: `(coefficient, basis)` outputs of each;
+    modalities, columns: of its segments, and how each is stored; factors: outputs of each (`Factors`);
     indices: the index of each segment, then of the dense prompt tokens; slot, tail: the others.
     squares: sum of squares of every token, `[B, T]`, where something asks how much a truncation dropped.
     angles: `(cos, sin)` outputs, of keys stored before rotary embedding; interleaved: as in `Angles`.
@@ -147,7 +159,7 @@ class Packed:
 
     modalities: tuple[Modality, ...]
     columns: tuple[Columns, ...]
-    factors: tuple[tuple[int, int], ...]
+    factors: tuple[Factors, ...]
     indices: tuple[int, ...]
     slot: int
     tail: int
@@ -276,8 +288,8 @@ class GraphState:
         return self.add_input(Part(packed.position, name), packed.parts[name], f"{packed.node.name}_{name}")
 
     def numbered(self, packed: PackedInput, kind: str) -> list[Node]:
-        """The placeholders of `"coefficient"`, `"basis"` or `"scale"` of every block that has one."""
-        blocks = sum(map(len, packed.form.bits))
+        """The placeholders of `"coefficient"`, `"basis"`, `"scale"` or `"owner"` of every block that has one."""
+        blocks = sum(map(len, packed.form.kinds))
         names = [f"{kind}_{number}" for number in range(blocks)]
         return [self.part(packed, name) for name in names if name in packed.parts]
 

@@ -190,7 +190,7 @@ def check_decompress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[st
         names = ("key_coefficients", "key_bases", "key_tail", "length", "index")
         parts = [arguments[name] for name in names]
         slot = _slots(arguments["index"], shape.padding)
-        turn = (arguments["cos"], arguments["sin"], shape.interleaved, None, [], [])
+        turn = (arguments["cos"], arguments["sin"], shape.interleaved, None, [], [], [])
         expected = reference.decompress(*parts, slot, *turn)
         here = _on(machine, (*parts, slot, *turn))
         poison(machine)

@@ -6,12 +6,14 @@ from attnpack_fx.kernels.aten.factorize import align, compress, fold, sketch
 from attnpack_fx.kernels.aten.linear import linear
 from attnpack_fx.kernels.aten.plan import plan
 from attnpack_fx.kernels.aten.rows import append_, take_rows
+from attnpack_fx.kernels.aten.shared_basis import compress_shared
 
 __all__ = [
     "align",
     "append_",
     "attention",
     "compress",
+    "compress_shared",
     "decompress",
     "fold",
     "linear",

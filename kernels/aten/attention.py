@@ -44,6 +44,8 @@ def attention(
     value_blocks: Sequence[int],
     key_scales: Sequence[Tensor],
     value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
     weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""
@@ -52,8 +54,8 @@ def attention(
     dtype = query.dtype
     # CPUs have no fast fp16 matrix products: convert what is read.
     work = torch.float32 if dtype == torch.float16 and query.device.type == "cpu" else dtype
-    keys = factors(key_coefficients, key_bases, key_scales, key_blocks, key_dim, work)
-    values = factors(value_coefficients, value_bases, value_scales, value_blocks, value_dim, work)
+    keys = factors(key_coefficients, key_bases, key_scales, key_owners, key_blocks, key_dim, work)
+    values = factors(value_coefficients, value_bases, value_scales, value_owners, value_blocks, value_dim, work)
     packed = sum(alike[0].coefficient.shape[1] for alike in by_segment(keys))
     slots = packed + length
     if slots == 0:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.quantize import dequantize_basis, dequantize_coefficient
+from attnpack_fx.kernels.parts import OWNED
 
 
 class Factors(NamedTuple):
@@ -21,14 +22,18 @@ def factors(
     coefficients: Sequence[Tensor],
     bases: Sequence[Tensor],
     scales: Sequence[Tensor],
+    owners: Sequence[Tensor],
     blocks: Sequence[int],
     dim: int,
     dtype: torch.dtype,
 ) -> list[Factors]:
     """The blocks that hold anything, in `dtype`, in order."""
-    found, remaining = [], iter(scales)
+    found, remaining, owning = [], iter(scales), iter(owners)
     for number, (coefficient, basis) in enumerate(zip(coefficients, bases, strict=True)):
-        segment, bits = blocks[2 * number : 2 * number + 2] if blocks else (number, 0)
+        segment, kind = blocks[2 * number : 2 * number + 2] if blocks else (number, 0)
+        bits = kind & ~OWNED
+        if kind & OWNED:
+            basis = basis.index_select(0, next(owning))
         if bits:
             scale = next(remaining)
             rank = scale.shape[2]

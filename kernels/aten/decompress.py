@@ -22,11 +22,12 @@ def decompress(
     axes: Tensor | None,
     blocks: Sequence[int],
     scales: Sequence[Tensor],
+    owners: Sequence[Tensor],
 ) -> Tensor:
     """See `ops.decompress`."""
     _, batch, heads, dim = tail.shape
     dense = []
-    for alike in by_segment(factors(coefficients, bases, scales, blocks, dim, tail.dtype)):
+    for alike in by_segment(factors(coefficients, bases, scales, owners, blocks, dim, tail.dtype)):
         total = alike[0].coefficient[:, None] @ alike[0].basis
         for block in alike[1:]:
             total[:, :, : block.coefficient.shape[1]] += block.coefficient[:, None] @ block.basis

@@ -27,7 +27,7 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     require_finite(tokens, "compress")
     coefficient, basis = truncated_svd(tokens, rank)
     coefficient = coefficient.masked_fill((index < 0)[:, :, None], 0)
-    return coefficient.to(x.dtype).contiguous(), _per_head(basis, heads, dim, x.dtype)
+    return coefficient.to(x.dtype).contiguous(), per_head(basis, heads, dim, x.dtype)
 
 
 def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def align(coefficient: Sequence[Tensor], basis: Sequence[Tensor], rank: Sequence
         # c (q^T q)^-1 q^T, the projection on what q spans.
         c = torch.linalg.solve_triangular(triangle, c, upper=True, left=False)
         turn = torch.linalg.svd(c, full_matrices=False).Vh[:, : min(wanted, size)].mT
-        factors += (c @ turn).to(q.dtype), _per_head((orthogonal @ turn).mT, heads, dim, q.dtype)
+        factors += (c @ turn).to(q.dtype), per_head((orthogonal @ turn).mT, heads, dim, q.dtype)
     return factors
 
 
@@ -76,10 +76,10 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
     turn = right[:, :size].mT
     coefficient = torch.cat([coefficient @ (held @ turn), new @ turn], 1)
     dropped = torch.linalg.vector_norm(singular[:, size:], dim=-1)
-    return coefficient.to(dtype), _per_head((orthogonal @ turn).mT, heads, dim, dtype), dropped
+    return coefficient.to(dtype), per_head((orthogonal @ turn).mT, heads, dim, dtype), dropped
 
 
-def _per_head(basis: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+def per_head(basis: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
     """`[B, R, H * D]` to `[B, H, R, D]`."""
     return basis.unflatten(-1, (heads, dim)).transpose(1, 2).to(dtype).contiguous()
 

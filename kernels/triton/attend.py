@@ -72,6 +72,8 @@ def attention(
     value_blocks: Sequence[int],
     key_scales: Sequence[Tensor],
     value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
     weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""

@@ -209,7 +209,7 @@ def decode_step(shape: Shape) -> list[Launch]:
             append_([keys, values], [key, value], [shape.tail - 1, shape.tail - 1])
             arguments = (query, coefficients, bases, coefficients, bases, keys, values, shape.tail, index, mask)
             rotary = cos, sin, shape.interleaved, None
-            return attention(*arguments, 0.1, shape.mask, *rotary, [], [], [], [], shape.weights)
+            return attention(*arguments, 0.1, shape.mask, *rotary, [], [], [], [], [], [], shape.weights)
 
         arguments = (query, coefficients, bases, tail, tail.clone(), fresh, fresh.clone(), index, mask, angles, angles)
         return launches(step, arguments)

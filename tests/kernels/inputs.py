@@ -140,6 +140,8 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
         "value_blocks": [],
         "key_scales": [],
         "value_scales": [],
+        "key_owners": [],
+        "value_owners": [],
     }
 
 

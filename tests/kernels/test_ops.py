@@ -36,7 +36,7 @@ def test_decompress(shape):
     slot = torch.where(slot < arguments["index"].shape[1], slot, -1)
     opcheck(
         attnpack.decompress.default,
-        (*(arguments[name] for name in names), slot, arguments["cos"], arguments["sin"], False, None, [], []),
+        (*(arguments[name] for name in names), slot, arguments["cos"], arguments["sin"], False, None, [], [], []),
     )
 
 
@@ -141,7 +141,7 @@ def test_decode_steps_compile_once_and_match_eager():
             0.25,
             False,
             *(None, None, False, None),
-            *([], [], [], []),
+            *([], [], [], [], [], []),
         )
         return torch.relu(out)
 

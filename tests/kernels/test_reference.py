@@ -24,11 +24,11 @@ def test_attention_over_lossless_parts_is_attention_over_the_dense_cache():
         factors.append(reference.compress(x, vision, 1000))
     (kc, kb), (vc, vb) = factors
     length = dense.shape[1] + 3
-    rest = (mask, 0.3, False, *UNROTATED, [], [], [], [])
+    rest = (mask, 0.3, False, *UNROTATED, [], [], [], [], [], [])
     out = reference.attention(query, [kc], [kb], [vc], [vb], *tails, length, index, *rest)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     assert relative_error(out, expected) < 1e-12
-    dense = reference.decompress([kc], [kb], tails[0], length, index, slot, *UNROTATED, [], [])
+    dense = reference.decompress([kc], [kb], tails[0], length, index, slot, *UNROTATED, [], [], [])
     assert relative_error(dense, key) < 1e-12
 
 

@@ -101,7 +101,7 @@ def test_agrees_with_attention_on_the_dense_meaning(shape):
     arguments = attention_arguments(shape)
     index = arguments["index"]
     slot = torch.argsort(index, 1)
-    common = (arguments["length"], index, slot, None, None, False, None, [], [])
+    common = (arguments["length"], index, slot, None, None, False, None, [], [], [])
     key = reference.decompress(arguments["key_coefficients"], arguments["key_bases"], arguments["key_tail"], *common)
     value = reference.decompress(
         arguments["value_coefficients"], arguments["value_bases"], arguments["value_tail"], *common

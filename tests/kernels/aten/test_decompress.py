@@ -20,7 +20,7 @@ def test_decompress_matches_the_reference(shape, rotary):
             if position >= 0:
                 slot[sample, position] = number
     parts = [arguments[name] for name in ("key_coefficients", "key_bases", "key_tail", "length")]
-    rest = (index, slot, arguments["cos"], arguments["sin"], shape.interleaved, None, [], [])
+    rest = (index, slot, arguments["cos"], arguments["sin"], shape.interleaved, None, [], [], [])
     out, expected = decompress(*parts, *rest), reference.decompress(*parts, *rest)
     assert out.dtype == shape.dtype and out.is_contiguous()
     assert_close(out, expected)

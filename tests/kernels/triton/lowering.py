@@ -47,7 +47,7 @@ H200 = SimpleNamespace(
 
 
 #: No rotary embedding, one block a segment, nothing quantised.
-PLAIN = (None, None, False, None, [], [], [], [])
+PLAIN = (None, None, False, None, [], [], [], [], [], [])
 
 
 class LoweredError(Exception):
