@@ -1,10 +1,12 @@
 """`attnpack_fx.compile`: the one call that works whatever form the model comes in."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.policy import PackPolicy
 
@@ -32,8 +34,12 @@ def compile(
             f"model: got {type(model).__name__}, expected a torch.nn.Module; "
             "compile a function with torch.compile(function, backend=attnpack_backend)"
         )
-    PackPolicy.from_options(options, mode, dynamic)
+    policy, _ = PackPolicy.from_options(options, mode, dynamic)
     original = getattr(model, "_orig_mod", model)
+    if policy.varies and policy.layer_count is None:
+        # A graph break would hide from each graph how many layers there are.
+        count = hf.layer_count(original)
+        options |= {"policy": replace(policy, layer_count=count)} if "policy" in options else {"layer_count": count}
     # torch.compile takes either a mode or options: the mode rides along among the options.
     given = options if mode is None else {**options, "mode": mode}
     # Past the recompile limit a model runs eagerly, its cache dense; from torch 2.13 on each model can have its own.

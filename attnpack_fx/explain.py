@@ -14,7 +14,7 @@ from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.passes.state import SiteReport
+from attnpack_fx.passes.state import TEXT, SiteReport
 from attnpack_fx.policy import PackPolicy
 
 _DECODE_STEPS = 2
@@ -25,9 +25,9 @@ class Report(dict[str, Any]):
 
     graphs: for every graph compiled, in order, the list of its attention sites: `layer`, `kind`, `action`, `reason`,
     ranks.
-    layers: for every layer of the cache: where its tokens are, ranks, bytes, and the relative Frobenius error of keys
-    and values
-    against the dense prefill (None where dense).
+    layers: for every layer of the cache: where its tokens are, ranks, whether keys are stored before or after rotary
+        embedding, bytes, the relative Frobenius error of keys and values against the dense prefill (None where dense),
+        and the bound on the relative error of folded text (None where nothing is folded).
     bytes_before, bytes_after: what the dense and the packed cache hold after the same tokens.
     policy: the policy, as a dict.
     """
@@ -38,16 +38,19 @@ class Report(dict[str, Any]):
             lines.append(f"  {layer:<48} {', '.join(actions)}")
         lines.append("")
         lines.append(
-            f"  {'layer':>5}  {'tokens':<34} {'rank k/v':<22} {'error k':>9} {'error v':>9} {'bytes':>11} {'dense':>11}"
+            f"  {'layer':>5}  {'tokens':<34} {'rank k/v':<22} {'keys':<10} "
+            f"{'error k':>9} {'error v':>9} {'fold':>9} {'bytes':>11} {'dense':>11}"
         )
         for layer in self["layers"]:
             tokens = ", ".join(f"{name} {count}" for name, count in layer["tokens"].items())
             ranks = (
                 ", ".join(f"{name} {key}/{layer['value_rank'][name]}" for name, key in layer["key_rank"].items()) or "-"
             )
-            errors = [f"{layer[name]:.4f}" if layer[name] is not None else "-" for name in ("key_error", "value_error")]
+            names = ("key_error", "value_error", "fold_error")
+            errors = [f"{layer[name]:.4f}" if layer[name] is not None else "-" for name in names]
             lines.append(
-                f"  {layer['layer']:>5}  {tokens:<34} {ranks:<22} {errors[0]:>9} {errors[1]:>9} "
+                f"  {layer['layer']:>5}  {tokens:<34} {ranks:<22} {layer['key_space']:<10} "
+                f"{errors[0]:>9} {errors[1]:>9} {errors[2]:>9} "
                 f"{layer['bytes']:>11,} {layer['dense_bytes']:>11,}"
             )
         before, after = self["bytes_before"], self["bytes_after"]
@@ -123,6 +126,8 @@ def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tens
         "value_rank": {},
         "key_error": None,
         "value_error": None,
+        "key_space": "-",
+        "fold_error": None,
         "bytes": cache_bytes([packed]),
         "dense_bytes": cache_bytes([dense]),
     }
@@ -133,8 +138,16 @@ def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tens
             "value_rank": value.ranks,
             "key_error": _relative_error(key, dense[0]),
             "value_error": _relative_error(value, dense[1]),
+            "key_space": "rotated" if key.held.angles is None else "unrotated",
+            "fold_error": _fold_error(key, value),
         }
     return report
+
+
+def _fold_error(key: PackedTensor, value: PackedTensor) -> float | None:
+    """The larger bound of keys and values."""
+    bounds = [loss.relative for packed in (key, value) for name, loss in packed.held.losses if name == TEXT]
+    return max(bounds, default=None)
 
 
 def _relative_error(packed: PackedTensor, dense: Tensor) -> float:

@@ -31,10 +31,8 @@ def pack(
     Raises ValueError for ranks the heads cannot have, and for NaN or Inf in what is packed.
     """
     widths = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
-    plan = policy.layer(layer, policy.layer_count, *widths)
+    plan = policy.layer(layer, policy.layer_count, *widths, vision=modality is not None)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
-    if modality is None:
-        stored.pop(VISION, None)
     gains = {name: gain(policy, name, how, widths) for name, how in stored.items()}
     known = modality if VISION in stored else None
     *indices, slot = ops.plan(known, real, key, TEXT in stored, gains.get(VISION, []), gains.get(TEXT, []))

@@ -20,6 +20,7 @@ from attnpack_fx.passes.storage import Columns, KeySpace, LayerPlan, Stored
 from attnpack_fx.ranks import (
     DEFAULT_VISION_RANK,
     Energy,
+    Linear,
     Modality,
     PerLayer,
     Rank,
@@ -152,40 +153,40 @@ class PackPolicy:
             **inductor_patches(given, (*_field_names(cls), "policy")),
         }
 
-    def layer(self, number: int | None, count: int | None, key_width: int, value_width: int) -> LayerPlan:
+    def layer(
+        self, number: int | None, count: int | None, key_width: int, value_width: int, *, vision: bool = True
+    ) -> LayerPlan:
         """What one attention layer packs, every rank a number.
 
         number, count: of this layer, from 0, and of decoder layers; None where the graph does not show them (then
             `layer_count` counts). Settings that are the same in every layer need neither.
         key_width, value_width: `H * D` of the cached keys and values. The number of tokens, which limits a rank too,
             is not known here.
+        vision: whether there are vision tokens; without, nothing is asked of their ranks, and the plan has none.
 
         With `partial`, a block of vision columns ends wherever the columns of a group do (with `Energy`: of a group at
         the largest rank). The plan says `key_space="unrotated"` where the policy leaves it open. Raises `PolicyError`
         if a rank exceeds its width, or if a number is missing or contradicts the policy.
         """
         number, count = self._place(number, count)
-        vision, text = (self._stored(name, number, count, key_width, value_width) for name in ("vision", "text"))
+        seen = self._stored("vision", number, count, key_width, value_width) if vision else None
+        text = self._stored("text", number, count, key_width, value_width)
         key_space: KeySpace = "unrotated"
         if self.key_space != "auto":
             key_space = self.key_space
         elif self.layers is not None:
             key_space = self._planned(number, count).key_space
-        if vision is not None and self.partial is not None:
-            vision = Stored(
-                _cut(vision.key, self.partial) if self.partial.keys else vision.key, _cut(vision.value, self.partial)
+        if seen is not None and self.partial is not None:
+            seen = Stored(
+                _cut(seen.key, self.partial) if self.partial.keys else seen.key, _cut(seen.value, self.partial)
             )
-        return LayerPlan(vision, text, key_space)
+        return LayerPlan(seen, text, key_space)
 
-    def ranks(self, modality: Modality, key_width: int, value_width: int) -> tuple[int, int] | None:
-        """`(key rank, value rank)` for tokens of `modality` in any layer, or `None` if they stay dense.
-
-        key_width, value_width: `H * D` of the cached keys and values. Raises `PolicyError` if a rank exceeds its
-        width, or differs between layers.
-        """
-        self._spec(modality)
-        stored = self._stored(modality, None, self.layer_count, key_width, value_width)
-        return None if stored is None else (stored.key.rank, stored.value.rank)
+    @property
+    def varies(self) -> bool:
+        """Whether layers differ, so that their number and how many there are must be known."""
+        schedules = [each for name in ("vision", "text") for each in parts(self._spec(name))]
+        return bool(self.layers or self.skip_layers) or any(isinstance(each, (Linear, PerLayer)) for each in schedules)
 
     def lossless(self, modality: Modality) -> bool:
         """Whether keys and values of `modality` are both packed at rank `"full"`; False for a calibrated plan."""

@@ -189,7 +189,7 @@ def _makers(case: Case, model: LlamaForCausalLM, new_tokens: int) -> dict[str, C
         return Contender(inductor() if compiled else twin(), cache, dense=False, exact=False)
 
     def ours() -> Contender:
-        policy = PackPolicy(text_rank=case.rank, strict=True)
+        policy = PackPolicy(text_rank=case.rank, key_space="rotated", strict=True)
         cache = DynamicCache(config=config)
         _fill(cache, case)
         return Contender(attnpack_fx.compile(twin(), policy=policy), cache, dense=False, exact=True)

@@ -15,6 +15,7 @@ from attnpack_fx.passes.state import (
     VISION,
     Factors,
     GraphState,
+    Modality,
     Packed,
     Site,
     SiteReport,
@@ -56,16 +57,15 @@ def compress(
     key_shape, value_shape = shape_of(site.key), shape_of(site.value)
     assert key_shape is not None and value_shape is not None
     widths = key_shape[1] * key_shape[3], value_shape[1] * value_shape[3]
-    plan = state.policy.layer(layer_number(layer), _layer_count(state), *widths)
-    modality = planner.modality(site.key) if plan.vision is not None else None
+    modality = planner.modality(site.key)
+    number = layer_number(layer)
+    plan = state.policy.layer(number, _layer_count(state), *widths, vision=modality is not None)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
-    if modality is None:
-        stored.pop(VISION, None)
     if not stored:
-        state.candidates.append((results.index(site.key), results.index(site.value), layer_number(layer)))
-        reason = "no vision tokens are known here and text_rank is None"
-        if plan.vision is None:
-            reason = "the policy leaves this layer dense"
+        state.candidates.append((results.index(site.key), results.index(site.value), number))
+        reason = "the policy leaves this layer dense"
+        if modality is None:
+            reason = "no vision tokens are known here and text_rank is None"
         return SiteReport(layer, site.kind, "dense", reason, causal=True)
     gains = {name: gain(state.policy, name, how, widths) for name, how in stored.items()}
     rotation = _rotation(rotary, site) if plan.key_space == "unrotated" else None

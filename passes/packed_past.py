@@ -125,7 +125,7 @@ def _text(state: GraphState, site: Site, key: Appended, value: Appended) -> Stor
         return None
     count = None if state.carries else layer_count(each.node for each in state.sites if _is_cached(state, each))
     widths = (operand.packed.tail.shape[2] * operand.packed.tail.shape[3] for operand in (key, value))
-    return state.policy.layer(layer_number(layer_of(site.node)), count, *widths).text
+    return state.policy.layer(layer_number(layer_of(site.node)), count, *widths, vision=False).text
 
 
 def _is_cached(state: GraphState, site: Site) -> bool:

@@ -183,7 +183,7 @@ def contenders(
         return DynamicCache(config=model.config)
 
     def ours() -> Contender:
-        packing = attnpack_fx.compile(twin(), vision_rank=rank(decoder), strict=True)
+        packing = attnpack_fx.compile(twin(), vision_rank=rank(decoder), key_space="rotated", strict=True)
         return Contender(packing, packing, growing, mask=prompt.mask(model.device))
 
     def static() -> Contender:
