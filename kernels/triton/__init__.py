@@ -12,6 +12,8 @@ from attnpack_fx.kernels.triton.fused import fused_kernel
 from attnpack_fx.kernels.triton.gather import gather_kernel
 from attnpack_fx.kernels.triton.jacobi import jacobi_kernel
 from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
+from attnpack_fx.kernels.triton.split import split_kernel
+from attnpack_fx.kernels.triton.tables import tables_kernel
 from attnpack_fx.kernels.triton.tokens import tokens_kernel
 
 #: All of them.
@@ -23,6 +25,8 @@ KERNELS = (
     gather_kernel,
     jacobi_kernel,
     rebuilt_kernel,
+    split_kernel,
+    tables_kernel,
     tokens_kernel,
 )
 

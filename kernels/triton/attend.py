@@ -3,6 +3,7 @@
     short cache, or many queries   fused                          1 launch
     decode step                    absorb, tokens, combine        3 launches
     keys before rotary embedding   rebuilt, combine               2 launches
+      split by rotary axis         tables, split, combine         3 launches
 
 Splits of a segment and of the tail are partial results `[splits, B, Hq * Tq, ...]` that `combine` merges. Everything
 that depends on a number of tokens is an argument of the kernels; the choice between the first two ways guards on it
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
+from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
 from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, processors
 from attnpack_fx.kernels.triton.problem import Problem, Segment
 from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
+from attnpack_fx.kernels.triton.split import split_kernel
+from attnpack_fx.kernels.triton.tables import tables_kernel
 from attnpack_fx.kernels.triton.tokens import tokens_kernel
 
 #: Most bytes of coefficients that a program of `fused` reads: about what it gets from L2 in the time two launches take.
@@ -36,17 +40,49 @@ BASIS_ROWS = 64
 MOST_DIMS = 256
 #: Segments that one launch takes.
 MAX_SEGMENTS = 2
+#: Rotary axes, query rows of a KV head and ranks up to which `split` beats rebuilding keys on tensor cores.
+SPLIT_AXES, SPLIT_ROWS, SPLIT_RANK = 4, 16, 128
 
 
-def takes(query: Tensor, key_coefficients: Sequence[Tensor], *others: Any) -> bool:
-    """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads."""
-    factors = [tensor for each in others[:3] for tensor in each]
-    tails = others[3:5]
-    same = all(tensor.dtype == query.dtype for tensor in [*key_coefficients, *factors, *tails])
-    narrow = max(tensor.shape[3] for tensor in tails) <= MOST_DIMS
+def takes(
+    query: Tensor,
+    key_coefficients: Sequence[Tensor],
+    key_bases: Sequence[Tensor],
+    value_coefficients: Sequence[Tensor],
+    value_bases: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    length: int,
+    index: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ragged: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    key_blocks: Sequence[int],
+    value_blocks: Sequence[int],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
+) -> bool:
+    """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads.
+
+    Blocks of columns, scales and bases that samples share are for ATen.
+    """
+    if key_blocks or value_blocks:
+        return False
+    bases = [*key_bases, *value_bases]
+    if any(basis.shape[0] != query.shape[0] for basis in bases):
+        return False
+    coefficients = [*key_coefficients, *value_coefficients]
+    same = all(tensor.dtype == query.dtype for tensor in [*coefficients, *bases, key_tail, value_tail])
+    narrow = max(key_tail.shape[3], value_tail.shape[3]) <= MOST_DIMS
     full = [c for c in key_coefficients if c.shape[1]]
     # Offsets within a sample are 32-bit: they take half the registers.
-    near = all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in [*key_coefficients, *others[1]])
+    near = all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in coefficients)
     kind = query.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return kind and same and narrow and near and len(full) <= MAX_SEGMENTS
 
@@ -77,6 +113,7 @@ def attention(
     weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""
+    assert not any((key_blocks, value_blocks, key_scales, value_scales)), "not what `takes` let through"
     factors = zip(key_coefficients, key_bases, value_coefficients, value_bases, strict=True)
     segments = [Segment(*(factor.contiguous() for factor in each)) for each in factors if each[0].shape[1]]
     if query.stride(3) != 1:
@@ -91,7 +128,12 @@ def attention(
         return out.zero_(), query.new_zeros((batch, 0), dtype=torch.float32)
     scores = query.new_empty((batch, heads, problem.packed + length), dtype=torch.float32) if weights else index
     if cos is not None and sin is not None and segments:
-        sums = _rebuilt(problem, out, cos, sin, interleaved, scores, weights)
+        if axes is not None and _fits_split(problem, cos, axes):
+            sums = _split_by_axis(problem, out, cos, sin, interleaved, axes, scores, weights)
+        else:
+            if axes is not None:
+                cos, sin = per_slot(Rotary(cos, sin, interleaved, axes), 0, problem.packed)
+            sums = _rebuilt(problem, out, cos, sin, interleaved, scores, weights)
     elif not weights and fits_fused(problem):
         _fused(problem, out)
         return out, scores
@@ -270,6 +312,111 @@ def _rebuilt(
         num_stages=2,
         **problem.shared_arguments(),
         **problem.segment_arguments(),
+    )
+    return _combine(problem, out, latent, latent_sums, splits, partial, partial_sums, tail_splits, weights)
+
+
+def _fits_split(problem: Problem, cos: Tensor, axes: Tensor) -> bool:
+    """Whether `split` takes the problem, and is the faster way."""
+    query = problem.query
+    offsets = cos.shape[1] * problem.rows * problem.block_r
+    return bool(
+        axes.shape[1] <= SPLIT_AXES
+        and cos.shape[2] == query.shape[3]
+        and problem.group * query.shape[2] <= SPLIT_ROWS
+        and problem.block_r <= SPLIT_RANK
+        and offsets < 2**31
+    )
+
+
+def _split_by_axis(
+    problem: Problem,
+    out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    axes: Tensor,
+    scores: Tensor,
+    weights: bool,
+) -> Tensor:
+    """Tables of turned queries, attention to packed tokens, combine; returns the log-sum-exps `[B, Hq * Tq]`."""
+    query, segments = problem.query, problem.segments
+    batch, device, positions = query.shape[0], query.device, cos.shape[1]
+    blocks = cdiv(problem.group * query.shape[2], problem.block_g)
+    rows_per_split, tail_splits = _tail_splits(problem, blocks)
+    partial, partial_sums = _partials(problem, tail_splits, problem.value_tail.shape[3])
+    tables = query.new_empty((len(segments), batch, positions, problem.rows, problem.block_r))
+    basis_rows, position_rows = min(problem.block_r, BASIS_ROWS if problem.block_d <= 128 else 32), 16
+    cos, sin, axes = cos.contiguous(), sin.contiguous(), axes.contiguous()
+    (basis0, basis1), sizes = problem.pair("key_basis"), problem.segment_arguments()
+    parts = len(segments) * cdiv(positions, position_rows) * (problem.block_r // basis_rows)
+    wrap_triton(tables_kernel)[(batch * problem.heads, blocks, parts + tail_splits)](
+        basis0=basis0,
+        basis1=basis1,
+        cos=cos,
+        sin=sin,
+        tables=tables,
+        partial=partial,
+        log_sums=partial_sums,
+        scores_out=scores,
+        rank0=sizes["key_rank0"],
+        rank1=sizes["key_rank1"],
+        positions=positions,
+        angle_sample=0 if cos.shape[0] == 1 else cos.stride(0),
+        rows_per_split=rows_per_split,
+        INTERLEAVED=interleaved,
+        SCORES=weights,
+        BLOCK_N=_tail_tile(problem),
+        BLOCK_P=position_rows,
+        BLOCK_BASIS=basis_rows,
+        BLOCK_R=problem.block_r,
+        BLOCK_E=block(query.shape[3] // 2),
+        num_warps=4,
+        num_stages=2,
+        **problem.shared_arguments(),
+    )
+    block_m, tile = 16, 32 if max(problem.block_r, problem.block_v) <= 32 and axes.shape[1] <= 3 else 16
+    row_blocks = cdiv(problem.rows, block_m)
+    tokens_per_split = per_program(problem.packed, batch * row_blocks, tile, device)
+    splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in segments]
+    latent, latent_sums = _partials(problem, sum(splits), problem.block_v)
+    (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
+    arguments = problem.mask_arguments()
+    del arguments["mask_tokens"]
+    wrap_triton(split_kernel)[(sum(splits), batch, row_blocks)](
+        tables=tables,
+        axes=axes,
+        key0=key0,
+        key1=key1,
+        value0=value0,
+        value1=value1,
+        partial=latent,
+        log_sums=latent_sums,
+        scores_out=scores,
+        index=problem.index,
+        splits0=splits[0],
+        tokens_per_split=tokens_per_split,
+        positions=positions,
+        axes_sample=0 if axes.shape[0] == 1 else axes.stride(0),
+        packed=problem.packed,
+        all_rows=problem.rows,
+        queries=query.shape[2],
+        slots=problem.index.shape[1],
+        all_slots=problem.packed + problem.length,
+        SEGMENTS=len(segments),
+        AXES=axes.shape[1],
+        RAGGED=problem.ragged,
+        SCORES=weights,
+        BLOCK_M=block_m,
+        BLOCK_N=tile,
+        BLOCK_K=16,
+        BLOCK_R=problem.block_r,
+        BLOCK_V=problem.block_v,
+        PRECISION=precision(query.dtype),
+        num_warps=8 if problem.block_v > 128 else 4,
+        num_stages=1,  # staging gathered rows in shared memory would leave room for one program
+        **sizes,
+        **arguments,
     )
     return _combine(problem, out, latent, latent_sums, splits, partial, partial_sums, tail_splits, weights)
 

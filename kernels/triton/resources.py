@@ -65,7 +65,10 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A decode step. tokens: of each packed segment; rotated: dims rotated in the op, for keys before rotary."""
+    """A decode step. tokens: of each packed segment; rotated: dims rotated in the op, for keys before rotary.
+
+    axes, positions: of multimodal rotary embedding; without axes, every token has cos and sin of its own.
+    """
 
     batch: int = 1
     heads: int = 32
@@ -78,6 +81,8 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     rotated: int = 0
     interleaved: bool = False
+    axes: int = 0
+    positions: int = 0
     mask: bool = False
     weights: bool = False
 
@@ -97,6 +102,13 @@ SHAPES = {
     "fp16, head dim 80, weights": Shape(dim=80, tokens=(4096,), dtype=torch.float16, weights=True),
     "un-rotated keys, rank 16": Shape(tokens=(9216,), rank=16, rotated=128),
     "un-rotated keys, rank 64, GQA": Shape(heads=32, kv_heads=8, tokens=(9216,), rotated=128),
+    "un-rotated keys, rank 16, M-RoPE": Shape(tokens=(9216,), rank=16, rotated=128, axes=2, positions=192),
+    "un-rotated keys of Qwen2.5-VL-7B, M-RoPE": Shape(
+        heads=28, kv_heads=4, tokens=(9216, 640), rank=64, rotated=128, axes=3, positions=200, mask=True
+    ),
+    "un-rotated keys, fp32, rank 128, head dim 256, M-RoPE": Shape(
+        dim=256, tokens=(9216,), rank=128, rotated=256, axes=3, positions=200, dtype=torch.float32
+    ),
     "un-rotated keys, partial rotary": Shape(dim=80, tokens=(4096,), rank=32, rotated=32, interleaved=True),
 }
 
@@ -201,18 +213,20 @@ def decode_step(shape: Shape) -> list[Launch]:
         index = new(batch, packed + shape.tail // 2, dtype=torch.int64)
         slots = packed + shape.tail
         mask = new(batch, 1, 1, slots, dtype=torch.bool) if shape.mask else None
-        angles = new(batch, packed, shape.rotated, dtype=torch.float32) if shape.rotated else None
+        rows = shape.positions if shape.axes else packed
+        angles = new(batch, rows, shape.rotated, dtype=torch.float32) if shape.rotated else None
+        axes = new(batch, shape.axes, packed, dtype=torch.int64) if shape.axes else None
         query = new(batch, shape.heads, shape.queries, dim)
         fresh = new(batch, heads, 1, dim)
 
-        def step(query, coefficients, bases, keys, values, key, value, index, mask, cos, sin):
+        def step(query, coefficients, bases, keys, values, key, value, index, mask, cos, sin, axes):
             append_([keys, values], [key, value], [shape.tail - 1, shape.tail - 1])
             arguments = (query, coefficients, bases, coefficients, bases, keys, values, shape.tail, index, mask)
-            rotary = cos, sin, shape.interleaved, None
+            rotary = cos, sin, shape.interleaved, axes
             return attention(*arguments, 0.1, shape.mask, *rotary, [], [], [], [], [], [], shape.weights)
 
-        arguments = (query, coefficients, bases, tail, tail.clone(), fresh, fresh.clone(), index, mask, angles, angles)
-        return launches(step, arguments)
+        tails = tail, tail.clone(), fresh, fresh.clone()
+        return launches(step, (query, coefficients, bases, *tails, index, mask, angles, angles, axes))
 
 
 def packing(shape: Shape) -> list[Launch]:

@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from attnpack_fx.kernels import reference
+from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 
 from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, shapes
 from .interpreted import attend
@@ -55,6 +56,51 @@ def test_the_way_taken_changes_nothing(shape, fused):
 def test_keys_before_rotary_embedding_are_rotated(shape, partial, interleaved):
     rotary = shape.key_dim // 2 if partial else shape.key_dim
     check(dataclasses.replace(shape, rotary=rotary, interleaved=interleaved))
+
+
+def check_axes(shape: Shapes, axes: int, samples: int | None = None) -> None:
+    """Tables of angles per axis, against the same angles of every slot."""
+    arguments = attention_arguments(dataclasses.replace(shape, rotary=shape.rotary or shape.key_dim))
+    random = torch.Generator().manual_seed(shape.seed)
+    samples, slots, rows = samples or shape.batch, sum(shape.segments), 7
+    positions = torch.randint(rows, (samples, axes, slots), generator=random) + rows * torch.arange(axes)[:, None]
+    pairs = arguments["cos"].shape[2] // 2
+    tables = attention_arguments(dataclasses.replace(shape, batch=samples, segments=(rows * axes,), rotary=2 * pairs))
+    owner = torch.randint(axes, (pairs,), generator=random)
+    owner = owner.repeat_interleave(2) if shape.interleaved else torch.cat([owner, owner])
+    elsewhere = torch.arange(rows * axes)[:, None] // rows != owner
+    cos, sin = (tables[name].masked_fill(elsewhere, 0) for name in ("cos", "sin"))
+    by_slot = per_slot(Rotary(cos, sin, shape.interleaved, positions), 0, slots)
+    arguments |= {"cos": by_slot[0], "sin": by_slot[1]}
+    expected, expected_weights = reference.attention_weights(**arguments)
+    arguments |= {"cos": cos, "sin": sin, "axes": positions}
+    out, _ = attend.attention(**arguments)
+    assert_close(out, expected, floor=ATTENTION_FLOOR)
+    out, weights = attend.attention(**arguments, weights=True)
+    assert_close(out, expected, floor=ATTENTION_FLOOR)
+    assert_close(weights, expected_weights, shape.dtype)
+
+
+@given(shape=shapes(queries=1), axes=st.integers(1, 3), interleaved=st.booleans())
+@settings(QUICKLY, max_examples=10)
+def test_keys_before_rotary_embedding_are_split_by_axis(shape, axes, interleaved):
+    check_axes(dataclasses.replace(shape, interleaved=interleaved), axes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        (Shapes(batch=2, segments=(40, 33), queries=3, group=2, ragged=True, mask="bool"), 3),
+        (Shapes(batch=2, segments=(40,), key_rank=70, key_dim=128, value_rank=40, dtype=torch.bfloat16), 2),
+        (Shapes(segments=(40,), rotary=8), 2),  # the other ways rebuild the keys: partial rotary,
+        (Shapes(segments=(40,), queries=9, group=2), 2),  # many query rows,
+        (Shapes(segments=(40,)), 5),  # many axes,
+        (Shapes(segments=(150,), key_rank=140, key_dim=256), 2),  # high rank
+    ],
+)
+def test_shapes_with_axes(shape, axes):
+    check_axes(shape, axes)
+    check_axes(shape, axes, samples=1)
 
 
 @pytest.mark.parametrize("rotary", [0, 64])
@@ -149,9 +195,14 @@ def test_masks_with_fewer_dims(dims):
 
 def test_only_what_the_kernels_were_made_for_is_taken():
     def takes(shape=None, **changes):
-        return attend.takes(*(attention_arguments(shape or Shapes()) | changes).values())
+        return attend.takes(**attention_arguments(shape or Shapes()) | changes)
 
     assert takes() and takes(Shapes(segments=(0, 3, 4)))
     assert not takes(Shapes(segments=(2, 3, 4)))
     assert not takes(Shapes(key_dim=272))
     assert not takes(query=torch.randn(1, 2, 1, 16, dtype=torch.float16))
+    for name in ("key_blocks", "value_blocks"):
+        assert takes(**{name: []}) and not takes(**{name: [1]})
+    two = Shapes(batch=2)
+    shared = [basis[:1] for basis in attention_arguments(two)["key_bases"]]
+    assert takes(two) and not takes(two, key_bases=shared) and not takes(two, value_bases=shared)

@@ -11,7 +11,7 @@ from attnpack_fx.kernels.triton import resources
 from . import compiled
 
 #: Kernels whose work is matrix products. `combine` has them too, where a KV head has several query rows.
-MATRIX = ("absorb_kernel", "fused_kernel", "rebuilt_kernel", "tokens_kernel")
+MATRIX = ("absorb_kernel", "fused_kernel", "rebuilt_kernel", "split_kernel", "tables_kernel", "tokens_kernel")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,6 +54,8 @@ def test_launches_of_a_decode_step():
     assert launches["LLaVA-1.5-7B"] == ["append_kernel", "fused_kernel"]
     assert launches["LLaVA-1.5-7B, batch 64"] == ["append_kernel", "absorb_kernel", "tokens_kernel", "combine_kernel"]
     assert launches["un-rotated keys, rank 16"] == ["append_kernel", "rebuilt_kernel", "combine_kernel"]
+    by_axis = ["append_kernel", "tables_kernel", "split_kernel", "combine_kernel"]
+    assert launches["un-rotated keys, rank 16, M-RoPE"] == by_axis
     assert all(len(kernels) <= 4 for kernels in launches.values()) and launches.keys() == resources.SHAPES.keys()
 
 
