@@ -12,6 +12,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attnpack_fx.kernels.aten.quantize import quantize
+from attnpack_fx.kernels.parts import OWNED, layout
+
 #: Largest relative root-mean-square error against the float64 reference on the same (rounded) inputs.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 2.5e-2}
 
@@ -39,9 +42,17 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = N
     assert error <= limit, f"relative error {error:.2e} over {limit:.1e}"
 
 
+#: Blocks of a segment: the share of its tokens that each covers, the first all, and in how many bits it is stored.
+Cuts = tuple[tuple[float, int], ...]
+
+
 @dataclass(frozen=True)
 class Shapes:
-    """Everything that decides the shapes of an attention problem over packed parts."""
+    """Everything that decides the shapes of an attention problem over packed parts.
+
+    key_cuts, value_cuts: of every segment; its columns are split among them as evenly as may be. shared: whether
+    samples share the bases; owned: 0, or how many bases (as they are, no bits) samples choose from. axes: 0, or how many rotary axes: cos and sin are then sums of rows of tables.
+    """
 
     seed: int = 0
     dtype: torch.dtype = torch.float32
@@ -62,11 +73,16 @@ class Shapes:
     mask_shape: tuple[bool, bool, bool, bool] = (True, False, True, True)
     rotary: int = 0
     interleaved: bool = False
+    key_cuts: Cuts = ((1.0, 0),)
+    value_cuts: Cuts = ((1.0, 0),)
+    shared: bool = False
+    owned: int = 0
+    axes: int = 0
 
 
 @st.composite
 def shapes(draw: st.DrawFn, **fixed: Any) -> Shapes:
-    """A `Shapes`, with some fields fixed."""
+    """A `Shapes` of plain segments (one block each, as it is) and keys as they are attended, with some fields fixed."""
     dims = st.sampled_from([16, 24, 64, 128, 256])
     drawn = Shapes(
         seed=draw(SEEDS),
@@ -90,6 +106,29 @@ def shapes(draw: st.DrawFn, **fixed: Any) -> Shapes:
     return dataclasses.replace(drawn, **fixed)
 
 
+@st.composite
+def cuts(draw: st.DrawFn) -> Cuts:
+    further = draw(st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0]), max_size=2))
+    return tuple((share, draw(st.sampled_from([0, 0, 8, 4, 2]))) for share in [1.0, *sorted(further, reverse=True)])
+
+
+@st.composite
+def stored_shapes(draw: st.DrawFn, **fixed: Any) -> Shapes:
+    """A `Shapes` of every way to store segments: several blocks, bits, shared bases, keys before rotary embedding."""
+    plain = draw(shapes(**fixed))
+    drawn = dataclasses.replace(
+        plain,
+        key_cuts=draw(cuts()),
+        value_cuts=draw(cuts()),
+        shared=draw(st.booleans()),
+        owned=draw(st.sampled_from([0, 0, 1, 2, 4])),
+        rotary=draw(st.sampled_from([0, plain.key_dim // 2, plain.key_dim])),
+        interleaved=draw(st.booleans()),
+        axes=draw(st.integers(0, 3)),
+    )
+    return dataclasses.replace(drawn, **fixed)
+
+
 def attention_arguments(shape: Shapes) -> dict[str, Any]:
     """Arguments of `ops.attention`. Prompt positions are spread over slots at random, as after packing two
     modalities.
@@ -102,7 +141,8 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
     def factors(rank: int, dim: int) -> tuple[list[Tensor], list[Tensor]]:
         ranks = [min(rank, n, shape.heads * dim) for n in shape.segments]
         coefficients = [normal(shape.batch, n, r) for n, r in zip(shape.segments, ranks, strict=True)]
-        bases = [(normal(shape.batch, shape.heads, r, dim) / max(r, 1) ** 0.5).to(shape.dtype) for r in ranks]
+        samples = shape.owned or (1 if shape.shared else shape.batch)
+        bases = [(normal(samples, shape.heads, r, dim) / max(r, 1) ** 0.5).to(shape.dtype) for r in ranks]
         return coefficients, bases
 
     slots, length = sum(shape.segments) + shape.kept, shape.kept + shape.appended
@@ -114,17 +154,17 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
     key_coefficients, key_bases = factors(shape.key_rank, shape.key_dim)
     value_coefficients, value_bases = factors(shape.value_rank, shape.value_dim)
     rows = length + int(torch.randint(4, (), generator=random))
-    angles = torch.rand((shape.batch, sum(shape.segments), shape.rotary), generator=random) * 6.28
-    if shape.rotary and shape.interleaved:
-        angles[..., 1::2] = angles[..., ::2]
-    elif shape.rotary:
-        angles[..., shape.rotary // 2 :] = angles[..., : shape.rotary // 2]
+    cos, sin, axes = _angles(shape, random)
+    key_stored = _stored(key_coefficients, key_bases, shape.key_cuts, shape.owned > 0)
+    value_stored = _stored(value_coefficients, value_bases, shape.value_cuts, shape.owned > 0)
+    owner = torch.randint(max(shape.owned, 1), (shape.batch,), generator=random)
+    owners = [[owner] * len(stored[0]) if shape.owned else [] for stored in (key_stored, value_stored)]
     return {
         "query": normal(shape.batch, shape.heads * shape.group, shape.queries, shape.key_dim),
-        "key_coefficients": key_coefficients,
-        "key_bases": key_bases,
-        "value_coefficients": value_coefficients,
-        "value_bases": value_bases,
+        "key_coefficients": key_stored[0],
+        "key_bases": key_stored[1],
+        "value_coefficients": value_stored[0],
+        "value_bases": value_stored[1],
         "key_tail": normal(rows, shape.batch, shape.heads, shape.key_dim),
         "value_tail": normal(rows, shape.batch, shape.heads, shape.value_dim),
         "length": length,
@@ -132,17 +172,81 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
         "mask": _mask(shape, tokens, random),
         "scale": shape.key_dim**-0.5,
         "ragged": shape.ragged,
-        "cos": angles.cos() if shape.rotary else None,
-        "sin": angles.sin() if shape.rotary else None,
+        "cos": cos,
+        "sin": sin,
         "interleaved": shape.interleaved,
-        "axes": None,
-        "key_blocks": [],
-        "value_blocks": [],
-        "key_scales": [],
-        "value_scales": [],
-        "key_owners": [],
-        "value_owners": [],
+        "axes": axes,
+        "key_blocks": key_stored[3],
+        "value_blocks": value_stored[3],
+        "key_scales": key_stored[2],
+        "value_scales": value_stored[2],
+        "key_owners": owners[0],
+        "value_owners": owners[1],
     }
+
+
+def decompress_arguments(shape: Shapes) -> dict[str, Any]:
+    """Arguments of `ops.decompress`: the keys of `attention_arguments`."""
+    given = attention_arguments(shape)
+    index = given["index"]
+    slot = torch.full((shape.batch, index.shape[1] + shape.padding), -1)
+    for sample, row in enumerate(index.tolist()):
+        for number, position in enumerate(row):
+            if position >= 0:
+                slot[sample, position] = number
+    return {
+        "coefficients": given["key_coefficients"],
+        "bases": given["key_bases"],
+        "tail": given["key_tail"],
+        "length": given["length"],
+        "index": index,
+        "slot": slot,
+        **{name: given[name] for name in ("cos", "sin", "interleaved", "axes")},
+        "blocks": given["key_blocks"],
+        "scales": given["key_scales"],
+        "owners": given["key_owners"],
+    }
+
+
+def _stored(
+    coefficients: list[Tensor], bases: list[Tensor], cuts: Cuts, owned: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """Coefficients, bases, scales and layout of the blocks of all segments."""
+    stored: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+    bits_of: list[list[int]] = []
+    for coefficient, basis in zip(coefficients, bases, strict=True):
+        ends = [-(-coefficient.shape[2] * number // len(cuts)) for number in range(len(cuts) + 1)]
+        bits_of.append([])
+        for (share, bits), start, end in zip(cuts, ends, ends[1:], strict=False):
+            if start == end and bits_of[-1]:
+                continue
+            covered = round(share * coefficient.shape[1])
+            block = coefficient[:, :covered, start:end].contiguous(), basis[:, :, start:end].contiguous()
+            if bits and not owned:
+                *block, scale = quantize(*block, bits)
+                stored[2].append(scale)
+            stored[0].append(block[0])
+            stored[1].append(block[1])
+            bits_of[-1].append(OWNED if owned else bits)
+    return *stored, layout(bits_of)
+
+
+def _angles(shape: Shapes, random: torch.Generator) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """cos, sin and axes of the packed slots; both dims of a pair have the same."""
+    slots, axes = sum(shape.segments), None
+    if shape.axes:
+        # A few positions along each axis; tables of every axis fill all dims, as a sum does not care.
+        axes = torch.randint(4 * shape.axes, (shape.batch, shape.axes, slots), generator=random)
+    rows = 4 * shape.axes if shape.axes else slots
+    angles = torch.rand((shape.batch, rows, shape.rotary), generator=random) * 6.28
+    if not shape.rotary:
+        return None, None, None
+    if shape.interleaved:
+        angles[..., 1::2] = angles[..., ::2]
+    else:
+        angles[..., shape.rotary // 2 :] = angles[..., : shape.rotary // 2]
+    share = max(shape.axes, 1) ** 0.5
+    return angles.cos() / share, angles.sin() / share, axes
 
 
 def _mask(shape: Shapes, tokens: int, random: torch.Generator) -> Tensor | None:

@@ -4,7 +4,7 @@ from torch.library import opcheck
 
 from attnpack_fx.kernels import ops
 
-from .inputs import Shapes, assert_close, attention_arguments
+from .inputs import Shapes, assert_close, attention_arguments, decompress_arguments
 
 attnpack = torch.ops.attnpack
 
@@ -19,6 +19,17 @@ SHAPES = {
     "no appended rows": Shapes(kept=0, appended=0, dtype=torch.float16),
     "nothing": Shapes(segments=(), kept=0, appended=0),
     "keys before rotation": Shapes(rotary=16, segments=(5, 6), batch=2),
+    "tables of rotary axes": Shapes(rotary=16, segments=(5, 6), batch=2, axes=3, interleaved=True),
+    "blocks of columns": Shapes(segments=(9, 5), key_cuts=((1.0, 0), (0.5, 0)), value_cuts=((1.0, 0), (0.3, 0))),
+    "codes and shared bases": Shapes(
+        batch=2,
+        segments=(9, 5),
+        key_cuts=((1.0, 8), (0.5, 4), (0.0, 2)),
+        value_cuts=((1.0, 2), (0.3, 0)),
+        shared=True,
+        ragged=True,
+        dtype=torch.bfloat16,
+    ),
 }
 
 
@@ -30,14 +41,7 @@ def test_attention(shape, operator):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_decompress(shape):
-    arguments = attention_arguments(shape)
-    names = ("key_coefficients", "key_bases", "key_tail", "length", "index")
-    slot = torch.arange(arguments["index"].shape[1] + 1).expand(shape.batch, -1).contiguous()
-    slot = torch.where(slot < arguments["index"].shape[1], slot, -1)
-    opcheck(
-        attnpack.decompress.default,
-        (*(arguments[name] for name in names), slot, arguments["cos"], arguments["sin"], False, None, [], [], []),
-    )
+    opcheck(attnpack.decompress.default, tuple(decompress_arguments(shape).values()))
 
 
 @pytest.mark.parametrize("modality", [None, torch.arange(20)[None] < 12, torch.rand(2, 20) < 0.5])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from attnpack_fx.kernels import reference
 
-from .inputs import Shapes, attention_arguments, relative_error
+from .inputs import Shapes, attention_arguments, decompress_arguments, relative_error
 
 UNROTATED = (None, None, False, None)
 
@@ -76,3 +76,39 @@ def test_filler_is_left_out_of_attention():
     filler = (arguments["index"] < 0)[:, :12, None]
     arguments["value_coefficients"] = [torch.where(filler, 1e3, arguments["value_coefficients"][0])]
     assert filler.any() and torch.equal(out, reference.attention(**arguments))
+
+
+def test_blocks_add_up_over_the_tokens_they_cover():
+    shape = Shapes(batch=2, segments=(10,), kept=0, appended=0)
+    whole = decompress_arguments(shape)
+    dense = reference.decompress(**whole)
+    (coefficient,), (basis,) = whole["coefficients"], whole["bases"]
+    first, later = whole["index"][:, :6], whole["index"][:, 6:]
+    cut = reference.decompress(
+        **whole
+        | {
+            "coefficients": [coefficient[..., :3], coefficient[:, :6, 3:]],
+            "bases": [basis[:, :, :3], basis[:, :, 3:]],
+            "blocks": [0, 0, 0, 0],
+        }
+    )
+    for sample in range(2):
+        assert torch.allclose(cut[sample][:, first[sample]], dense[sample][:, first[sample]])
+        lower = coefficient[sample, 6:, :3].double() @ basis[sample, :, :3].double()
+        assert torch.allclose(cut[sample][:, later[sample]], lower)
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(8, 255), (4, 16), (2, 4)])
+def test_every_code_is_a_level_of_its_own(bits, levels):
+    codes = torch.arange(256, dtype=torch.uint8)[:, None]
+    found = reference.decoded(codes, 8 // bits, bits)
+    low, high = {8: (-128, 127), 4: (-8, 7), 2: (-1.5, 1.5)}[bits]
+    assert found.shape == (256, 8 // bits) and (found.min(), found.max()) == (low, high)
+    assert len(found.unique()) == levels + (bits == 8)
+
+
+def test_a_basis_of_the_batch_serves_every_sample():
+    shape = Shapes(batch=3, shared=True)
+    arguments = attention_arguments(shape)
+    own = {name: [each.expand(3, -1, -1, -1) for each in arguments[name]] for name in ("key_bases", "value_bases")}
+    assert torch.equal(reference.attention(**arguments), reference.attention(**arguments | own))

@@ -9,8 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten import unrotated
+from attnpack_fx.kernels.rotary_axes import tabulate
 
-from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, relative_error, shapes
+from ..inputs import (
+    ATTENTION_FLOOR,
+    Shapes,
+    assert_close,
+    attention_arguments,
+    relative_error,
+    shapes,
+    stored_shapes,
+)
+from ..multimodal import LAYOUTS, Media, cos_and_sin
 
 # The package re-exports the function under the module's name.
 implementation = import_module("attnpack_fx.kernels.aten.attention")
@@ -28,8 +38,14 @@ def check(shape: Shapes) -> None:
 
 
 @given(shape=shapes())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_matches_the_reference(shape):
+    check(shape)
+
+
+@given(shape=stored_shapes())
+@settings(max_examples=100, deadline=None)
+def test_every_way_to_store_matches_the_reference(shape):
     check(shape)
 
 
@@ -47,16 +63,30 @@ def test_keys_before_rotary_embedding_are_rotated(shape, partial, interleaved):
     check(Shapes(**fields))
 
 
-@given(shape=shapes(queries=7), rotary=st.booleans())
+@given(shape=stored_shapes(queries=7))
 @settings(max_examples=60, deadline=None)
-def test_tiles_over_queries_and_keys_change_nothing(shape, rotary):
-    arguments = attention_arguments(Shapes(**shape.__dict__ | {"rotary": shape.key_dim if rotary else 0}))
+def test_tiles_over_queries_and_keys_change_nothing(shape):
+    arguments = attention_arguments(shape)
     with pytest.MonkeyPatch.context() as patch:
         slots = sum(shape.segments) + arguments["length"]
         patch.setattr(implementation, "SCORE_BYTES", 4 * 2 * shape.batch * shape.heads * shape.group * max(slots, 1))
         patch.setattr(unrotated, "TILE_BYTES", 4 * 5 * shape.batch * shape.heads * shape.key_dim)
         out = attention(**arguments)
     assert_close(out, reference.attention(**arguments), floor=ATTENTION_FLOOR)
+
+
+@pytest.mark.parametrize("queries", [1, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tables_of_real_models_give_what_their_rows_give(layout, queries):
+    samples = [[Media("image", (1, 12, 20))], [Media("video", (4, 10, 6))]]
+    cos, sin = cos_and_sin(layout, samples, torch.float32)
+    found = tabulate(cos, sin, False)
+    assert found is not None and 2 * found[0].shape[1] <= cos.shape[1]
+    cuts = ((1.0, 8), (0.25, 0))
+    shape = Shapes(batch=2, queries=queries, segments=(240,), key_dim=128, rotary=128, key_cuts=cuts)
+    arguments = attention_arguments(shape) | {"cos": found[0], "sin": found[1], "axes": found[2]}
+    rows = arguments | {"cos": cos, "sin": sin, "axes": None}
+    assert_close(attention(**arguments), reference.attention(**rows), floor=ATTENTION_FLOOR)
 
 
 @pytest.mark.parametrize("cos_batch", [1, 2])
@@ -150,8 +180,8 @@ def test_no_dense_keys_or_values_are_built(rotary, queries, monkeypatch):
     assert 0 < recorded.largest <= 600 * 8 * 64 // 8
 
 
-@given(shape=shapes())
-@settings(max_examples=80, deadline=None)
+@given(shape=st.one_of(shapes(), stored_shapes()))
+@settings(max_examples=60, deadline=None)
 def test_weights(shape):
     arguments = attention_arguments(shape)
     out, weights = implementation.attention(**arguments, weights=True)

@@ -1,27 +1,39 @@
+import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten.decompress import decompress
 
-from ..inputs import assert_close, attention_arguments, shapes
+from ..inputs import Shapes, assert_close, decompress_arguments, shapes, stored_shapes
 
 
-@given(shape=shapes(mask="none"), rotary=st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_decompress_matches_the_reference(shape, rotary):
-    fields = shape.__dict__ | {"rotary": shape.key_dim // 2 if rotary else 0}
-    arguments = attention_arguments(type(shape)(**fields))
-    index = arguments["index"]
-    slot = torch.full((shape.batch, index.shape[1] + shape.padding), -1)
-    for sample, row in enumerate(index.tolist()):
-        for number, position in enumerate(row):
-            if position >= 0:
-                slot[sample, position] = number
-    parts = [arguments[name] for name in ("key_coefficients", "key_bases", "key_tail", "length")]
-    rest = (index, slot, arguments["cos"], arguments["sin"], shape.interleaved, None, [], [], [])
-    out, expected = decompress(*parts, *rest), reference.decompress(*parts, *rest)
+def check(shape: Shapes) -> None:
+    arguments = decompress_arguments(shape)
+    out, expected = decompress(**arguments), reference.decompress(**arguments)
     assert out.dtype == shape.dtype and out.is_contiguous()
     assert_close(out, expected)
+    slot = arguments["slot"]
     assert out[:, :, : slot.shape[1]].transpose(1, 2)[slot < 0].eq(0).all()
+
+
+@given(shape=shapes(mask="none"))
+@settings(max_examples=60, deadline=None)
+def test_decompress_matches_the_reference(shape):
+    check(shape)
+
+
+@given(shape=stored_shapes(mask="none"))
+@settings(max_examples=120, deadline=None)
+def test_every_way_to_store_matches_the_reference(shape):
+    check(shape)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_codes_mean_levels_times_scales(bits):
+    arguments = decompress_arguments(Shapes(segments=(12,), kept=0, appended=0, key_cuts=((1.0, bits),)))
+    (codes,), (basis,), (scale,) = (arguments[name] for name in ("coefficients", "bases", "scales"))
+    assert codes.dtype == basis.dtype == torch.uint8 and arguments["blocks"] == [0, bits]
+    coefficient, rows = reference.decoded(codes, 4, bits), reference.decoded(basis, 16, bits)
+    expected = (coefficient * scale[:, :1]) @ (rows * scale[:, 1, None, :, None])[0]
+    assert_close(decompress(**arguments)[0].gather(1, arguments["index"][0, None, :, None].expand(2, -1, 16)), expected)
