@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnpack_fx.angles import SharedAngles
@@ -58,6 +59,10 @@ class Collector:
             outputs = spec.factors[number]
             coefficient, basis = results[outputs.coefficient], results[outputs.basis]
             owner = None if outputs.owner is None else results[outputs.owner]
+            if outputs.given is not None:
+                # No copy of the model's basis, unless some samples have their own behind it.
+                common = outputs.given[:, :, : coefficient.shape[2]]
+                basis = torch.cat([common, basis]) if basis.shape[0] else common
             if not coefficient.shape[1]:
                 continue
             held = None if squares is None else squares_of(squares, indices[number])

@@ -1,13 +1,17 @@
 """`attnpack_fx.compile`: the one call that works whatever form the model comes in."""
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
+from attnpack_fx.passes.state import SiteReport
 from attnpack_fx.policy import PackPolicy
 
 
@@ -46,3 +50,21 @@ def compile(
     alone = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     original.compile(backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **alone)
     return original
+
+
+@contextmanager
+def called_through(
+    model: torch.nn.Module,
+    policy: PackPolicy | None,
+    observer: Callable[[list[SiteReport]], None] | None = None,
+) -> Iterator[None]:
+    """Let calls of `model` go through the backend under a policy, or run eagerly (None), and undo it after."""
+    before = model._compiled_call_impl
+    model._compiled_call_impl = None
+    if policy is not None:
+        # A partial is a new backend to Dynamo: nothing compiled earlier is reused, so every graph is seen.
+        model.compile(backend=partial(attnpack_backend, options={"policy": policy}, observer=observer))
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = before

@@ -1,9 +1,6 @@
 """`explain`: what the backend does to a model, measured on one prompt."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from attnpack_fx import hf
-from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
+from attnpack_fx.compiling import called_through
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT, SiteReport
 from attnpack_fx.policy import PackPolicy
@@ -71,11 +68,9 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
     model = getattr(model, "_orig_mod", model)
     graphs: list[list[SiteReport]] = []
     with torch.no_grad():
-        with _call_through(model, None):
+        with called_through(model, None):
             dense = _run(model, inputs)
-        # A partial is a new backend to Dynamo: nothing compiled earlier is reused, so every graph is seen.
-        backend = partial(attnpack_backend, options={"policy": policy}, observer=graphs.append)
-        with _call_through(model, backend):
+        with called_through(model, policy, observer=graphs.append):
             packed = _run(model, inputs)
     layers = [_layer(number, before, after) for number, (before, after) in enumerate(zip(dense, packed, strict=True))]
     return Report(
@@ -102,19 +97,6 @@ def _run(model: torch.nn.Module, inputs: dict[str, Any]) -> list[tuple[Tensor, T
         return hf.keys_and_values(out.past_key_values)
     leaves = [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, Tensor) and leaf.dim() == 4]
     return list(zip(leaves[0::2], leaves[1::2], strict=True))
-
-
-@contextmanager
-def _call_through(model: torch.nn.Module, backend: Callable[..., Any] | None) -> Iterator[None]:
-    """Let calls of `model` go through `backend`, or eagerly, and undo it after."""
-    before = model._compiled_call_impl
-    model._compiled_call_impl = None
-    if backend is not None:
-        model.compile(backend=backend)
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = before
 
 
 def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tensor]) -> dict[str, Any]:

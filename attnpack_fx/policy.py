@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
+from attnpack_fx import model_bases
 from attnpack_fx.checks import PolicyError, checked_bool, checked_int, checked_keys, is_number
 from attnpack_fx.layer_plans import checked_layers, fitted
 from attnpack_fx.options import inductor_patches, mode_patches, normalised, unknown
@@ -39,6 +42,7 @@ FILE_VERSION = 1
 
 _KEY_SPACES = ("rotated", "unrotated", "auto")
 _BASES = ("sample", "batch")
+_BASES_FILE = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,9 @@ class PackPolicy:
     recent: how many of the newest tokens a fold leaves dense.
     max_fold_error: a bound, > 0, on the relative Frobenius error folds may add up to in a layer; `None` sets none.
     partial: read less of the vision tokens that are attended to little; a `Partial`, or a mapping with its fields.
-    bases: `"sample"`: one basis per sample, layer and modality. `"batch"`: one for the whole batch.
-    basis_tolerance: with a basis for the whole batch, a sample of whose squared Frobenius norm more than this share is
+    bases: `"sample"`: one basis per sample, layer and modality. `"batch"`: one for the whole batch. The path of a
+        `.safetensors` file that `attnpack_fx.calibrate_bases` wrote: one for the model.
+    basis_tolerance: with a basis for a batch or the model, a sample of whose squared Frobenius norm more than this share is
         left out gets a basis of its own. A number >= 0.
     layers: a calibrated plan, one `LayerPlan` (or a mapping with its fields) per decoder layer, instead of
         `vision_rank`, `text_rank` and `skip_layers`, which stay at their defaults.
@@ -84,7 +89,7 @@ class PackPolicy:
     recent: int = 32
     max_fold_error: float | None = None
     partial: Partial | None = None
-    bases: Literal["sample", "batch"] = "sample"
+    bases: str = "sample"
     basis_tolerance: float = 0.1
     layers: tuple[LayerPlan, ...] | None = None
     layer_count: int | None = None
@@ -105,7 +110,8 @@ class PackPolicy:
                 )
             self._set("max_fold_error", float(self.max_fold_error))
         self._set("partial", checked_partial(self.partial))
-        _checked_choice("bases", self.bases, _BASES)
+        if not isinstance(self.bases, str) or not self.bases.endswith(_BASES_FILE):
+            _checked_choice("bases", self.bases, (*_BASES, f"a path ending in {_BASES_FILE}"))
         if not is_number(self.basis_tolerance) or self.basis_tolerance < 0:
             raise PolicyError(f"basis_tolerance: got {self.basis_tolerance!r}, expected a number >= 0; e.g. 0.1")
         self._set("basis_tolerance", float(self.basis_tolerance))
@@ -187,6 +193,15 @@ class PackPolicy:
         """Whether layers differ, so that their number and how many there are must be known."""
         schedules = [each for name in ("vision", "text") for each in parts(self._spec(name))]
         return bool(self.layers or self.skip_layers) or any(isinstance(each, (Linear, PerLayer)) for each in schedules)
+
+    def basis(self, number: int | None, modality: Modality, kind: str) -> Tensor | None:
+        """The basis `[1, H, R, D]` of the model for `"key"`, `"unrotated key"` or `"value"` tensors of a layer, or None.
+
+        Raises `PolicyError` where the file cannot be read or has no basis for the layer.
+        """
+        if self.bases in _BASES:
+            return None
+        return model_bases.load(self.bases, number, modality, kind)
 
     def lossless(self, modality: Modality) -> bool:
         """Whether keys and values of `modality` are both packed at rank `"full"`; False for a calibrated plan."""
@@ -333,9 +348,9 @@ def _check_combinations(policy: PackPolicy) -> None:
             "partial: got a Partial, expected None where vision tokens stay dense: there are no columns to leave out; "
             "give vision_rank, or layers that pack vision, or drop partial"
         )
-    if policy.bases == "batch" and _has_energy(policy):
+    if policy.bases != "sample" and _has_energy(policy):
         raise PolicyError(
-            "bases: got 'batch' with an energy, expected 'sample': a share of energy gives each sample a rank of its "
+            f"bases: got {policy.bases!r} with an energy, expected 'sample': a share of energy gives each sample a rank of its "
             "own, and samples that share a basis share its rank; use fixed ranks or bases='sample'"
         )
 

@@ -17,6 +17,7 @@ from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.packing import pack
 from attnpack_fx.passes.state import (
     Argument,
+    Constant,
     GraphState,
     Grown,
     InputSpec,
@@ -111,6 +112,8 @@ def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]
                 return grown[position].lease.visible()
 
             return room
+        case Constant(tensor=tensor):
+            return lambda arguments, grown: tensor
         case ModalityMask(batch, tokens):
             return lambda arguments, grown: _modality(arguments, batch.evaluate(arguments), tokens.evaluate(arguments))
 

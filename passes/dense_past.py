@@ -13,6 +13,7 @@ from attnpack_fx.passes.plan_tokens import TokenPlanner, asks_for_loss, gain
 from attnpack_fx.passes.state import (
     TEXT,
     VISION,
+    Constant,
     Factors,
     GraphState,
     Modality,
@@ -79,7 +80,10 @@ def compress(
             factors, columns = [], []
             for name, how in stored.items():
                 columns.append(getattr(how, kind))
-                factors.append(_factors(state, flat, source, index[name], columns[-1].rank, name))
+                given = None
+                if name == VISION or state.policy.fold_every is None:  # folds give each sample its own text basis
+                    given = _given(state, site, number, name, kind if angles is None else f"unrotated {kind}")
+                factors.append(_factors(state, flat, source, index[name], columns[-1].rank, given))
             attended = graph.call_method("detach", (node,))
             tail = graph.call_function(torch.ops.attnpack.take_rows.default, (attended, indices[2], 0))
             compressed[node] = Packed(
@@ -105,17 +109,32 @@ def compress(
     )
 
 
-def _factors(state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int, name: Modality) -> Factors:
-    """Compress the tokens at `index`, for each sample alone or for the batch."""
-    # Folds give every sample a basis of its own in time.
-    folded = name == TEXT and state.policy.fold_every is not None
-    graph, shared = state.graph, state.policy.bases == "batch" and not folded
-    if shared:
-        arguments = (source, index, rank, state.policy.basis_tolerance, None)
-        made = graph.call_function(torch.ops.attnpack.compress_shared.default, arguments)
-    else:
-        made = graph.call_function(torch.ops.attnpack.compress.default, (source, index, rank))
-    return Factors(*(flat.add(graph.call_function(operator.getitem, (made, item))) for item in range(2 + shared)))
+def _factors(state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int, given: Constant | None) -> Factors:
+    """Compress the tokens at `index`: each sample alone, or all on one basis, which may be given."""
+    graph, arguments = state.graph, (source, index, rank)
+    if given is None and state.policy.bases == "sample":
+        made = graph.call_function(torch.ops.attnpack.compress.default, arguments)
+        return Factors(*(flat.add(graph.call_function(operator.getitem, (made, item))) for item in (0, 1)))
+    basis = None if given is None else state.constant(given)
+    more = state.policy.basis_tolerance, basis
+    made = graph.call_function(torch.ops.attnpack.compress_shared.default, (*arguments, *more))
+    outputs = (flat.add(graph.call_function(operator.getitem, (made, item))) for item in (0, 1, 2))
+    return Factors(*outputs, given=None if given is None else given.tensor)
+
+
+def _given(state: GraphState, site: Site, number: int | None, name: Modality, kind: str) -> Constant | None:
+    """The model's basis for these tokens, in the dtype and on the device of the cache."""
+    basis = state.policy.basis(number, name, kind)
+    if basis is None:
+        return None
+    like, shape = site.key.meta["example_value"], shape_of(site.value if kind == "value" else site.key)
+    assert shape is not None
+    if (basis.shape[1], basis.shape[3]) != (shape[1], shape[3]):
+        raise ValueError(
+            f"bases: got {list(basis.shape)} for the {name} {kind}s of layer {number}, expected [1, {shape[1]}, R, "
+            f"{shape[3]}]; calibrate bases for this model"
+        )
+    return Constant(f"basis_{number}_{name}_{kind.replace(' ', '_')}", basis.to(like.device, like.dtype))
 
 
 def _layer_count(state: GraphState) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from attnpack_fx.kernels.parts import SPARE_ROWS, Form
@@ -51,6 +52,8 @@ class Policy(Protocol):
     ) -> LayerPlan: ...
 
     def lossless(self, modality: Modality) -> bool: ...
+
+    def basis(self, number: int | None, modality: Modality, kind: str) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,15 @@ class ModalityMask:
     tokens: Size
 
 
-InputSpec = Argument | Part | PaddedLength | Room | ModalityMask
+@dataclass(frozen=True)
+class Constant:
+    """A tensor of the policy's, always the same; name tells it from others."""
+
+    name: str
+    tensor: torch.Tensor = field(compare=False)
+
+
+InputSpec = Argument | Part | PaddedLength | Room | ModalityMask | Constant
 
 # ---- what each of Dynamo's outputs becomes
 # -----------------------------------------------------------------------------------------
@@ -141,11 +152,15 @@ class Grown:
 
 @dataclass(frozen=True)
 class Factors:
-    """Outputs that are the factors of one segment; owner: which basis each sample has, where they may share."""
+    """Outputs that are the factors of one segment.
+
+    owner: which basis each sample has, where they may share; given: the model's basis, which comes before the outputs.
+    """
 
     coefficient: int
     basis: int
     owner: int | None = None
+    given: torch.Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -284,6 +299,13 @@ class GraphState:
         self.inputs[node] = spec
         self.examples[node] = example
         return node
+
+    def constant(self, given: Constant) -> Node:
+        """The placeholder of a tensor of the policy's."""
+        modes = (example.fake_mode for example in self.examples.values() if isinstance(example, FakeTensor))
+        mode = next(modes, None)
+        example = given.tensor if mode is None else mode.from_tensor(given.tensor, static_shapes=True)
+        return self.add_input(given, example, f"attnpack_{given.name}")
 
     def part(self, packed: PackedInput, name: str) -> Node:
         """The placeholder of one part: `index`, `slot`, `cos`, `importance`, `coefficient_<n>`, `basis_<n>`, ..."""

@@ -51,7 +51,8 @@ class Shapes:
     """Everything that decides the shapes of an attention problem over packed parts.
 
     key_cuts, value_cuts: of every segment; its columns are split among them as evenly as may be. shared: whether
-    samples share the bases; owned: 0, or how many bases (as they are, no bits) samples choose from. axes: 0, or how many rotary axes: cos and sin are then sums of rows of tables.
+    samples share the bases; owned: 0, or how many bases (as they are, no bits) samples choose from. axes: 0, or how
+    many rotary axes: cos and sin are then sums of rows of tables.
     """
 
     seed: int = 0
