@@ -106,9 +106,6 @@ SHAPES = {
     "un-rotated keys of Qwen2.5-VL-7B, M-RoPE": Shape(
         heads=28, kv_heads=4, tokens=(9216, 640), rank=64, rotated=128, axes=3, positions=200, mask=True
     ),
-    "un-rotated keys, fp32, rank 128, head dim 256, M-RoPE": Shape(
-        dim=256, tokens=(9216,), rank=128, rotated=256, axes=3, positions=200, dtype=torch.float32
-    ),
     "un-rotated keys, partial rotary": Shape(dim=80, tokens=(4096,), rank=32, rotated=32, interleaved=True),
 }
 
