@@ -70,8 +70,8 @@ class PackPolicy:
     partial: read less of the vision tokens that are attended to little; a `Partial`, or a mapping with its fields.
     bases: `"sample"`: one basis per sample, layer and modality. `"batch"`: one for the whole batch. The path of a
         `.safetensors` file that `attnpack_fx.calibrate_bases` wrote: one for the model.
-    basis_tolerance: with a basis for a batch or the model, a sample of whose squared Frobenius norm more than this share is
-        left out gets a basis of its own. A number >= 0.
+    basis_tolerance: with a basis for a batch or the model, a sample of whose squared Frobenius norm more than this
+        share is left out gets a basis of its own. A number >= 0.
     layers: a calibrated plan, one `LayerPlan` (or a mapping with its fields) per decoder layer, instead of
         `vision_rank`, `text_rank` and `skip_layers`, which stay at their defaults.
     layer_count: the number of decoder layers, for graphs that do not show it.
@@ -195,7 +195,7 @@ class PackPolicy:
         return bool(self.layers or self.skip_layers) or any(isinstance(each, (Linear, PerLayer)) for each in schedules)
 
     def basis(self, number: int | None, modality: Modality, kind: str) -> Tensor | None:
-        """The basis `[1, H, R, D]` of the model for `"key"`, `"unrotated key"` or `"value"` tensors of a layer, or None.
+        """The model's basis `[1, H, R, D]` for `"key"`, `"unrotated key"` or `"value"` tensors of a layer, or None.
 
         Raises `PolicyError` where the file cannot be read or has no basis for the layer.
         """
@@ -350,8 +350,8 @@ def _check_combinations(policy: PackPolicy) -> None:
         )
     if policy.bases != "sample" and _has_energy(policy):
         raise PolicyError(
-            f"bases: got {policy.bases!r} with an energy, expected 'sample': a share of energy gives each sample a rank of its "
-            "own, and samples that share a basis share its rank; use fixed ranks or bases='sample'"
+            f"bases: got {policy.bases!r} with an energy, expected 'sample': a share of energy gives each sample a "
+            "rank of its own, and samples that share a basis share its rank; use fixed ranks or bases='sample'"
         )
 
 

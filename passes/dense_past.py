@@ -80,9 +80,7 @@ def compress(
             factors, columns = [], []
             for name, how in stored.items():
                 columns.append(getattr(how, kind))
-                given = None
-                if name == VISION or state.policy.fold_every is None:  # folds give each sample its own text basis
-                    given = _given(state, site, number, name, kind if angles is None else f"unrotated {kind}")
+                given = _given(state, site, number, name, kind if angles is None else f"unrotated {kind}")
                 factors.append(_factors(state, flat, source, index[name], columns[-1].rank, given))
             attended = graph.call_method("detach", (node,))
             tail = graph.call_function(torch.ops.attnpack.take_rows.default, (attended, indices[2], 0))
@@ -109,17 +107,20 @@ def compress(
     )
 
 
-def _factors(state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int, given: Constant | None) -> Factors:
+def _factors(
+    state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int, given: Constant | None
+) -> Factors:
     """Compress the tokens at `index`: each sample alone, or all on one basis, which may be given."""
     graph, arguments = state.graph, (source, index, rank)
     if given is None and state.policy.bases == "sample":
         made = graph.call_function(torch.ops.attnpack.compress.default, arguments)
-        return Factors(*(flat.add(graph.call_function(operator.getitem, (made, item))) for item in (0, 1)))
-    basis = None if given is None else state.constant(given)
-    more = state.policy.basis_tolerance, basis
+        coefficient, basis = (flat.add(graph.call_function(operator.getitem, (made, item))) for item in (0, 1))
+        return Factors(coefficient, basis)
+    common = None if given is None else state.constant(given)
+    more = state.policy.basis_tolerance, common
     made = graph.call_function(torch.ops.attnpack.compress_shared.default, (*arguments, *more))
-    outputs = (flat.add(graph.call_function(operator.getitem, (made, item))) for item in (0, 1, 2))
-    return Factors(*outputs, given=None if given is None else given.tensor)
+    coefficient, basis, owner = (flat.add(graph.call_function(operator.getitem, (made, item))) for item in range(3))
+    return Factors(coefficient, basis, owner, None if given is None else given.tensor)
 
 
 def _given(state: GraphState, site: Site, number: int | None, name: Modality, kind: str) -> Constant | None:

@@ -104,6 +104,8 @@ def gain(policy: Policy, name: Modality, how: Stored, widths: tuple[int, int]) -
     """
     if policy.lossless(name) or (name == TEXT and policy.fold_every is not None):
         return []  # folds need a segment to fold into
+    if policy.bases not in ("sample", "batch"):
+        return []  # the model's bases take no memory of their own
     return [_words(how.key), _words(how.value), *widths]
 
 

@@ -45,8 +45,8 @@ def calibrate_bases(
                 _add(found, number, pair, rank)
     if not found:
         raise PolicyError(
-            f"calibrate_bases: got {count} samples in which nothing was packed, expected at least one with vision tokens; "
-            "pass text=True for a model without any, and look at attnpack_fx.explain"
+            f"calibrate_bases: got {count} samples in which nothing was packed, expected at least one with vision "
+            "tokens; pass text=True for a model without any, and look at attnpack_fx.explain"
         )
     model_bases.save(path, {place: rows[:, :, :rank] / _norms(rows[:, :, :rank]) for place, rows in found.items()})
     ranks = {"vision_rank": rank, "text_rank": rank if text else None}
