@@ -13,8 +13,8 @@ what they cost in dense attention, are left out: all T tokens are vision tokens.
 Closed forms are the functions below, with T tokens, Hq query heads, H KV heads, head dim D, rank R, batch B and b bytes
 a number. All of them include `Hq D` multiplications for the scale of the query.
 
-Keys before rotary embedding are about as faithful at a quarter of the rank, so they stand at R and at R / 4. The form
-that the implementation chooses by itself is marked with a star.
+Keys before rotary embedding are about as faithful at a quarter of the rank, so they stand at R and at R / 4, with values
+at R. The form that the implementation chooses by itself is marked with a star.
 """
 
 import argparse
@@ -51,7 +51,8 @@ PARTIAL = partial.Partial()
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one layer over T vision tokens; grid: of the image, where rotary embedding has its axes."""
+    """Attention of one layer over T vision tokens. rank: of keys, and of values unless value_rank is given; grid: of the
+    image, where rotary embedding has its axes."""
 
     name: str
     heads: int
@@ -60,6 +61,7 @@ class Shape:
     tokens: int
     rank: int
     grid: tuple[int, int] | None = None
+    value_rank: int | None = None
 
     @property
     def width(self) -> int:
@@ -130,8 +132,8 @@ def quantised(s: Shape) -> Cost:
 
 def turned_queries(s: Shape) -> Cost:
     """Keys before rotary embedding: two matrices of `Hq R D / 2` numbers, two products each; turned by the angles of
-    every token, times coefficients: `2 Hq R D + Hq R T D + Hq R T`. Values `Hq R (T + D)`. Bytes: `2 b R (T + H D)` and
-    angles."""
+    every token, times coefficients: `2 Hq R D + Hq R T D + Hq R T`. Values of rank Rv: `Hq Rv (T + D)`. Bytes:
+    `b (R + Rv) (T + H D)` and angles."""
     keys = s.heads * s.rank * (2 * s.head_dim + s.tokens * s.head_dim + s.tokens)
     return _unrotated(s, keys)
 
@@ -154,8 +156,9 @@ def tables(s: Shape) -> Cost:
 def _unrotated(s: Shape, keys: float) -> Cost:
     """With absorbed values; angles are `2 b T D` bytes, or `2 b P D + 8 A T` as tables."""
     angles = sum(each.nbytes for each in _angles(s) if each is not None)
-    numbers = 2 * s.rank * (s.tokens + s.width)
-    cost = _cost(s, keys + s.heads * s.rank * (s.tokens + s.head_dim), numbers)
+    values = s.value_rank or s.rank
+    numbers = (s.rank + values) * (s.tokens + s.width)
+    cost = _cost(s, keys + s.heads * values * (s.tokens + s.head_dim), numbers)
     return Cost(cost.multiplies, cost.bytes + angles)
 
 
@@ -247,8 +250,8 @@ def modes(s: Shape) -> Iterator[Mode]:
     forms = (turned_queries, turned_keys, *([] if s.grid is None else [tables]))
     for rank in (s.rank, s.rank // 4):
         for form in forms:
-            key, value = (make.factors([(s.tokens, rank)]) for _ in range(2))
-            name = f"un-rotated R={rank}, {form.__name__.replace('_', ' ')}"
+            key, value = make.factors([(s.tokens, rank)]), make.factors(whole)
+            name = f"un-rotated keys R={rank}, {form.__name__.replace('_', ' ')}"
             yield make.packed(name, form, key, value, angles=_angles(s), form="_" + form.__name__)
 
 
@@ -305,7 +308,7 @@ class _Maker:
         s, samples = self._shape, key.coefficients[0].shape[0]
         empty = self._normal(0, samples, s.kv_heads, s.head_dim)
         arguments = self._arguments(samples, key, value, (empty, empty), angles)
-        return Mode(name, replace(s, rank=key.rank), closed_form, arguments, decompressed, form)
+        return Mode(name, replace(s, rank=key.rank, value_rank=value.rank), closed_form, arguments, decompressed, form)
 
     def _arguments(
         self,

@@ -40,14 +40,14 @@ def test_every_way_attends_as_the_reference_does(shape, number):
 def test_every_mode_is_there():
     names = [mode.name for mode in costs.modes(SHAPES[2])]
     assert len(set(names)) == len(names) == 14
-    assert names[:2] == ["dense", "decompress, then attend"] and names[-1] == "un-rotated R=2, tables"
+    assert names[:2] == ["dense", "decompress, then attend"] and names[-1] == "un-rotated keys R=2, tables"
     # Axes have to be found for there to be tables.
     assert [mode.name for mode in costs.modes(SHAPES[0])] == [name for name in names if "tables" not in name]
 
 
 def test_one_form_of_each_rank_is_chosen():
     chosen = [mode.name.split(",")[0] for mode in costs.modes(SHAPES[2]) if mode.chosen]
-    assert chosen == ["un-rotated R=8", "un-rotated R=2"]
+    assert chosen == ["un-rotated keys R=8", "un-rotated keys R=2"]
 
 
 def test_the_formulas_give_the_known_figures():
