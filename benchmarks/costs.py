@@ -13,8 +13,8 @@ what they cost in dense attention, are left out: all T tokens are vision tokens.
 Closed forms are the functions below, with T tokens, Hq query heads, H KV heads, head dim D, rank R, batch B and b bytes
 a number. All of them include `Hq D` multiplications for the scale of the query.
 
-Keys before rotary embedding are about as faithful at a quarter of the rank, so they stand at R and at R / 4, with values
-at R. The form that the implementation chooses by itself is marked with a star.
+Keys before rotary embedding are about as faithful at a quarter of the rank, so they stand at R and at R / 4, with
+values at R. The form that the implementation chooses by itself is marked with a star.
 """
 
 import argparse
@@ -51,8 +51,10 @@ PARTIAL = partial.Partial()
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one layer over T vision tokens. rank: of keys, and of values unless value_rank is given; grid: of the
-    image, where rotary embedding has its axes."""
+    """Attention of one layer over T vision tokens.
+
+    rank: of keys, and of values unless value_rank is given. grid: of the image, where rotary embedding has its axes.
+    """
 
     name: str
     heads: int
