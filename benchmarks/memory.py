@@ -286,12 +286,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The rows as text: paper, closed form and counted in the paper's unit."""
-    head = ("model", "row", "Tv", "Tt", "paper", "closed form", "counted", "difference", "besides, in KB")
+    head = ("model", "row", "Tv", "Tt", "paper", "closed form", "counted", "difference", "ratio", "besides, in KB")
     lines = [head, *(_line(result) for result in results)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
         "  ".join(
-            text.ljust(width) if column in (0, 1, 8) else text.rjust(width)
+            text.ljust(width) if column in (0, 1, 9) else text.rjust(width)
             for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -315,6 +315,7 @@ def _line(result: dict[str, Any]) -> tuple[str, ...]:
         shown(result["closed_form"]),
         shown(result["counted"]),
         f"{result['difference_per_cent']:+.3f} %",
+        f"{result['ratio']:.3f}x",
         besides,
     )
 
