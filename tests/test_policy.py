@@ -182,7 +182,7 @@ def test_strict_is_a_bool(bad):
         ({"partial": True}, "partial: got True, expected a Partial, a mapping or None"),
         ({"partial": (0.25, 0.75)}, "partial: got .*expected a mapping with shares"),
         ({"partial": {"share": [1]}}, "partial: got the key 'share'.*did you mean 'shares'"),
-        ({"bases": "layer"}, "bases: got 'layer', expected one of 'sample', 'batch'; the default is 'sample'"),
+        ({"bases": "layer"}, "bases: got 'layer', expected one of 'sample', 'batch', 'a path ending in .safetensors'"),
         ({"bases": ["sample"]}, "bases: got "),
         ({"basis_tolerance": -0.1}, "basis_tolerance: got -0.1, expected a number >= 0"),
         ({"basis_tolerance": float("inf")}, "basis_tolerance: got inf"),
