@@ -2,6 +2,7 @@
 
 from attnpack_fx.backend import AttnpackWarning, attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
+from attnpack_fx.calibration.calibrate import calibrate
 from attnpack_fx.compiling import compile
 from attnpack_fx.explain import explain
 from attnpack_fx.hf import pack_cache
@@ -27,6 +28,7 @@ __all__ = [
     "Stored",
     "attnpack_backend",
     "cache_bytes",
+    "calibrate",
     "compile",
     "explain",
     "modality",
