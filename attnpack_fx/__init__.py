@@ -3,6 +3,7 @@
 from attnpack_fx.backend import AttnpackWarning, attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.calibration.bases import calibrate_bases
+from attnpack_fx.calibration.calibrate import calibrate
 from attnpack_fx.compiling import compile
 from attnpack_fx.explain import explain
 from attnpack_fx.hf import pack_cache
@@ -28,6 +29,7 @@ __all__ = [
     "Stored",
     "attnpack_backend",
     "cache_bytes",
+    "calibrate",
     "calibrate_bases",
     "compile",
     "explain",
