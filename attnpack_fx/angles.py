@@ -38,7 +38,7 @@ class SharedAngles:
             index = index[:1]
         rows = [_rows(each, index) for each in (cos, sin)]
         held = rows[0][:, :packed].contiguous(), rows[1][:, :packed].contiguous()
-        table = tabulate(*held, interleaved)
+        table = tabulate(*held, interleaved) if cos.element_size() <= 4 else None
         angles = Angles(*held, None, interleaved) if table is None else Angles(*table, interleaved)
         tail = ((rows[0][:, packed:].clone(), rows[1][:, packed:].clone()),) if keep_tail else None
         return cls(angles, tail)
@@ -54,6 +54,12 @@ class SharedAngles:
             return self
         tail = self.tail
         return self._memo.derive("appended", cos, 0, lambda: SharedAngles(self.packed, (*tail, (cos, sin))))
+
+    def untracked(self) -> "SharedAngles":
+        """Without those of the tail, which then has rows of unknown angles: it takes no folds."""
+        if self.tail is None:
+            return self
+        return self._memo.derive("untracked", None, 0, lambda: SharedAngles(self.packed))
 
     def cropped(self, length: int) -> "SharedAngles":
         """With the first `length` rows of the tail."""

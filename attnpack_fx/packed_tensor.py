@@ -151,7 +151,7 @@ class PackedTensor(torch.Tensor):
         """`cat([self, new], dim=2)` with new `[B, H, k, D]`; self stays as it is."""
         grown = self.grow(new.shape[2])
         ops.append_([grown.lease.buffer.rows], [new], [self.lease.length])
-        return grown
+        return grown if self.held.angles is None else grown.turned(self.held.angles.untracked())
 
     def crop(self, tokens: int) -> "PackedTensor":
         """Only the first `tokens` tokens."""

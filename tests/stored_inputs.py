@@ -24,7 +24,7 @@ class Way:
 
     angles: `"none"`: keys as they are attended; `"rows"`: before 1-D rotary embedding; `"tables"`: before that of three
     axes, vision tokens in a square. padding: tokens before the text of sample 0. decay: of the singular values.
-    text: how many text tokens, and whether they are packed.
+    text: how many text tokens, and whether they are packed. scale: of cos and sin, as in YaRN.
     """
 
     seed: int = 0
@@ -38,6 +38,7 @@ class Way:
     angles: str = "none"
     interleaved: bool = False
     decay: float = 1.0
+    scale: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -108,7 +109,7 @@ def rotary(way: Way, tokens: int) -> tuple[Tensor, Tensor]:
     pairs = torch.arange(DIM // 2)
     angle = positions[:, pairs % 3].transpose(1, 2) * 3.0 ** -pairs.double()
     both = torch.stack([angle, angle], -1).flatten(-2) if way.interleaved else torch.cat([angle, angle], -1)
-    return both.cos(), both.sin()
+    return both.cos() * way.scale, both.sin() * way.scale
 
 
 def stored_pair(way: Way) -> Pair:

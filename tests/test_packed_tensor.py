@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnpack_fx import PackedTensor, PackPolicy, cache_bytes, pack
-from tests.packing_inputs import FULL, VISION_ONLY, dense_pair, packed_pair, vision_mask
-
-
-def assert_stands_for(packed, dense, tolerance=2e-5):
-    assert isinstance(packed, PackedTensor)
-    assert packed.shape == dense.shape
-    torch.testing.assert_close(packed.dense(), dense, atol=tolerance, rtol=tolerance)
+from tests.packing_inputs import FULL, VISION_ONLY, assert_stands_for, dense_pair, packed_pair, vision_mask
 
 
 @pytest.mark.parametrize("policy", [FULL, VISION_ONLY])
