@@ -6,13 +6,11 @@ import io
 import pytest
 import torch
 
-from attnpack_fx import Columns, PackedTensor, Partial
-from attnpack_fx.held import Held, Loss, fake_parts, rank_of, stacked
+from attnpack_fx import PackedTensor, Partial
+from attnpack_fx.held import Held, Loss, fake_parts, stacked
 from attnpack_fx.kernels.parts import Segment
-from attnpack_fx.regrouping import regroup
-from attnpack_fx.storing import store
 from tests.packing_inputs import assert_stands_for
-from tests.stored_inputs import Pair, Way, stored_pair
+from tests.stored_inputs import Way, grouped, stored_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,22 +23,6 @@ WAYS = {
     "2 bits": Way(bits=2, padding=1),
 }
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-
-
-def grouped(way: Way, partial: Partial, seed: int = 0) -> Pair:
-    """With vision tokens grouped by a random importance, each group with its columns."""
-    pair = stored_pair(way)
-    for name in ("key", "value"):
-        packed = getattr(pair, name)
-        segment, *rest = packed.segments
-        block = segment.blocks[0]
-        columns = Columns(((rank_of(block), 0),)).cut(partial.columns(rank_of(block)))
-        cut, _ = store(block.coefficient, block.basis, columns)
-        setattr(pair, name, PackedTensor(dataclasses.replace(packed.held, segments=(cut, *rest)), packed.lease))
-    importance = torch.rand((way.batch, way.vision), generator=torch.Generator().manual_seed(seed))
-    pair.key = pair.key.attended(importance.masked_fill(pair.key.index[:, : way.vision] < 0, 0))
-    pair.key, pair.value = regroup(pair.key, pair.value, partial)
-    return pair
 
 
 @every_way
