@@ -177,9 +177,9 @@ def _extended(angles: Angles[Tensor], cos: Tensor, sin: Tensor) -> Angles[Tensor
         return Angles(torch.cat(every[:2], 1), torch.cat(every[2:], 1), None, angles.interleaved)
     # A new slot takes its whole angle from a row of its own, and nothing from the other axes: the last, zero row.
     zero = every[0].new_zeros((batch, 1, cos.shape[2]))
-    axes = angles.axes.expand(batch, -1, -1)
+    axes = angles.axes
     own = torch.arange(old, old + count, device=axes.device)
-    new = axes.new_full((batch, axes.shape[1], count), old + count)
+    new = axes.new_full((*axes.shape[:2], count), old + count)
     new[:, 0] = own
     tables = torch.cat([*every[:2], zero], 1), torch.cat([*every[2:], zero], 1)
     return Angles(*tables, torch.cat([axes, new], 2), angles.interleaved)

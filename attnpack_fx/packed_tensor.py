@@ -392,6 +392,8 @@ def _zero(packed):
         return NotImplemented
     # New parts rather than zeroed ones: forks of this cache may read the old.
     zeros = packed.map(torch.zeros_like)
+    for scale in zeros.parts.scales:  # copies; codes of any value then mean zero
+        scale.zero_()
     PackedTensor.__init__(packed, zeros.held, zeros.lease, zeros.importance)
     return packed
 
