@@ -39,7 +39,7 @@ class SharedAngles:
         rows = [_rows(each, index) for each in (cos, sin)]
         # Copies: of one sample, a slice is contiguous, and would keep the rows of the tail alive.
         held = rows[0][:, :packed].clone(), rows[1][:, :packed].clone()
-        table = tabulate(*held, interleaved)
+        table = tabulate(*held, interleaved) if cos.element_size() <= 4 else None
         angles = Angles(*held, None, interleaved) if table is None else Angles(*table, interleaved)
         tail = ((rows[0][:, packed:].clone(), rows[1][:, packed:].clone()),) if keep_tail else None
         return cls(angles, tail)
@@ -55,6 +55,12 @@ class SharedAngles:
             return self
         tail = self.tail
         return self._memo.derive("appended", cos, 0, lambda: SharedAngles(self.packed, (*tail, (cos, sin))))
+
+    def untracked(self) -> "SharedAngles":
+        """Without those of the tail, which then has rows of unknown angles: it takes no folds."""
+        if self.tail is None:
+            return self
+        return self._memo.derive("untracked", None, 0, lambda: SharedAngles(self.packed))
 
     def cropped(self, length: int) -> "SharedAngles":
         """With the first `length` rows of the tail."""
@@ -172,9 +178,9 @@ def _extended(angles: Angles[Tensor], cos: Tensor, sin: Tensor) -> Angles[Tensor
         return Angles(torch.cat(every[:2], 1), torch.cat(every[2:], 1), None, angles.interleaved)
     # A new slot takes its whole angle from a row of its own, and nothing from the other axes: the last, zero row.
     zero = every[0].new_zeros((batch, 1, cos.shape[2]))
-    axes = angles.axes.expand(batch, -1, -1)
+    axes = angles.axes
     own = torch.arange(old, old + count, device=axes.device)
-    new = axes.new_full((batch, axes.shape[1], count), old + count)
+    new = axes.new_full((*axes.shape[:2], count), old + count)
     new[:, 0] = own
     tables = torch.cat([*every[:2], zero], 1), torch.cat([*every[2:], zero], 1)
     return Angles(*tables, torch.cat([axes, new], 2), angles.interleaved)

@@ -41,9 +41,12 @@ class Collector:
 
     def _extended(self, spec: Grown) -> PackedTensor:
         packed = self._grown[spec.position]
-        if spec.angles is not None and packed.held.angles is not None:
+        angles = packed.held.angles
+        if angles is not None and spec.angles is not None:
             cos, sin = (self._results[number] for number in spec.angles)
-            packed = packed.turned(packed.held.angles.appended(cos, sin))
+            packed = packed.turned(angles.appended(cos, sin))
+        elif angles is not None and angles.tail is not None:
+            packed = packed.turned(angles.untracked())
         if spec.importance is not None:
             packed = packed.attended(self._results[spec.importance])
         return packed

@@ -7,6 +7,7 @@ truncation dropped, by the triangle inequality.
 """
 
 import logging
+import math
 from dataclasses import replace
 
 import torch
@@ -62,15 +63,20 @@ def _fold(packed: PackedTensor, count: int, rank: int) -> PackedTensor:
         norm = cos.square() + sin.square()  # not 1 where attention is scaled by rotary embedding, as in YaRN
         rows = rotate(rows.float(), cos / norm, -sin / norm, angles.packed.interleaved)
         angles = angles.folded(count)
-    segments, modalities = held.segments, held.modalities
+    # Filler, and what a crop left behind, which is no token any more.
+    gone = held.placement.index[:, held.packed :][:, :count].T < 0
+    rows = torch.cat([rows[: len(gone)].masked_fill(gone[:, :, None, None], 0), rows[len(gone) :]])
+    # Of text packed without a loss nothing is known.
+    segments, modalities, unknown = held.segments, held.modalities, math.inf
     if TEXT not in modalities:
-        segments, modalities = (*segments, _empty(tail)), (*modalities, TEXT)
+        segments, modalities, unknown = (*segments, _empty(tail)), (*modalities, TEXT), 0.0
     blocks = segments[-1].blocks
     old = torch.cat([block.coefficient for block in blocks], 2)
     basis = torch.cat([block.basis for block in blocks], 2).expand(old.shape[0], -1, -1, -1)
     coefficient, basis, dropped = ops.fold(old, basis, rows, rank)
     losses = dict(held.losses)
-    before = losses.get(TEXT) or _nothing(dropped)
+    zero = torch.zeros_like(dropped, dtype=torch.float64)
+    before = losses.get(TEXT) or Loss(zero, zero + unknown)
     losses[TEXT] = Loss(before.squares + rows.double().square().sum((0, 2, 3)), before.bound + dropped.double())
     # Placed rows that were dense keep their slots, which now belong to the segment; appended ones are placed.
     placement = held.placement if count <= held.kept else held.placement.extend(count - held.kept)
@@ -90,8 +96,3 @@ def _fold(packed: PackedTensor, count: int, rank: int) -> PackedTensor:
 def _empty(tail: Tensor) -> Segment[Tensor]:
     _, batch, heads, dim = tail.shape
     return Segment((Block(tail.new_empty((batch, 0, 0)), tail.new_empty((batch, heads, 0, dim))),))
-
-
-def _nothing(like: Tensor) -> Loss:
-    zero = torch.zeros_like(like, dtype=torch.float64)
-    return Loss(zero, zero)

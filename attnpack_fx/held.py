@@ -188,7 +188,10 @@ class Held:
         if self.angles is not None:
             batches = [held.placement.index.shape[0] for held in every]
             angles = self.angles.join([held.angles for held in others if held.angles is not None], batches, counts)
-        return Held(segments, self.modalities, self.placement.join([held.placement for held in others], counts), angles)
+        placement = self.placement.join([held.placement for held in others], counts)
+        losses = _joined([dict(held.losses) for held in every])
+        closed = any(held.closed for held in every)
+        return Held(segments, self.modalities, placement, angles, losses=losses, closed=closed)
 
     def state(self) -> dict[str, Any]:
         """Everything, in plain containers and tensors; `from_state` is the inverse."""
@@ -217,6 +220,16 @@ class Held:
             tuple((name, Loss(squares, bound)) for name, squares, bound in state["losses"]),
             state["closed"],
         )
+
+
+def _joined(losses: Sequence[dict[str, Loss]]) -> tuple[tuple[str, Loss], ...]:
+    """Those that are known of all samples."""
+    names = [name for name in losses[0] if all(name in each for each in losses)]
+    alike = {name: [each[name] for each in losses] for name in names}
+    return tuple(
+        (name, Loss(torch.cat([each.squares for each in of]), torch.cat([each.bound for each in of])))
+        for name, of in alike.items()
+    )
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -151,7 +151,7 @@ class PackedTensor(torch.Tensor):
         """`cat([self, new], dim=2)` with new `[B, H, k, D]`; self stays as it is."""
         grown = self.grow(new.shape[2])
         ops.append_([grown.lease.buffer.rows], [new], [self.lease.length])
-        return grown
+        return grown if self.held.angles is None else grown.turned(self.held.angles.untracked())
 
     def crop(self, tokens: int) -> "PackedTensor":
         """Only the first `tokens` tokens."""
@@ -392,6 +392,8 @@ def _zero(packed):
         return NotImplemented
     # New parts rather than zeroed ones: forks of this cache may read the old.
     zeros = packed.map(torch.zeros_like)
+    for scale in zeros.parts.scales:  # copies; codes of any value then mean zero
+        scale.zero_()
     PackedTensor.__init__(packed, zeros.held, zeros.lease, zeros.importance)
     return packed
 

@@ -11,7 +11,6 @@ The coefficients a block leaves out are in reserve, for when attention turns to 
 gone.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -36,10 +35,13 @@ def weighed(key: PackedTensor, policy: PackPolicy) -> PackedTensor:
 
 def is_due(key: PackedTensor, value: PackedTensor, added: int, partial: Partial) -> bool:
     """Whether `added` new tokens end a period of `regroup_every` steps, or are the first with an importance."""
-    if key.importance is None or not key.importance.shape[1] or all(each == 1 for each in partial.fractions):
+    if key.importance is None:
         return False
-    # Values are always cut, keys maybe not.
-    grouped = any(block.coefficient.shape[1] < value.held.counts[0] for block in value.segments[0].blocks)
+    # Those with columns that not all tokens keep.
+    cut = [held for held in ((key.held, value.held) if partial.keys else (value.held,)) if _is_cut(held, partial)]
+    if not cut:
+        return False
+    grouped = any(block.coefficient.shape[1] < held.counts[0] for held in cut for block in held.segments[0].blocks)
     if partial.store and grouped:
         return False  # what was dropped cannot be ranked anew
     return not grouped or key.shape[2] // partial.regroup_every > (key.shape[2] - added) // partial.regroup_every
@@ -68,14 +70,17 @@ def regroup(key: PackedTensor, value: PackedTensor, partial: Partial) -> tuple[P
     return PackedTensor(made[0], key.lease, ranked), PackedTensor(made[1], value.lease)
 
 
+def _is_cut(held: Held, partial: Partial) -> bool:
+    return min(_counts(held, partial)) < held.counts[0]
+
+
 def _counts(held: Held, partial: Partial) -> list[int]:
     """How many tokens each block of the first segment covers."""
     tokens, ranks = held.counts[0], [rank_of(block) for block in held.segments[0].blocks]
     total, counts, start = sum(ranks), [], 0
     ends = [round(sum(partial.shares[: number + 1]) * tokens) for number in range(len(partial.shares))]
-    limits = [math.ceil(fraction * total) for fraction in partial.fractions]
     for rank in ranks:
-        covered = [end for end, limit in zip(ends, limits, strict=True) if start < limit]
+        covered = [end for end, limit in zip(ends, partial.columns(total), strict=True) if start < limit]
         counts.append(max(covered))
         start += rank
     return counts

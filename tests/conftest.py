@@ -6,6 +6,15 @@ import torch
 from attnpack_fx import backend
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Problems this small lose more to starting threads than they gain from them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def fresh_dynamo():
     """No graph compiled by an earlier test is reused."""

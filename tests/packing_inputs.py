@@ -29,3 +29,10 @@ def packed_pair(policy: PackPolicy = VISION_ONLY, **shape) -> tuple[PackedTensor
     key, value = dense_pair(**shape)
     packed = pack(key, value, policy, modality=vision_mask(key.shape[2], 2, 6))
     return *packed, key, value
+
+
+def assert_stands_for(packed: Tensor, dense: Tensor, tolerance: float = 2e-5) -> None:
+    """That a tensor is packed, and means the dense one."""
+    assert isinstance(packed, PackedTensor)
+    assert packed.shape == dense.shape
+    torch.testing.assert_close(packed.dense(), dense, atol=tolerance, rtol=tolerance)

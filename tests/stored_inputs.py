@@ -1,16 +1,17 @@
 """Keys and values stored in every way, beside the dense ones they stand for: un-rotated, quantised, of any spectrum."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from attnpack_fx import Columns, PackedTensor
+from attnpack_fx import Columns, PackedTensor, Partial
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.held import Held
+from attnpack_fx.held import Held, rank_of
 from attnpack_fx.kernels import ops, reference
 from attnpack_fx.passes.state import TEXT, VISION
 from attnpack_fx.placement import Placement
+from attnpack_fx.regrouping import regroup
 from attnpack_fx.storing import squares_of, store
 from attnpack_fx.tail import allocate
 
@@ -24,7 +25,7 @@ class Way:
 
     angles: `"none"`: keys as they are attended; `"rows"`: before 1-D rotary embedding; `"tables"`: before that of three
     axes, vision tokens in a square. padding: tokens before the text of sample 0. decay: of the singular values.
-    text: how many text tokens, and whether they are packed.
+    text: how many text tokens, and whether they are packed. scale: of cos and sin, as in YaRN.
     """
 
     seed: int = 0
@@ -38,6 +39,7 @@ class Way:
     angles: str = "none"
     interleaved: bool = False
     decay: float = 1.0
+    scale: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -108,7 +110,7 @@ def rotary(way: Way, tokens: int) -> tuple[Tensor, Tensor]:
     pairs = torch.arange(DIM // 2)
     angle = positions[:, pairs % 3].transpose(1, 2) * 3.0 ** -pairs.double()
     both = torch.stack([angle, angle], -1).flatten(-2) if way.interleaved else torch.cat([angle, angle], -1)
-    return both.cos(), both.sin()
+    return both.cos() * way.scale, both.sin() * way.scale
 
 
 def stored_pair(way: Way) -> Pair:
@@ -144,3 +146,30 @@ def stored_pair(way: Way) -> Pair:
         made.append(PackedTensor(held, allocate(rows, rows.shape[0]).lease(rows.shape[0])))
     hidden = ~real[:, None, :, None]
     return Pair(way, *made, attended.masked_fill(hidden, 0), value.masked_fill(hidden, 0), random)
+
+
+def in_blocks(pair: Pair, partial: Partial, bits: int = 0) -> None:
+    """Cut the columns of the vision tokens where the groups of `partial` do, as a policy with it has them stored."""
+    for name in ("key", "value"):
+        packed = getattr(pair, name)
+        segment, *rest = packed.segments
+        (block,) = segment.blocks
+        columns = Columns(((rank_of(block), bits),)).cut(partial.columns(rank_of(block)))
+        cut, _ = store(block.coefficient, block.basis, columns)
+        setattr(pair, name, PackedTensor(replace(packed.held, segments=(cut, *rest)), packed.lease))
+
+
+def with_importance(pair: Pair, seed: int) -> Tensor:
+    """Give the vision tokens a random importance, and return it."""
+    importance = torch.rand((pair.way.batch, pair.way.vision), generator=torch.Generator().manual_seed(seed))
+    pair.key = pair.key.attended(importance.masked_fill(pair.key.index[:, : pair.way.vision] < 0, 0))
+    return importance
+
+
+def grouped(way: Way, partial: Partial, seed: int = 0, bits: int = 0) -> Pair:
+    """With vision tokens grouped by a random importance, each group with its columns."""
+    pair = stored_pair(way)
+    in_blocks(pair, partial, bits)
+    with_importance(pair, seed)
+    pair.key, pair.value = regroup(pair.key, pair.value, partial)
+    return pair

@@ -2,20 +2,18 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpack_fx import PackedTensor, PackPolicy, cache_bytes, pack
-from tests.packing_inputs import FULL, VISION_ONLY, dense_pair, packed_pair, vision_mask
+from attnpack_fx import PackedTensor, PackPolicy, Partial, cache_bytes, pack
+from tests.packing_inputs import FULL, VISION_ONLY, assert_stands_for, dense_pair, packed_pair, vision_mask
+from tests.stored_inputs import Way, grouped, stored_pair
 
-
-def assert_stands_for(packed, dense, tolerance=2e-5):
-    assert isinstance(packed, PackedTensor)
-    assert packed.shape == dense.shape
-    torch.testing.assert_close(packed.dense(), dense, atol=tolerance, rtol=tolerance)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("policy", [FULL, VISION_ONLY])
@@ -82,6 +80,9 @@ STEPS = st.lists(
         st.tuples(st.just("detach"), st.none()),
         st.tuples(st.just("fork"), st.integers(1, 3)),
         st.tuples(st.just("to"), st.none()),
+        st.tuples(st.just("deepcopy"), st.none()),
+        st.tuples(st.just("pickle"), st.none()),
+        st.tuples(st.just("samples"), st.integers(0, 1)),
     ),
     max_size=6,
 )
@@ -106,6 +107,12 @@ def apply(step, tensor, new):
             return tensor.detach()
         case "to":
             return tensor.to(torch.float64).to(torch.float32)
+        case "deepcopy":
+            return copy.deepcopy(tensor)
+        case "pickle":
+            return pickle.loads(pickle.dumps(tensor))
+        case "samples":
+            return tensor[argument % tensor.shape[0] :]
         case "fork":
             torch.cat([tensor, new[:, :, :argument] + 1.0], dim=2)
             return tensor
@@ -130,6 +137,80 @@ def test_any_sequence_of_cache_operations_equals_the_dense_cache(steps, policy, 
         assert isinstance(packed, PackedTensor), step
     for earlier, expected in [*history, (packed, dense)]:
         assert_stands_for(earlier, expected)
+
+
+STORED = {
+    "before rotary embedding": lambda: stored_pair(Way(angles="rows", padding=2)),
+    "rotary axes": lambda: stored_pair(Way(angles="tables", vision=36, packed_text=True, interleaved=True)),
+    "rotary axes of each sample": lambda: stored_pair(Way(angles="tables", vision=36, padding=2)),
+    "8 bits": lambda: stored_pair(Way(bits=8, packed_text=True)),
+    "2 bits, before rotary embedding": lambda: stored_pair(Way(bits=2, angles="rows", padding=1)),
+    "groups": lambda: grouped(Way(padding=1), Partial(keys=True)),
+    "groups, before rotary embedding": lambda: grouped(Way(angles="tables", vision=36), Partial(keys=True)),
+    "groups, stored": lambda: grouped(Way(), Partial(shares=(0.2, 0.3, 0.5), fractions=(1, 0.5, 0.25), store=True)),
+    "groups, 4 bits": lambda: grouped(Way(), Partial(keys=True), bits=4),
+}
+
+
+@pytest.mark.parametrize("way", STORED)
+@settings(max_examples=15, deadline=None)
+@given(steps=STEPS, values=st.booleans())
+def test_any_sequence_of_cache_operations_on_every_way_to_store(way, steps, values):
+    pair = STORED[way]()
+    packed = pair.value if values else pair.key
+    dense = packed.dense()
+    generator = torch.Generator().manual_seed(1)
+    history = []
+    for step in steps:
+        new = torch.randn((dense.shape[0], 2, 20, 8), generator=generator)
+        history.append((packed, dense))
+        packed, dense = apply(step, packed, new), apply(step, dense, new)
+        assert isinstance(packed, PackedTensor), step
+    for earlier, expected in [*history, (packed, dense)]:
+        assert_stands_for(earlier, expected)
+
+
+@pytest.mark.parametrize("way", STORED)
+def test_every_way_to_store_saves_and_loads_with_weights_only(way):
+    pair = STORED[way]()
+    pair.append(2)
+    file = io.BytesIO()
+    torch.save([pair.key, pair.value], file)
+    file.seek(0)
+    for loaded, saved in zip(torch.load(file, weights_only=True), (pair.key, pair.value), strict=True):
+        assert_stands_for(loaded, saved.dense())
+        assert loaded.form == saved.form and loaded.ranks == saved.ranks
+        assert [each.shape for each in loaded.held.reserve] == [each.shape for each in saved.held.reserve]
+        assert (loaded.importance is None) == (saved.importance is None)
+
+
+@pytest.mark.parametrize("way", STORED)
+def test_every_way_to_store_joins_packed_or_dense(way):
+    first, second = STORED[way](), STORED[way]()
+    for one, other in ((first.key, second.key), (first.value, second.value)):
+        joined = torch.cat([one, other])
+        torch.testing.assert_close(
+            joined.dense() if isinstance(joined, PackedTensor) else joined, torch.cat([one.dense(), other.dense()])
+        )
+        plain = one.held.forms[0].bits == ((0,),) * len(one.modalities)
+        assert isinstance(joined, PackedTensor) == plain
+
+
+@pytest.mark.parametrize("way", STORED)
+def test_a_copy_shares_no_memory_with_the_original_but_what_is_never_written(way):
+    pair = STORED[way]()
+    expected, other = pair.key.dense(), pair.key.clone()
+    for block in pair.key.held.blocks:
+        for part in (block.coefficient, block.basis, block.scale):
+            if part is not None:
+                part.zero_()
+    assert_stands_for(other, expected)
+
+
+def test_reset_of_quantised_and_grouped_caches():
+    pair = grouped(Way(), Partial(keys=True), bits=2)
+    for packed in (pair.key, pair.value, stored_pair(Way(bits=8)).key, stored_pair(Way(angles="rows")).key):
+        assert_stands_for(packed.zero_(), torch.zeros(packed.shape))
 
 
 def test_two_continuations_of_one_cache_do_not_see_each_other():

@@ -97,7 +97,7 @@ def test_uniform_plans_have_one_rank_as_high_as_fits():
 
 
 def test_a_budget_below_rank_one_is_refused():
-    with pytest.raises(ValueError, match="budget: got 10 bytes, expected at least .* what rank 1 of every packed"):
+    with pytest.raises(ValueError, match=r"budget: got 10 bytes, expected at least .* what rank 1 of every packed"):
         fitted("plan", [part()], ["rotated"], 10)
 
 
