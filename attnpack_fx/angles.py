@@ -93,14 +93,13 @@ class SharedAngles:
         return self._memo.derive("folded", count, 0, derive)
 
     def reordered(self, order: Tensor) -> "SharedAngles":
-        """Of packed slots in another order, int64 `[B, n]`, which may be shorter; for one layer, so not remembered."""
+        """Of packed slots in another order, int64 `[B, N]`; for one layer, which takes rows of the tables all share."""
         angles, batch = self.packed, order.shape[0]
+        axes = order[:, None]
         if angles.axes is not None:
-            axes = angles.axes.expand(batch, -1, -1)
-            chosen = axes.gather(2, order[:, None].expand(-1, axes.shape[1], -1))
-            return SharedAngles(Angles(angles.cos, angles.sin, chosen, angles.interleaved), self.tail)
-        cos, sin = (_rows(each, order) for each in (angles.cos, angles.sin))
-        return SharedAngles(Angles(cos, sin, None, angles.interleaved), self.tail)
+            known = angles.axes.expand(batch, -1, -1)
+            axes = known.gather(2, axes.expand(-1, known.shape[1], -1))
+        return SharedAngles(Angles(angles.cos, angles.sin, axes, angles.interleaved), self.tail)
 
     def select(self, rows: Tensor) -> "SharedAngles":
         """The samples `rows` (int64 `[B']`) of the batch."""
