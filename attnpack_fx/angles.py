@@ -37,7 +37,8 @@ class SharedAngles:
         if cos.shape[0] == 1 and bool((index == index[:1]).all()):
             index = index[:1]
         rows = [_rows(each, index) for each in (cos, sin)]
-        held = rows[0][:, :packed].contiguous(), rows[1][:, :packed].contiguous()
+        # Copies: of one sample a slice is contiguous, and would keep the rows of tokens that are not packed.
+        held = rows[0][:, :packed].clone(), rows[1][:, :packed].clone()
         table = tabulate(*held, interleaved)
         angles = Angles(*held, None, interleaved) if table is None else Angles(*table, interleaved)
         tail = ((rows[0][:, packed:].clone(), rows[1][:, packed:].clone()),) if keep_tail else None
