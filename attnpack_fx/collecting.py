@@ -51,10 +51,10 @@ class Collector:
         results = self._results
         indices = [results[number] for number in spec.indices]
         if spec.slot not in self._placements:
-            made = Placement.from_plan(indices, results[spec.slot])
+            placed = Placement.from_plan(indices, results[spec.slot])
             # Layers of different ranks decide for themselves whether packing pays, and mostly decide alike.
-            alike = (known for known in self._placements.values() if known.same_as(made))
-            self._placements[spec.slot] = next(alike, made)
+            alike = (known for known in self._placements.values() if known.same_as(placed))
+            self._placements[spec.slot] = next(alike, placed)
         squares = None if spec.squares is None else results[spec.squares]
         segments, modalities, losses = [], [], []
         for number, (name, columns) in enumerate(zip(spec.modalities, spec.columns, strict=True)):

@@ -124,39 +124,35 @@ def planned(name: str, parts: Sequence[Part], columns: Sequence[Columns], spaces
 
 
 def fitted(name: str, parts: Sequence[Part], spaces: Sequence[KeySpace], budget: float) -> Plan:
-    """The least expected error within `budget` bytes. Raises ValueError where one column of every part takes more."""
+    """The least expected error within `budget` bytes. Raises ValueError where rank 1 of every part takes more."""
     matrices = [part.matrix(part.space(spaces)) for part in parts]
 
     def at(allocation: Allocation) -> Plan:
         columns = [part.columns(allocation.blocks[m.name]) for part, m in zip(parts, matrices, strict=True)]
         return planned(name, parts, columns, spaces)
 
-    # Rounding to whole bytes moves the bytes both ways: what is asked of the allocation is turned until they fit.
-    low, high, best = allocate_for_error(matrices, math.inf).bytes, budget, None
-    least = at(allocate(matrices, low))
-    if least.bytes <= budget:
-        best = least
-    for step in range(_STEPS):
-        asked = max(low, high) if step == 0 else (low + high) / 2
-        plan = at(allocate(matrices, asked))
-        if plan.bytes <= budget:
+    # With few columns in all, rounding may cost more than the allocation gains.
+    found = [plan for bits in (0, *ERROR) if (plan := _of_one_rank(parts, spaces, bits, budget)) is not None]
+    # Rounding moves the bytes both ways: what is asked of the allocation is turned until they fit.
+    low = allocate_for_error(matrices, math.inf).bytes
+    high = asked = max(low, budget)
+    for _ in range(_STEPS):
+        found.append(at(allocate(matrices, asked)))
+        if found[-1].bytes <= budget:
             low = asked
-            if best is None or plan.error < best.error:
-                best = plan
-            if step == 0:
-                break
         else:
             high = asked
-        if high <= low:
+        if low >= high:
             break
-    if best is None:
+        asked = (low + high) / 2
+    fits = [plan for plan in found if plan.bytes <= budget]
+    if not fits:
+        least = planned(name, parts, [Columns(((1, min(ERROR)),))] * len(parts), spaces).bytes
         raise ValueError(
-            f"budget: got {budget:.0f} bytes, expected at least {math.ceil(least.bytes)}, what rank 1 of every packed "
-            "matrix takes; raise the budget"
+            f"budget: got {budget:.0f} bytes, expected at least {math.ceil(least)}, what rank 1 of every packed matrix "
+            "takes; raise the budget"
         )
-    # With few columns in all, rounding may cost more than the allocation gains.
-    others = [plan for bits in (0, *ERROR) if (plan := _of_one_rank(parts, spaces, bits, budget)) is not None]
-    best = replace(min(best, *others, key=lambda plan: plan.error), name=name)
+    best = replace(min(fits, key=lambda plan: plan.error), name=name)
     return _filled(best, parts, budget)
 
 
