@@ -55,7 +55,10 @@ class Collector:
         results = self._results
         indices = [results[number] for number in spec.indices]
         if spec.slot not in self._placements:
-            self._placements[spec.slot] = Placement.from_plan(indices, results[spec.slot])
+            placed = Placement.from_plan(indices, results[spec.slot])
+            # Layers of different ranks decide for themselves whether packing pays, and mostly decide alike.
+            alike = (known for known in self._placements.values() if known.same_as(placed))
+            self._placements[spec.slot] = next(alike, placed)
         squares = None if spec.squares is None else results[spec.squares]
         segments, modalities, losses = [], [], []
         for number, (name, columns) in enumerate(zip(spec.modalities, spec.columns, strict=True)):
@@ -82,9 +85,10 @@ class Collector:
 
     def _angles_of(self, spec: Packed, packed: int) -> SharedAngles:
         assert spec.angles is not None
-        known = spec.angles, spec.slot, packed
+        placement = self._placements[spec.slot]
+        known = spec.angles, id(placement), packed
         if known not in self._angles:
             cos, sin = (self._results[number] for number in spec.angles)
-            index, keep = self._placements[spec.slot].index, self._policy.fold_every is not None
-            self._angles[known] = SharedAngles.of_prompt(cos, sin, index, packed, spec.interleaved, keep)
+            keep = self._policy.fold_every is not None
+            self._angles[known] = SharedAngles.of_prompt(cos, sin, placement.index, packed, spec.interleaved, keep)
         return self._angles[known]

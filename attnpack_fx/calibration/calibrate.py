@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from attnpack_fx import hf
-from attnpack_fx.calibration.capture import Angles, Observed, Observer
-from attnpack_fx.calibration.effects import attended, factors, key_effects, value_effects
+from attnpack_fx.calibration.capture import UNNUMBERED, Angles, Observed, Observer
+from attnpack_fx.calibration.effects import Attended, attended, factors, key_effects, value_effects
 from attnpack_fx.calibration.plans import (
     Modality,
     Part,
@@ -89,8 +89,8 @@ def calibrate(
         square over queries and layers, as expected from the samples); the fewest bytes within it are taken.
     text: whether text tokens are packed too. new_tokens: how many tokens are generated to see queries, at least 2.
     prefer: `"fidelity"`: every layer's keys are factorised before or after rotary embedding, whichever errs less in
-        the same bytes. `"speed"`: after it, where that errs at most twice as much: rotated keys are read without being
-        turned at every step.
+        the same bytes. `"speed"`: after it, where its expected error (in norm, of that layer's keys) is at most
+        twice that before it: rotated keys are read without being turned at every step.
     report: whether to return `(policy, Calibration)`.
 
     Within a budget the policy returned is the one of the least measured divergence from the dense model among the
@@ -178,7 +178,7 @@ class _Study:
         out = generated(model, sample, self._new_tokens, past_key_values=hf.empty_cache(model))
         if not observer.layers or not all(layer.reads for layer in observer.layers.values()):
             why = "; ".join(sorted(observer.obstacles)) or "no graph shows attention that keeps keys and values"
-            kind = NotImplementedError if "number of the layer" in why else ValueError
+            kind = NotImplementedError if UNNUMBERED in why else ValueError
             raise kind(
                 f"samples[{number}]: the backend packs no layer of this model: {why}; see attnpack_fx.explain(model, "
                 "**sample)"
@@ -195,35 +195,48 @@ class _Study:
     def _weigh(self, row: int, alive: Sequence[bool]) -> None:
         self.samples += 1
         self.queries += sum(alive)
-        counted = False
+        shared: dict[int, int] = {}
         for number, layer in self.observer.layers.items():
             if layer.out is None:
                 self.notes.add(
                     f"layer {number}: the output projection is not recognised; errors are those of attention"
                 )
-            seen = attended(layer, row, alive)
             angles = _row(layer.angles, row)
-            key, value = layer.key[row, :, : layer.prompt], layer.value[row, :, : layer.prompt]
-            bits = key.element_size() * 8
-            self._shapes[number, "key"] = (key.shape[0], key.shape[2], bits)
-            self._shapes[number, "value"] = (value.shape[0], value.shape[2], bits)
-            for modality in self._modalities:
-                index = _tokens_of(layer, row, modality)
-                if not len(index):
-                    continue
-                if not counted:
-                    self._tokens[modality].append(len(index))
-                total = max(seen.total, torch.finfo(torch.float32).tiny)
-                coefficient, basis = factors(value[:, index])
-                self._note(number, modality, "value", "rotated", value_effects(seen, index, coefficient, basis) / total)
-                for space, keys in _key_spaces(key, angles):
-                    coefficient, basis = factors(keys[:, index])
-                    turned = angles if space == "unrotated" else None
-                    found = key_effects(seen, value, index, coefficient, basis, turned)
-                    self._note(number, modality, "key", space, found / total)
-            if not counted and angles is not None:
-                self._shared.append((angles.cos[0].numel() + angles.sin[0].numel()) * angles.cos.element_size())
-            counted = True
+            indices = {modality: _tokens_of(layer, row, modality) for modality in self._modalities}
+            self._weigh_layer(number, layer, row, attended(layer, row, alive), angles, indices)
+            if layer is next(iter(self.observer.layers.values())):
+                for modality, index in indices.items():
+                    self._tokens[modality] += [len(index)] if len(index) else []
+            if angles is not None and id(layer.angles) not in shared:
+                every = torch.cat(list(indices.values()))[None]
+                tensors = angles.packed(every, every.shape[1]).tensors
+                shared[id(layer.angles)] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._shared.append(sum(shared.values()))
+
+    def _weigh_layer(
+        self,
+        number: int,
+        layer: Observed,
+        row: int,
+        seen: Attended,
+        angles: Angles | None,
+        indices: Mapping[Modality, Tensor],
+    ) -> None:
+        key, value = layer.key[row, :, : layer.prompt], layer.value[row, :, : layer.prompt]
+        bits = key.element_size() * 8
+        self._shapes[number, "key"] = (key.shape[0], key.shape[2], bits)
+        self._shapes[number, "value"] = (value.shape[0], value.shape[2], bits)
+        total = max(seen.total, torch.finfo(torch.float32).tiny)
+        for modality, index in indices.items():
+            if not len(index):
+                continue
+            coefficient, basis = factors(value[:, index])
+            self._note(number, modality, "value", "rotated", value_effects(seen, index, coefficient, basis) / total)
+            for space, keys in _key_spaces(key, angles):
+                coefficient, basis = factors(keys[:, index])
+                turned = angles if space == "unrotated" else None
+                found = key_effects(seen, value, index, coefficient, basis, turned)
+                self._note(number, modality, "key", space, found / total)
 
     def _note(self, layer: int, modality: Modality, role: Role, space: KeySpace, effects: Tensor) -> None:
         own = self._effects.setdefault((layer, modality, role), {})

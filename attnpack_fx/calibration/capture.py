@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from attnpack_fx.angles import SharedAngles
 from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.modality import fit, stated
 from attnpack_fx.passes.find_attention import find_attention, scale_of
@@ -26,6 +27,8 @@ from attnpack_fx.policy import PackPolicy
 _LAYOUTS = ("transpose", "swapaxes", "permute", "contiguous", "reshape", "view", "flatten", "to", "type", "getitem")
 #: Samples of many lengths make as many graphs before Dynamo takes sizes as variable.
 _GRAPHS = 64
+#: Why a layer that could be packed cannot be planned for.
+UNNUMBERED = "the number of the layer is not known from the graph"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Angles:
         cos, sin = self.cos[:, None].float(), self.sin[:, None].float()
         length = cos.square() + sin.square()
         return rotate(key.float(), cos / length, -sin / length, self.interleaved).to(key.dtype)
+
+    def packed(self, index: Tensor, packed: int) -> SharedAngles:
+        """As a packed cache holds them, for the first `packed` slots of `index` `[B, N]`."""
+        return SharedAngles.of_prompt(self.cos, self.sin, index, packed, self.interleaved, keep_tail=False)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Observer:
             self.count = max(self.count, number + 1)
         obstacle = site.obstacle or _obstacle(site, kept)
         if obstacle is None and number is None:
-            obstacle = "the number of the layer is not known from the graph"
+            obstacle = UNNUMBERED
         if obstacle is not None:
             self.obstacles.add(f"{layer}: {obstacle}")
             return

@@ -19,8 +19,8 @@ Role = Literal["key", "value"]
 Modality = Literal["vision", "text"]
 Prefer = Literal["fidelity", "speed"]
 
-#: With `prefer="speed"`, keys stay rotated where that costs up to so many times the error of a layer's keys.
-SPEED_FACTOR = 2.0
+#: With `prefer="speed"`, keys stay rotated where that costs up to so many times the squared error of a layer's keys.
+SPEED_FACTOR = 4.0
 _SCALES = 8
 _STEPS = 12
 
@@ -124,37 +124,76 @@ def planned(name: str, parts: Sequence[Part], columns: Sequence[Columns], spaces
 
 
 def fitted(name: str, parts: Sequence[Part], spaces: Sequence[KeySpace], budget: float) -> Plan:
-    """The least expected error within `budget` bytes. Raises ValueError where one column of every part takes more."""
+    """The least expected error within `budget` bytes. Raises ValueError where rank 1 of every part takes more."""
     matrices = [part.matrix(part.space(spaces)) for part in parts]
 
     def at(allocation: Allocation) -> Plan:
         columns = [part.columns(allocation.blocks[m.name]) for part, m in zip(parts, matrices, strict=True)]
         return planned(name, parts, columns, spaces)
 
-    # Rounding to whole bytes moves the bytes both ways: what is asked of the allocation is turned until they fit.
-    low, high, best = allocate_for_error(matrices, math.inf).bytes, budget, None
-    least = at(allocate(matrices, low))
-    if least.bytes <= budget:
-        best = least
-    for step in range(_STEPS):
-        asked = max(low, high) if step == 0 else (low + high) / 2
-        plan = at(allocate(matrices, asked))
-        if plan.bytes <= budget:
+    # With few columns in all, rounding may cost more than the allocation gains.
+    found = [plan for bits in (0, *ERROR) if (plan := _of_one_rank(parts, spaces, bits, budget)) is not None]
+    # Rounding moves the bytes both ways: what is asked of the allocation is turned until they fit.
+    low = allocate_for_error(matrices, math.inf).bytes
+    high = asked = max(low, budget)
+    for _ in range(_STEPS):
+        found.append(at(allocate(matrices, asked)))
+        if found[-1].bytes <= budget:
             low = asked
-            if best is None or plan.error < best.error:
-                best = plan
-            if step == 0:
-                break
         else:
             high = asked
-        if high <= low:
+        if low >= high:
             break
-    if best is None:
+        asked = (low + high) / 2
+    fits = [plan for plan in found if plan.bytes <= budget]
+    if not fits:
+        least = planned(name, parts, [Columns(((1, min(ERROR)),))] * len(parts), spaces).bytes
         raise ValueError(
-            f"budget: got {budget:.0f} bytes, expected at least {math.ceil(least.bytes)}, what rank 1 of every packed "
-            "matrix takes; raise the budget"
+            f"budget: got {budget:.0f} bytes, expected at least {math.ceil(least)}, what rank 1 of every packed matrix "
+            "takes; raise the budget"
         )
-    return best
+    best = replace(min(fits, key=lambda plan: plan.error), name=name)
+    return _filled(best, parts, budget)
+
+
+def _filled(plan: Plan, parts: Sequence[Part], budget: float) -> Plan:
+    """The plan with what rounding left of the budget spent, step by step where a byte gains most."""
+    columns = list(plan.columns)
+    used = [part.space(plan.spaces) for part in parts]
+    moves = [_moves(part, own, space) for part, own, space in zip(parts, columns, used, strict=True)]
+    left = budget - plan.bytes
+    while True:
+        fits = [
+            (gain / cost, number, cost, better)
+            for number, own in enumerate(moves)
+            for gain, cost, better in own
+            if cost <= left
+        ]
+        if not fits:
+            return planned(plan.name, parts, columns, plan.spaces)
+        _, number, cost, columns[number] = max(fits, key=lambda each: each[:2])
+        left -= cost
+        moves[number] = _moves(parts[number], columns[number], used[number])
+
+
+def _moves(part: Part, columns: Columns, space: KeySpace) -> list[tuple[float, float, Columns]]:
+    """Small steps up from these columns: what they gain, what they cost (both > 0), and what comes out."""
+    found = []
+    error, size = part.error(columns, space), part.bytes(columns)
+    blocks = [(count, bits) for count, bits in columns.blocks if count != "full"]
+    for place, (count, bits) in enumerate(blocks):
+        unit = 8 // bits if 0 < bits < 8 else 1
+        before, rest = blocks[:place], blocks[place + 1 :]
+        if rest:
+            moved = min(unit, rest[0][0])
+            rest = [(rest[0][0] - moved, rest[0][1]), *rest[1:]]
+        else:
+            moved = min(unit, len(part.effects[space]) - columns.rank)
+        better = Columns(tuple(block for block in (*before, (count + moved, bits), *rest) if block[0]))
+        gain, cost = error - part.error(better, space), part.bytes(better) - size
+        if gain > 0 and cost > 0:
+            found.append((gain, cost, better))
+    return found
 
 
 def fitted_to_error(name: str, parts: Sequence[Part], spaces: Sequence[KeySpace], max_error: float) -> Plan:
@@ -192,33 +231,27 @@ def uniform(parts: Sequence[Part], count: int, budget: float) -> list[Plan]:
     spaces: list[KeySpace] = ["rotated"]
     if any("unrotated" in part.effects for part in parts):
         spaces.append("unrotated")
-    most = max(len(part.effects["rotated"]) for part in parts)
     for space in spaces:
         for bits in (0, 8, 4, 2):
-            rank, found = most, None
-            low, high = 1, most
-            while low <= high:
-                rank = (low + high) // 2
-                columns = [Columns(((min(rank, len(part.effects["rotated"])), bits),)) for part in parts]
-                plan = planned(f"uniform, rank {rank}, {bits or 'all'} bits, {space}", parts, columns, [space] * count)
-                if plan.bytes <= budget:
-                    low, found = rank + 1, plan
-                else:
-                    high = rank - 1
-            if found is not None:
-                plans.append(found)
+            plan = _of_one_rank(parts, [space] * count, bits, budget)
+            if plan is not None:
+                name = f"uniform, rank {max(own.rank for own in plan.columns)}, {bits or 'all'} bits, {space}"
+                plans.append(replace(plan, name=name))
     return plans
 
 
-def scaled(parts: Sequence[Part], weights: Mapping[tuple[int, Role], float]) -> list[Part]:
-    """The same parts with effects times the weight of their layer and role."""
-    return [
-        replace(
-            part,
-            effects={space: effect * weights[part.layer, part.role] for space, effect in part.effects.items()},
-        )
-        for part in parts
-    ]
+def _of_one_rank(parts: Sequence[Part], spaces: Sequence[KeySpace], bits: int, budget: float) -> Plan | None:
+    """The highest rank within the budget, the same for all parts that have so many components."""
+    most = [len(part.effects["rotated"]) for part in parts]
+    low, high, found = 1, max(most), None
+    while low <= high:
+        rank = (low + high) // 2
+        plan = planned("uniform", parts, [Columns(((min(rank, own), bits),)) for own in most], spaces)
+        if plan.bytes <= budget:
+            low, found = rank + 1, plan
+        else:
+            high = rank - 1
+    return found
 
 
 def padded(effects: Sequence[Tensor]) -> Tensor:

@@ -89,17 +89,14 @@ def packed_layer(
     rotary = prompt.angles if plan.key_space == "unrotated" else None
     source = key if rotary is None else rotary.unrotated(key)
     keys, values = pack(source, value, policy, modality=prompt.vision, real=prompt.real, layer=number)
-    packed = keys.held.packed
-    if rotary is None or not packed:
-        if rotary is not None:
-            keys = pack(key, value, policy, modality=prompt.vision, real=prompt.real, layer=number)[0]
+    if rotary is None:
         return keys, values
-    index = keys.held.placement.index
-    known = id(rotary), packed
-    if known not in shared:
-        made = SharedAngles.of_prompt(rotary.cos, rotary.sin, index, packed, rotary.interleaved, keep_tail=False)
-        shared[known] = made
-    held = replace(keys.held, angles=shared[known])
+    held, index, packed = keys.held, keys.held.placement.index, keys.held.packed
+    if packed:
+        known = id(rotary), packed
+        if known not in shared:
+            shared[known] = rotary.packed(index, packed)
+        held = replace(held, angles=shared[known])
     tail = ops.take_rows(key, index[:, packed:], 0)
     return PackedTensor(held, TailBuffer(tail).lease(tail.shape[0])), values
 

@@ -57,8 +57,7 @@ def test_plans_stay_within_the_budget_and_errors_fall_with_it(share, decay, dtyp
     assert planned("plan", parts, plan.columns, ["rotated"]).error == plan.error
     for same in uniform(parts, 1, budget):
         assert same.bytes <= budget
-        # Rounding to whole bytes may cost a little of what the allocation gains.
-        assert plan.error <= 1.05 * same.error
+        assert plan.error <= same.error + 1e-12
     (layer,) = plan.layers(parts)
     assert layer.vision.key == plan.columns[1] and layer.vision.value == plan.columns[0] and layer.text is None
 
@@ -69,7 +68,7 @@ def test_fewest_bytes_for_an_error(max_error):
     parts = [part(), part("key", decay=0.8)]
     plan = fitted_to_error("plan", parts, ["rotated"], max_error)
     assert plan.error <= max_error
-    assert plan.bytes >= fitted_to_error("plan", parts, ["rotated"], 2 * max_error).bytes
+    assert plan.bytes >= fitted_to_error("plan", parts, ["rotated"], 10 * max_error).bytes
 
 
 def test_keys_are_kept_where_they_err_less():
