@@ -4,14 +4,12 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
-from attnpack_fx.passes.state import SiteReport
 from attnpack_fx.policy import PackPolicy
 
 
@@ -53,17 +51,15 @@ def compile(
 
 
 @contextmanager
-def called_through(
-    model: torch.nn.Module,
-    policy: PackPolicy | None,
-    observer: Callable[[list[SiteReport]], None] | None = None,
-) -> Iterator[None]:
-    """Let calls of `model` go through the backend under a policy, or run eagerly (None), and undo it after."""
+def called_through(model: torch.nn.Module, backend: Callable[..., Any] | None) -> Iterator[None]:
+    """Let calls of `model` go through `backend`, or run eagerly (None), and undo it after.
+
+    A backend that is a new object to Dynamo sees every graph: nothing compiled earlier is reused.
+    """
     before = model._compiled_call_impl
     model._compiled_call_impl = None
-    if policy is not None:
-        # A partial is a new backend to Dynamo: nothing compiled earlier is reused, so every graph is seen.
-        model.compile(backend=partial(attnpack_backend, options={"policy": policy}, observer=observer))
+    if backend is not None:
+        model.compile(backend=backend)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """`explain`: what the backend does to a model, measured on one prompt."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from attnpack_fx import hf
+from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.compiling import called_through
 from attnpack_fx.packed_tensor import PackedTensor
@@ -70,7 +72,8 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
     with torch.no_grad():
         with called_through(model, None):
             dense = _run(model, inputs)
-        with called_through(model, policy, observer=graphs.append):
+        backend = partial(attnpack_backend, options={"policy": policy}, observer=graphs.append)
+        with called_through(model, backend):
             packed = _run(model, inputs)
     layers = [_layer(number, before, after) for number, (before, after) in enumerate(zip(dense, packed, strict=True))]
     return Report(

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnpack_fx import hf, model_bases
+from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.compiling import called_through
 from attnpack_fx.kernels import ops
 from attnpack_fx.packed_tensor import PackedTensor
@@ -37,7 +39,7 @@ def calibrate_bases(
     found: dict[tuple[int, str, str], Tensor] = {}
     original = getattr(model, "_orig_mod", model)
     count = 0
-    with torch.no_grad(), called_through(original, full):
+    with torch.no_grad(), called_through(original, partial(attnpack_backend, options={"policy": full})):
         for sample in samples:
             count += 1
             cache = original(**sample, use_cache=True).past_key_values

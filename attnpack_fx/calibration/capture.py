@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from attnpack_fx.angles import SharedAngles
+from attnpack_fx.compiling import called_through
 from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.modality import fit, stated
 from attnpack_fx.passes.find_attention import find_attention, scale_of
@@ -105,7 +106,7 @@ class Observer:
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
         """Let calls of `model` be seen; it is left as it was found."""
-        with calling(model, self._backend), torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+        with called_through(model, self._backend), torch._dynamo.config.patch(recompile_limit=_GRAPHS):
             yield
 
     def _backend(self, gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -190,19 +191,6 @@ class Observer:
             )
 
         return see
-
-
-@contextmanager
-def calling(model: torch.nn.Module, backend: Callable[..., Any] | None) -> Iterator[None]:
-    """Let calls of `model` go through `backend`, or eagerly, and undo it after."""
-    before = model._compiled_call_impl
-    model._compiled_call_impl = None
-    if backend is not None:
-        model.compile(backend=backend)
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = before
 
 
 def _obstacle(site: Site, kept: bool) -> str | None:

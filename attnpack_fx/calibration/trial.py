@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attnpack_fx import hf
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.calibration.capture import Angles, Observed, calling
+from attnpack_fx.calibration.capture import Angles, Observed
+from attnpack_fx.compiling import called_through
 from attnpack_fx.kernels import ops
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.packing import pack
@@ -121,7 +122,7 @@ def forced_logits(model: Any, answer: Answer, policy: PackPolicy | None) -> Tens
     """`[B, n, V]` of the answer's tokens fed one by one, with a cache packed behind the prefill (None: dense)."""
     cache = hf.empty_cache(model)
     forced = Forced(answer.tokens, cache, answer.prompts, policy)
-    with calling(model, None):
+    with called_through(model, None):
         out = generated(model, answer.inputs, answer.tokens.shape[1], past_key_values=cache, logits_processor=[forced])
     return torch.stack(out.logits, 1)
 

@@ -79,8 +79,8 @@ def _form(rows: Tensor, blocks: _Blocks, rotary: Rotary) -> Callable[..., None]:
         _turned_queries: rank * queries * (0.018 * dims + 0.6),
     }
     if rotary.axes is not None:
-        rows = rotary.cos.shape[1] / max(1, rotary.axes.shape[2])
-        costs[_tables] = rotary.axes.shape[1] * rank * (0.3 * queries + 8) + rows * costs[_turned_queries]
+        share = rotary.cos.shape[1] / max(1, rotary.axes.shape[2])
+        costs[_tables] = rotary.axes.shape[1] * rank * (0.3 * queries + 8) + share * costs[_turned_queries]
     return min(costs, key=lambda form: costs[form])
 
 
