@@ -11,7 +11,8 @@ from attnpack_fx import PackPolicy, explain
 from tests.decoder import Decoder, prompt
 from tests.packing_inputs import FULL
 
-LAYER_KEYS = {"layer", "tokens", "key_rank", "value_rank", "key_error", "value_error", "bytes", "dense_bytes"}
+LAYER_KEYS = {"layer", "tokens", "key_rank", "value_rank", "key_space", "key_error", "value_error", "fold_error"}
+LAYER_KEYS |= {"bytes", "dense_bytes"}
 
 
 @pytest.fixture(scope="module")

@@ -148,8 +148,8 @@ def test_calibrated_is_better_than_uniform_on_a_trained_model():
 
     loaded = load(str(trained_model()))
     asked = digits.held_out_questions("read", 2, 2, 7, "train")
-    samples = [batch_inputs(loaded, [each.prompt], [each.images]) for each in asked]
-    _, report = calibrate(loaded.model, samples, budget=1 / 32, report=True)
+    samples = [batch_inputs(loaded, [each.prompt], [each.images]) for each in asked[:1]]
+    _, report = calibrate(loaded.model, samples, budget=1 / 32, new_tokens=8, report=True)
     assert report.chosen == "calibrated"
     uniform = [each.divergence for each in report.candidates if each.name.startswith("uniform")]
     assert report.candidates[0].divergence < 0.5 * min(uniform)

@@ -60,7 +60,8 @@ def results(state, *arguments: Tensor) -> list[Tensor]:
 
 
 def assert_same_factors(actual: list[Tensor], expected: list[Tensor], state) -> None:
-    pairs = [pair for spec in state.outputs if hasattr(spec, "factors") for pair in spec.factors]
+    held = [each for spec in state.outputs if hasattr(spec, "factors") for each in spec.factors]
+    pairs = [(each.coefficient, each.basis) for each in held]
     factors = {number for pair in pairs for number in pair}
     for number, (left, right) in enumerate(zip(actual, expected, strict=True)):
         assert left.shape == right.shape and left.dtype == right.dtype
