@@ -33,11 +33,11 @@ def packed(batch: Batch, policy: PackPolicy) -> list[Pair]:
             key, value = (_placed(each, pairs[0][0]) for each in (key, value))
         else:
             value = _placed(value, key)
-        if unrotated and key.segments:
-            if angles is None:
+        if unrotated:
+            if angles is None and key.segments:
                 index = key.placement.index
                 angles = SharedAngles.of_prompt(batch.cos, batch.sin, index, key.held.packed, False, False)
-            key = _turned(key, layer, angles)
+            key = _turned(key, layer, angles if key.segments else None)
         pairs.append((key, value))
     return pairs
 
@@ -49,7 +49,7 @@ def _placed(tensor: PackedTensor, other: PackedTensor) -> PackedTensor:
     return PackedTensor(replace(tensor.held, placement=theirs), tensor.lease, tensor.importance)
 
 
-def _turned(key: PackedTensor, layer: Layer, angles: SharedAngles) -> PackedTensor:
+def _turned(key: PackedTensor, layer: Layer, angles: SharedAngles | None) -> PackedTensor:
     """Packed keys before rotary embedding, whose dense rows are after it."""
     tail = key.placement.index[:, key.held.packed :]
     lease = TailBuffer(ops.take_rows(layer.key, tail, 0)).lease(tail.shape[1])
@@ -65,18 +65,22 @@ def cache_of(model: Any, batch: Batch, pairs: list[Pair]) -> Any:
     return cache
 
 
-def vision_bytes(pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
-    """Bytes of all that packed tensors hold besides dense rows: factors, scales, indices, angles, importance."""
+def vision_bytes(pairs: Iterable[tuple[Tensor, Tensor]], batch: Batch) -> int:
+    """Bytes of all that packed tensors hold besides dense rows: factors, scales, indices, angles, importance.
+
+    Vision tokens that a layer leaves dense, since packing saves nothing at that rank, count as dense.
+    """
     held: list[Tensor] = []
+    left = 0
     for pair in pairs:
         for each in pair:
-            if not isinstance(each, PackedTensor) or not each.segments:
-                raise RuntimeError(
-                    f"the cache holds a {type(each).__name__} with nothing packed, expected packed layers"
-                )
+            if not isinstance(each, PackedTensor):
+                raise RuntimeError(f"the cache holds a {type(each).__name__}, expected a PackedTensor")
             rows = each.lease.buffer.rows
             held += [tensor for tensor in each.tensors if tensor is not rows]
-    return cache_bytes(held)
+            if not each.segments:
+                left += int(batch.vision.sum()) * each.shape[1] * each.shape[3] * each.element_size()
+    return cache_bytes(held) + left
 
 
 class Decoders:

@@ -34,7 +34,7 @@ def score(model: Any, decoders: Decoders, batches: Sequence[Batch], policy: Pack
         cache = cache_of(model, batch, pairs)
         reference = batch.tokens[:, -batch.from_cache :]
         logits = follow(decode, cache, batch.start, batch.from_cache, reference)
-        held["vision_bytes"] += vision_bytes(hf.keys_and_values(cache))
+        held["vision_bytes"] += vision_bytes(hf.keys_and_values(cache), batch)
         held["cache_bytes"] += cache_bytes(cache)
         held["dense_vision_bytes"] += batch.dense_vision_bytes
         held["dense_cache_bytes"] += batch.dense_bytes

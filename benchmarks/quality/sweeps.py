@@ -82,7 +82,6 @@ def _bases(quick: bool, setting: Setting, layers: int) -> Iterator[Candidate]:
     for space in ("unrotated",) if quick else SPACES:
         for rank in (16,) if quick else (16, 32, 64):
             one = PackPolicy(vision_rank=rank, key_space=space)
-            yield _fixed(f"{space} {rank}, sample", one)
             for tolerance in (0.1, 1e9):
                 policy = PackPolicy(vision_rank=rank, key_space=space, bases="batch", basis_tolerance=tolerance)
                 yield _fixed(f"{space} {rank}, batch, tolerance {tolerance:g}", policy, unlike=one)
