@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
-    loaded = load(str(trained_model()), given.dtype)
     settings = [MAIN, *(OTHERS if given.full else ())]
     record = _record(given, settings)
+    loaded = load(str(trained_model()), given.dtype)
     with op_by_op():
         decoders = Decoders(loaded.model)
         if "check" not in record:
