@@ -88,10 +88,13 @@ def _bases(quick: bool, setting: Setting, layers: int) -> Iterator[Candidate]:
 
 
 def _calibrated(quick: bool, setting: Setting, layers: int) -> Iterator[Candidate]:
+    made: dict[int, PackPolicy] = {}
     for fraction in (16,) if quick else FRACTIONS:
 
         def make(loaded: Loaded, fraction: int = fraction) -> PackPolicy:
-            return calibrate(loaded, setting, 1 / fraction)
+            if fraction not in made:
+                made[fraction] = calibrate(loaded, setting, 1 / fraction)
+            return made[fraction]
 
         def alike(loaded: Loaded, make: Callable[[Loaded], PackPolicy] = make) -> PackPolicy:
             return _uniform_of_equal_bytes(make(loaded), loaded, setting)
