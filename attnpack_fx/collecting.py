@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnpack_fx.angles import SharedAngles
@@ -13,7 +12,7 @@ from attnpack_fx.passes.state import Grown, OutputSpec, Packed, Plain
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.regrouping import weighed
-from attnpack_fx.storing import squares_of, store
+from attnpack_fx.storing import after, squares_of, store
 from attnpack_fx.tail import TailBuffer
 
 
@@ -65,10 +64,7 @@ class Collector:
             outputs = spec.factors[number]
             coefficient, basis = results[outputs.coefficient], results[outputs.basis]
             owner = None if outputs.owner is None else results[outputs.owner]
-            if outputs.given is not None:
-                # No copy of the model's basis, unless some samples have their own behind it.
-                common = outputs.given[:, :, : coefficient.shape[2]]
-                basis = torch.cat([common, basis]) if basis.shape[0] else common
+            basis = after(outputs.given, basis)
             if not coefficient.shape[1]:
                 continue
             held = None if squares is None else squares_of(squares, indices[number])

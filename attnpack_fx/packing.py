@@ -10,7 +10,7 @@ from attnpack_fx.passes.state import TEXT, VISION
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.regrouping import weighed
-from attnpack_fx.storing import squares_of, store
+from attnpack_fx.storing import after, squares_of, store
 from attnpack_fx.tail import TailBuffer
 
 
@@ -45,11 +45,23 @@ def pack(
         for name, how in stored.items():
             if index[name].shape[1]:
                 columns = getattr(how, kind)
-                coefficient, basis = ops.compress(dense, index[name], columns.rank)
+                given = policy.basis(layer, name, kind)
+                factors = _factors(policy, dense, index[name], columns.rank, given)
                 total = None if squares is None else squares_of(squares, index[name])
-                segments[name], loss = store(coefficient, basis, columns, total)
+                segments[name], loss = store(*factors[:2], columns, total, factors[2])
                 losses += [] if loss is None else [(name, loss)]
         lease = TailBuffer(ops.take_rows(dense, indices[2], 0)).lease(indices[2].shape[1])
         held = Held(tuple(segments.values()), tuple(segments), placement, losses=tuple(losses))
         packed.append(PackedTensor(held, lease))
     return weighed(packed[0], policy), packed[1]
+
+
+def _factors(
+    policy: PackPolicy, x: Tensor, index: Tensor, rank: int, given: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Coefficient, bases and, where samples may share them, their owner: each sample alone, or all on one basis."""
+    if policy.bases == "sample":
+        return *ops.compress(x, index, rank), None
+    given = None if given is None else given.to(x.device, x.dtype)
+    coefficient, bases, owner = ops.compress_shared(x, index, rank, policy.basis_tolerance, given)
+    return coefficient, after(given, bases), owner

@@ -43,6 +43,17 @@ def store(
     return Segment(tuple(blocks)), loss
 
 
+def after(given: Tensor | None, bases: Tensor) -> Tensor:
+    """The model's basis `[1, H, R', D]`, cut to R columns, then those of samples that have their own `[G, H, R, D]`.
+
+    Where none has, that is no copy: requests share the model's.
+    """
+    if given is None:
+        return bases
+    common = given[:, :, : bases.shape[2]]
+    return torch.cat([common, bases]) if bases.shape[0] else common
+
+
 def squares_of(tokens: Tensor, index: Tensor) -> Tensor:
     """The sum over a segment, float64 `[B]`, of what each token has: tokens `[B, T]`, index `[B, N]` with filler -1."""
     chosen = tokens.double().gather(1, index.clamp(min=0))

@@ -13,7 +13,7 @@ from benchmarks.quality.data import Setting
 RANKS: tuple[Rank, ...] = (8, 12, 16, 24, 32, 48, 64, 96, 128, "full")
 SPACES = ("rotated", "unrotated")
 FRACTIONS = (8, 16, 32, 48, 64)
-_CALIBRATION_SAMPLES = 16
+_CALIBRATION_SAMPLES = 4
 _CALIBRATION_SEED = 20_001
 
 
