@@ -207,13 +207,13 @@ class Mode:
         """`[B, Hq, 1, D]`."""
         if self.decompressed:
             query, *factors, tail, _, length, index, mask, scale, ragged = self.arguments[:12]
-            rotary, rest = self.arguments[12:16], self.arguments[16:]
+            rotary, rest = self.arguments[12:16], self.arguments[16:20]
             rebuilt = [
-                decompress(*pair, tail, length, index, index, *rotary, blocks, scales).permute(2, 0, 1, 3)
+                decompress(*pair, tail, length, index, index, *rotary, blocks, scales, []).permute(2, 0, 1, 3)
                 for pair, blocks, scales in zip((factors[:2], factors[2:]), rest[:2], rest[2:], strict=True)
             ]
             none: list[list[Tensor]] = [[], [], [], []]
-            placed = index[:, :0], mask, scale, ragged, *rotary, [], [], [], []
+            placed = index[:, :0], mask, scale, ragged, *rotary, [], [], [], [], [], []
             return attention(query, *none, *rebuilt, rebuilt[0].shape[0], *placed)[0]
         with self._forced():
             return attention(*self.arguments)[0]
@@ -327,7 +327,7 @@ class _Maker:
         cos, sin, axes = angles or (None, None, None)
         factors = key.coefficients, key.bases, value.coefficients, value.bases
         placed = *rows, rows[0].shape[0], index, None, s.head_dim**-0.5, False
-        return query, *factors, *placed, cos, sin, False, axes, key.layout, value.layout, key.scales, value.scales
+        return query, *factors, *placed, cos, sin, False, axes, key.layout, value.layout, key.scales, value.scales, [], []
 
     def _normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._random).to(DTYPE)

@@ -35,7 +35,7 @@ def test_counts_and_sizes(way):
     plain, weighed = held.forms
     assert weighed == dataclasses.replace(plain, weighed=True) and not plain.weighed
     assert plain.ragged == bool(way.padding)
-    assert plain.bits == ((way.bits,),) * len(held.modalities)
+    assert plain.kinds == ((way.bits,),) * len(held.modalities)
 
 
 @every_way

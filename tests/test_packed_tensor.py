@@ -192,7 +192,7 @@ def test_every_way_to_store_joins_packed_or_dense(way):
         torch.testing.assert_close(
             joined.dense() if isinstance(joined, PackedTensor) else joined, torch.cat([one.dense(), other.dense()])
         )
-        plain = one.held.forms[0].bits == ((0,),) * len(one.modalities)
+        plain = one.held.forms[0].kinds == ((0,),) * len(one.modalities)
         assert isinstance(joined, PackedTensor) == plain
 
 

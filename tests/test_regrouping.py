@@ -106,7 +106,7 @@ def attention_arguments(query: Tensor, pair: Pair) -> tuple[Any, ...]:
     key, value = pair.key.parts, pair.value.parts
     factors = key.coefficients, key.bases, value.coefficients, value.bases
     tails = key.tail, value.tail, key.length, key.index
-    layouts = key.layout, value.layout, key.scales, value.scales
+    layouts = key.layout, value.layout, key.scales, value.scales, key.owners, value.owners
     return query, *factors, *tails, None, DIM**-0.5, pair.key.placement.ragged, *key.rotary, *layouts
 
 

@@ -162,7 +162,7 @@ def test_the_layouts_of_real_models(layout, dtype, samples):
     [("queries", 1, 16, 0), ("keys", 64, 16, 0), ("keys", 16, 64, 0), ("tables", 1, 16, 8), ("tables", 4, 64, 8)],
 )
 def test_the_form_follows_from_the_shape(form, rows, rank, positions):
-    shape = Shape(heads=8, rows=rows, dim=128, turning=128, segments=(((64, rank),),), positions=positions)
+    shape = Shape(heads=8, rows=rows, dim=128, turning=128, segments=(((640, rank),),), positions=positions)
     q, keys, rotary, batch = problem(shape)
     chosen = unrotated._form(q.view(batch, 8, rows, 128), [keys[0][1:]], rotary)
     assert chosen is FORMS[form]
