@@ -327,7 +327,8 @@ class _Maker:
         cos, sin, axes = angles or (None, None, None)
         factors = key.coefficients, key.bases, value.coefficients, value.bases
         placed = *rows, rows[0].shape[0], index, None, s.head_dim**-0.5, False
-        return query, *factors, *placed, cos, sin, False, axes, key.layout, value.layout, key.scales, value.scales, [], []
+        rest = key.layout, value.layout, key.scales, value.scales, [], []
+        return query, *factors, *placed, cos, sin, False, axes, *rest
 
     def _normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._random).to(DTYPE)
