@@ -71,6 +71,13 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
             None,
             scale,
             ragged,
+            *keys.rotary,
+            keys.layout,
+            values.layout,
+            keys.scales,
+            values.scales,
+            keys.owners,
+            values.owners,
         )
 
     def decompressed() -> Tensor:

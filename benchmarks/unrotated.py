@@ -139,7 +139,8 @@ def _rotated(
     tail = query.new_empty((1, batch, heads, dim))
     index = torch.arange(key[0].shape[1]).expand(batch, -1).contiguous()
     factors = [key[0]], [key[1]], [value[0]], [value[1]]
-    return lambda: ops.attention(query, *factors, tail, tail, 0, index, None, scale, False)
+    rest = (index, None, scale, False, None, None, False, None, [], [], [], [], [], [])
+    return lambda: ops.attention(query, *factors, tail, tail, 0, *rest)
 
 
 def _unrotated(

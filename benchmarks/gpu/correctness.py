@@ -287,6 +287,34 @@ def check_compress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str,
     return errors
 
 
+def check_compress_shared(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    sizes = ((3, 4, 60, 16, 40, 9), (2, 8, 577, 128, 576, 64))
+    for batch, heads, tokens, dim, chosen, rank in sizes[:1] if machine.dry else sizes:
+        x = _decaying((batch, heads, tokens, dim), random).to(dtype)
+        index = torch.stack([torch.randperm(tokens, generator=random)[:chosen] for _ in range(batch)])
+        a = reference.take_rows(x.double(), index, 0).transpose(0, 1).flatten(2)
+        given = reference.compress(x[:1], index[:1], rank)[1].to(dtype)
+        for tolerance, common in ((2.0, None), (0.0, None), (2.0, given)):
+            here = _on(machine, (x, index))
+            poison(machine)
+            known = None if common is None else common.to(machine.device)
+            coefficient, bases, owner = (part.cpu() for part in ops.compress_shared(*here, rank, tolerance, known))
+            every = bases if common is None else torch.cat([common, bases])
+            expected, *rest = reference.compress_shared(x, index, rank, tolerance, common)
+            bound = _NEAR_BEST * (_product(expected, _chosen(*rest, common)) - a).norm()
+            what = f"compress_shared {(batch, heads, tokens, dim)} to rank {rank}, tolerance {tolerance}"
+            left = float((_product(coefficient.double(), every[owner].double()) - a).norm())
+            _judge(errors, what, max(0.0, left - float(bound)) / float(a.norm()), TOLERANCE[dtype], seed)
+    return errors
+
+
+def _chosen(bases: Tensor, owner: Tensor, common: Tensor | None) -> Tensor:
+    """Every sample's basis."""
+    return (bases if common is None else torch.cat([common.double(), bases]))[owner]
+
+
 def check_sketch(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
     random = _random(seed)
@@ -429,6 +457,7 @@ CHECKS: Mapping[str, Check] = {
     "attention": check_attention,
     "attention_weights": check_attention_weights,
     "compress": check_compress,
+    "compress_shared": check_compress_shared,
     "decompress": check_decompress,
     "fold": check_fold,
     "linear": check_linear,

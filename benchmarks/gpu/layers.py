@@ -59,6 +59,8 @@ class PackedLayer:
             None,
             1 / math.sqrt(self.query.shape[-1]),
             False,
+            *(None, None, False, None),  # keys as they are attended to
+            *([], [], [], [], [], []),  # one block a segment, as it is
         )
 
     def fill_dense(self, keys: Tensor, values: Tensor) -> None:
