@@ -5,7 +5,7 @@ from torch import Tensor
 from attnpack_fx.held import Held
 from attnpack_fx.kernels import ops
 from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.passes.plan_tokens import asks_for_loss, gain
+from attnpack_fx.passes.plan_tokens import asks_for_loss, gain, share_basis
 from attnpack_fx.passes.state import TEXT, VISION
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
@@ -45,8 +45,11 @@ def pack(
         for name, how in stored.items():
             if index[name].shape[1]:
                 columns = getattr(how, kind)
-                given = policy.basis(layer, name, kind)
-                factors = _factors(policy, dense, index[name], columns.rank, given)
+                if share_basis(policy, name):
+                    given = policy.basis(layer, name, kind)
+                    factors = _together(dense, index[name], columns.rank, policy.basis_tolerance, given)
+                else:
+                    factors = *ops.compress(dense, index[name], columns.rank), None
                 total = None if squares is None else squares_of(squares, index[name])
                 segments[name], loss = store(*factors[:2], columns, total, factors[2])
                 losses += [] if loss is None else [(name, loss)]
@@ -56,12 +59,10 @@ def pack(
     return weighed(packed[0], policy), packed[1]
 
 
-def _factors(
-    policy: PackPolicy, x: Tensor, index: Tensor, rank: int, given: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Coefficient, bases and, where samples may share them, their owner: each sample alone, or all on one basis."""
-    if policy.bases == "sample":
-        return *ops.compress(x, index, rank), None
+def _together(
+    x: Tensor, index: Tensor, rank: int, tolerance: float, given: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficient, bases and owner of samples on one basis, which may be given."""
     given = None if given is None else given.to(x.device, x.dtype)
-    coefficient, bases, owner = ops.compress_shared(x, index, rank, policy.basis_tolerance, given)
+    coefficient, bases, owner = ops.compress_shared(x, index, rank, tolerance, given)
     return coefficient, after(given, bases), owner

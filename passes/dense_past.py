@@ -9,7 +9,7 @@ from torch.fx import Node
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation
 from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_count, layer_number, layer_of, through_no_ops
-from attnpack_fx.passes.plan_tokens import TokenPlanner, asks_for_loss, gain
+from attnpack_fx.passes.plan_tokens import TokenPlanner, asks_for_loss, gain, share_basis
 from attnpack_fx.passes.state import (
     TEXT,
     VISION,
@@ -80,8 +80,12 @@ def compress(
             factors, columns = [], []
             for name, how in stored.items():
                 columns.append(getattr(how, kind))
-                given = _given(state, site, number, name, kind if angles is None else f"unrotated {kind}")
-                factors.append(_factors(state, flat, source, index[name], columns[-1].rank, given))
+                tokens = state, flat, source, index[name], columns[-1].rank
+                if share_basis(state.policy, name):
+                    own_kind = kind if angles is None else f"unrotated {kind}"
+                    factors.append(_together(*tokens, _given(state, site, number, name, own_kind)))
+                else:
+                    factors.append(_alone(*tokens))
             attended = graph.call_method("detach", (node,))
             tail = graph.call_function(torch.ops.attnpack.take_rows.default, (attended, indices[2], 0))
             compressed[node] = Packed(
@@ -107,19 +111,22 @@ def compress(
     )
 
 
-def _factors(
+def _alone(state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int) -> Factors:
+    """Compress the tokens at `index`, each sample by itself."""
+    made = state.graph.call_function(torch.ops.attnpack.compress.default, (source, index, rank))
+    coefficient, basis = (flat.add(state.graph.call_function(operator.getitem, (made, item))) for item in (0, 1))
+    return Factors(coefficient, basis)
+
+
+def _together(
     state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int, given: Constant | None
 ) -> Factors:
-    """Compress the tokens at `index`: each sample alone, or all on one basis, which may be given."""
-    graph, arguments = state.graph, (source, index, rank)
-    if given is None and state.policy.bases == "sample":
-        made = graph.call_function(torch.ops.attnpack.compress.default, arguments)
-        coefficient, basis = (flat.add(graph.call_function(operator.getitem, (made, item))) for item in (0, 1))
-        return Factors(coefficient, basis)
+    """Compress the tokens at `index`, samples on one basis, which may be given."""
     common = None if given is None else state.constant(given)
-    more = state.policy.basis_tolerance, common
-    made = graph.call_function(torch.ops.attnpack.compress_shared.default, (*arguments, *more))
-    coefficient, basis, owner = (flat.add(graph.call_function(operator.getitem, (made, item))) for item in range(3))
+    arguments = (source, index, rank, state.policy.basis_tolerance, common)
+    made = state.graph.call_function(torch.ops.attnpack.compress_shared.default, arguments)
+    items = (state.graph.call_function(operator.getitem, (made, item)) for item in range(3))
+    coefficient, basis, owner = map(flat.add, items)
     return Factors(coefficient, basis, owner, None if given is None else given.tensor)
 
 

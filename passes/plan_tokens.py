@@ -118,3 +118,8 @@ def asks_for_loss(policy: Policy, stored: Iterable[Stored]) -> bool:
     """Whether it matters how much truncation drops: for folds, which keep a bound, and ranks chosen by energy."""
     energies = [columns.energy for how in stored for columns in (how.key, how.value)]
     return policy.fold_every is not None or any(energy is not None for energy in energies)
+
+
+def share_basis(policy: Policy, name: Modality) -> bool:
+    """Whether samples may share a basis for tokens of a modality: folds give each sample one of its own."""
+    return policy.bases != "sample" and not (name == TEXT and policy.fold_every is not None)

@@ -99,6 +99,17 @@ def test_a_fork_keeps_the_shared_basis(model, inputs):
     assert torch.equal(one.dense(), value.dense()[[1, 1, 0]])
 
 
+def test_folded_text_has_bases_of_its_own(model, inputs):
+    shared = PackPolicy(vision_rank="full", text_rank="full", bases="batch", basis_tolerance=1.0)
+    folded = dataclasses.replace(shared, fold_every=2, recent=2)
+    dense = answered(model, inputs)
+    for policy, samples in ((shared, [1, 1]), (folded, [1, 2])):
+        out = answered(model, inputs, policy)
+        value = out.past_key_values.layers[0].values
+        assert [block.basis.shape[0] for block in value.held.blocks] == samples
+        assert_same_answers(out, dense)
+
+
 def test_bases_that_are_not_there(model, inputs, tmp_path):
     missing = PackPolicy(vision_rank=8, bases=str(tmp_path / "none.safetensors"))
     with pytest.raises(ValueError, match=r"bases: cannot read .*none\.safetensors"):
