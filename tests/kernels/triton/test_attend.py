@@ -76,6 +76,8 @@ def check_axes(shape: Shapes, axes: int, samples: int | None = None) -> None:
     arguments |= {"cos": cos, "sin": sin, "axes": positions}
     out, _ = attend.attention(**arguments)
     assert_close(out, expected, floor=ATTENTION_FLOOR)
+    if shape.queries > 1:
+        return  # the kernels keep the weights of one query
     out, weights = attend.attention(**arguments, weights=True)
     assert_close(out, expected, floor=ATTENTION_FLOOR)
     assert_close(weights, expected_weights, shape.dtype)
