@@ -6,12 +6,16 @@ padding included, and those folded since) followed by the tokens appended after 
     slot      0 ........ N_1 ........ N_1 + N_2 ......... N | appended
     holds     segment 1 | segment 2 ...       | tail rows 0..m-1 | tail rows m..n-1
 
-Each segment is a low-rank matrix, the sum of one or more *blocks* `coefficient @ basis`; the tail holds rows as they
-are, the `m` placed tokens that were not worth packing first. `index` maps slots to logical positions and `slot` maps
-back; padding has no slot, and samples with fewer tokens than their neighbours have filler slots (`index == -1`).
+A segment is either a low-rank matrix, the sum of one or more *blocks* `coefficient @ basis`, or one block of `Rows`:
+tokens as they are, in fewer bits. The tail holds rows as they are, the `m` placed tokens that were not worth packing
+first. `index` maps slots to logical positions and `slot` maps back; padding and evicted tokens have no slot, and samples
+with fewer tokens than their neighbours have filler slots (`index == -1`).
 
-A segment's first block covers all its tokens. Later blocks hold further columns, of lower singular values, with bits of
-their own, and may cover only the segment's first tokens: those that are worth more columns come first.
+A low-rank segment's first block covers all its tokens. Later blocks hold further columns, of lower singular values, with
+bits of their own, and may cover only the segment's first tokens: those that are worth more columns come first.
+
+Keys and values of a layer hold the same tokens in the same slots, but may have different numbers of them in segments:
+the value tail then has `packed keys + key length - packed values` rows.
 
 The parts are generic: tensors at run time, graph nodes inside the passes.
 """
@@ -24,8 +28,14 @@ import torch
 
 T = TypeVar("T")
 
-#: Set in what operators take as a block's bits when samples find their basis by `owner`.
-OWNED = 16
+#: Formats of eight bits in floating point, where a number of bits is expected: 4 exponent and 3 mantissa bits, 5 and 2.
+E4M3, E5M2 = 9, 10
+
+#: Set in what operators take as a block's kind (`kind`): samples find their basis by `owner`; zero points beside scales;
+#: a block of `Rows`.
+OWNED, ASYMMETRIC, ROWS = 1 << 4, 1 << 5, 1 << 6
+#: Where the format of the basis stands in the kind of a low-rank block.
+_BASIS_SHIFT = 8
 
 #: What is added to a tail's length wherever Dynamo or Inductor can see it as a size: they compile separate graphs for
 #: sizes 0 and 1.
@@ -40,8 +50,11 @@ class Block(Generic[T]):
         rows are zero.
     basis: `[B, H, r, D]`, orthonormal rows once heads are concatenated (`[B, r, H * D]`); `[1, H, r, D]` when all
         samples share it; `[G, H, r, D]` with owner int64 `[B]` when sample b has basis `owner[b]`.
-    scale, bits: with bits 8, 4 or 2 both are codes (`aten/quantize.py`), scaled by `scale` fp32 `[B, 2, r]`; with 0
-        they are as they are, and scale is None.
+    bits, basis_bits: formats of coefficient and basis: 8, 4, 2, `E4M3` or `E5M2` for codes (`aten/quantize.py`), 0 for
+        numbers as they are; basis_bits None: as `bits`.
+    scale: None where both are as they are. Else fp32 `[B, 2, r]`, of the coefficients at `[:, 0]`, of the basis at
+        `[:, 1]` (1 where that one is as it is); with asymmetric `[B, 4, r]`, zero points at `[:, 2]` and `[:, 3]`:
+        `number = code * scale + zero`.
     """
 
     coefficient: T
@@ -49,13 +62,106 @@ class Block(Generic[T]):
     scale: T | None = None
     bits: int = 0
     owner: T | None = None
+    basis_bits: int | None = None
+    asymmetric: bool = False
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """What is fixed about a block of `Rows`.
+
+    bits: format of the codes: 8, 4 or 2 (unsigned fields, the first in the low bits of a byte), `E4M3`, `E5M2`, or 0
+        for numbers of the cache's dtype.
+    channel: whether tokens in groups share a scale per channel (as KIVI's keys do), not channels of one token.
+    group: channels that share a scale; with `channel` what `Rows.group_of` says counts, and this is 0.
+    zero, codebook, outliers, residual, norm: which optional tensors there are.
+    rank: columns of the residual, 0 without.
+    """
+
+    bits: int
+    channel: bool = False
+    group: int = 0
+    zero: bool = False
+    codebook: bool = False
+    outliers: bool = False
+    rank: int = 0
+    norm: bool = False
+
+    @property
+    def kind(self) -> int:
+        """As one int, for operators; `RowForm.of` is the inverse."""
+        flags = (self.channel, self.zero, self.codebook, self.outliers, self.norm)
+        packed = sum(1 << place for place, flag in enumerate(flags) if flag)
+        return ROWS | self.bits | packed << 8 | self.rank << 16 | self.group << 32
+
+    @classmethod
+    def of(cls, kind: int) -> "RowForm":
+        channel, zero, codebook, outliers, norm = (bool(kind >> 8 + place & 1) for place in range(5))
+        return cls(kind & 15, channel, kind >> 32, zero, codebook, outliers, kind >> 16 & 0xFFFF, norm)
+
+
+#: The optional tensors of `Rows`, in the order operators take them.
+ROW_EXTRAS = ("zero", "group_of", "codebook", "outliers", "places", "left", "right", "part_of", "norm")
+
+
+@dataclass(frozen=True)
+class Rows(Generic[T]):
+    """Tokens as rows, in fewer bits: the one block of a segment that is not low rank.
+
+        x[t, h] = norm[t, h] (level(codes[t, h]) scale + zero), outliers put in, + left[t, h] right[part_of[t], h]
+
+    with `level` the number a code stands for: an unsigned int, an entry of the codebook, or a float.
+
+    codes: `[B, n, H, w]`: uint8, `w = ceil(D bits / 8)`; with bits 0 the rows themselves, w = D.
+    scale, zero: `[B, n, H, ceil(D / group)]` of a group of channels of one token, or with `form.channel` `[B, m, H, D]`
+        of every channel of a group of tokens; any float dtype.
+    group_of: with `form.channel` int32 `[B, n]`, the group of tokens that each belongs to.
+    codebook: fp32 `[2 ** bits]`, or `[1 or H, 2 ** bits]`: ascending.
+    outliers, places: `[B, o]`, numbers kept as they are, and where: int32 `(t H + h) D + d`, ascending, -1 (first) for
+        none.
+    left, right, part_of: `[B, n, H, rank]`, `[B, F, H, rank, D]`, int32 `[B, n]`: a low-rank residual per head, found
+        for tokens in F parts.
+    norm: `[B, n, H]`.
+    Filler rows hold anything finite.
+    """
+
+    form: RowForm
+    codes: T
+    scale: T
+    zero: T | None = None
+    group_of: T | None = None
+    codebook: T | None = None
+    outliers: T | None = None
+    places: T | None = None
+    left: T | None = None
+    right: T | None = None
+    part_of: T | None = None
+    norm: T | None = None
+
+    @property
+    def extras(self) -> dict[str, T]:
+        """The optional tensors that are there, in the order operators take them."""
+        return {name: tensor for name in ROW_EXTRAS if (tensor := getattr(self, name)) is not None}
+
+
+def row_extras(form: RowForm) -> tuple[str, ...]:
+    """Which optional tensors a block of `Rows` has, in the order operators take them."""
+    there = {
+        "zero": form.zero,
+        "group_of": form.channel,
+        "codebook": form.codebook,
+        **dict.fromkeys(("outliers", "places"), form.outliers),
+        **dict.fromkeys(("left", "right", "part_of"), form.rank > 0),
+        "norm": form.norm,
+    }
+    return tuple(name for name in ROW_EXTRAS if there[name])
 
 
 @dataclass(frozen=True)
 class Segment(Generic[T]):
-    """Tokens of one modality as a low-rank matrix, the sum of `blocks`."""
+    """Tokens of one modality as a low-rank matrix, the sum of `blocks`; or one block of `Rows`."""
 
-    blocks: tuple[Block[T], ...]
+    blocks: tuple[Block[T] | Rows[T], ...]
 
 
 @dataclass(frozen=True)
@@ -94,24 +200,33 @@ class PackedParts(Generic[T]):
     angles: Angles[T] | None = None
 
     @property
-    def blocks(self) -> list[Block[T]]:
+    def blocks(self) -> list[Block[T] | Rows[T]]:
         return [block for segment in self.segments for block in segment.blocks]
 
     @property
     def coefficients(self) -> list[T]:
-        return [block.coefficient for block in self.blocks]
+        """What operators take as `coefficients`: of a block of `Rows` its codes."""
+        return [block.codes if isinstance(block, Rows) else block.coefficient for block in self.blocks]
 
     @property
     def bases(self) -> list[T]:
-        return [block.basis for block in self.blocks]
+        """What operators take as `bases`: of a block of `Rows` its scale."""
+        return [block.scale if isinstance(block, Rows) else block.basis for block in self.blocks]
 
     @property
     def scales(self) -> list[T]:
-        return [block.scale for block in self.blocks if block.scale is not None]
+        """What operators take as `scales`: of low-rank blocks with codes their scale, of `Rows` the extras."""
+        found: list[T] = []
+        for block in self.blocks:
+            if isinstance(block, Rows):
+                found += block.extras.values()
+            elif block.scale is not None:
+                found.append(block.scale)
+        return found
 
     @property
     def owners(self) -> list[T]:
-        return [block.owner for block in self.blocks if block.owner is not None]
+        return [block.owner for block in self.blocks if isinstance(block, Block) and block.owner is not None]
 
     @property
     def layout(self) -> list[int]:
@@ -126,9 +241,18 @@ class PackedParts(Generic[T]):
         return self.angles.cos, self.angles.sin, self.angles.interleaved, self.angles.axes
 
 
-def kind(block: Block[T]) -> int:
-    """How a block is stored, as operators take it: its bits, and `OWNED`."""
-    return block.bits | (OWNED if block.owner is not None else 0)
+def kind(block: Block[T] | Rows[T]) -> int:
+    """How a block is stored, as operators take it: formats and flags in one int."""
+    if isinstance(block, Rows):
+        return block.form.kind
+    basis_bits = block.bits if block.basis_bits is None else block.basis_bits
+    flags = (OWNED if block.owner is not None else 0) | (ASYMMETRIC if block.asymmetric else 0)
+    return block.bits | flags | basis_bits << _BASIS_SHIFT
+
+
+def formats(kind: int) -> tuple[int, int]:
+    """Formats of coefficient and basis of a low-rank block of this kind."""
+    return kind & 15, kind >> _BASIS_SHIFT & 15
 
 
 def layout(kinds: Sequence[Sequence[int]]) -> list[int]:
