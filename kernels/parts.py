@@ -8,11 +8,11 @@ padding included, and those folded since) followed by the tokens appended after 
 
 A segment is either a low-rank matrix, the sum of one or more *blocks* `coefficient @ basis`, or one block of `Rows`:
 tokens as they are, in fewer bits. The tail holds rows as they are, the `m` placed tokens that were not worth packing
-first. `index` maps slots to logical positions and `slot` maps back; padding and evicted tokens have no slot, and samples
-with fewer tokens than their neighbours have filler slots (`index == -1`).
+first. `index` maps slots to logical positions and `slot` maps back; padding and evicted tokens have no slot, and
+samples with fewer tokens than their neighbours have filler slots (`index == -1`).
 
-A low-rank segment's first block covers all its tokens. Later blocks hold further columns, of lower singular values, with
-bits of their own, and may cover only the segment's first tokens: those that are worth more columns come first.
+A low-rank segment's first block covers all its tokens. Later blocks hold further columns, of lower singular values,
+with bits of their own, and may cover only the segment's first tokens: those that are worth more columns come first.
 
 Keys and values of a layer hold the same tokens in the same slots, but may have different numbers of them in segments:
 the value tail then has `packed keys + key length - packed values` rows.
@@ -31,8 +31,8 @@ T = TypeVar("T")
 #: Formats of eight bits in floating point, where a number of bits is expected: 4 exponent and 3 mantissa bits, 5 and 2.
 E4M3, E5M2 = 9, 10
 
-#: Set in what operators take as a block's kind (`kind`): samples find their basis by `owner`; zero points beside scales;
-#: a block of `Rows`.
+#: Set in what operators take as a block's kind (`kind`): samples find their basis by `owner`; zero points beside
+#: scales; a block of `Rows`.
 OWNED, ASYMMETRIC, ROWS = 1 << 4, 1 << 5, 1 << 6
 #: Where the format of the basis stands in the kind of a low-rank block.
 _BASIS_SHIFT = 8

@@ -15,7 +15,10 @@ order of the list, because each works on what the one before leaves:
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+#: What attention may be asked to remember; see `Observation`.
+Statistic = Literal["sum", "last", "pivotal"]
 
 
 class Stage(enum.IntEnum):
@@ -33,16 +36,20 @@ class Stage(enum.IntEnum):
 class Observation:
     """What attention is asked to remember about every stored token, one fp32 number a token.
 
-    kind: with A the attention weights of a query, averaged over the query heads of a KV head (or over all heads where
-        heads keep the same tokens):
-        `"sum"`: `I <- I + sum_q A`, over all prompt queries and every later one.
-        `"last"`: the row of the newest query alone.
-        `"pivotal"`: how many of the last `window` prompt queries, and of all later queries, gave it `A >= 1 / t`, with t
-        the tokens a query could see.
+    With A the attention weights of a query, averaged over the query heads of a KV head, or over all heads where heads
+    keep the same tokens:
+
+        "sum"      I <- I + sum_q A, over all prompt queries and every later one
+        "last"     the row of the newest query alone
+        "pivotal"  how many of the last `window` prompt queries, and of all later ones, gave it A >= 1 / t,
+                   t the tokens a query could see
+
+    kind: of these; text: of tokens that are known not to be vision tokens, None: the same.
     window: prompt queries that count, the last so many; None: all.
     """
 
-    kind: str
+    kind: Statistic
+    text: Statistic | None = None
     window: int | None = None
 
 
