@@ -92,6 +92,53 @@ class SharedAngles:
 
         return self._memo.derive("folded", count, 0, derive)
 
+    def dropped(self, count: int) -> "SharedAngles":
+        """Without the first `count` tail rows, which are packed as they are."""
+        if self.tail is None or not count:
+            return self
+
+        def derive() -> SharedAngles:
+            cos, sin = self.tail_rows()
+            return SharedAngles(self.packed, ((cos[:, count:].clone(), sin[:, count:].clone()),))
+
+        return self._memo.derive("dropped", count, 0, derive)
+
+    def taken(self, packed: Tensor, tail: Tensor) -> "SharedAngles":
+        """Of some packed slots and some tail rows, int64 `[B, n]` each, -1 for filler; for one layer.
+
+        Slots beyond those that have angles, which are not rotated, have none in `packed` either.
+        """
+        known = self.slots
+        covered = packed if packed.shape[1] <= known else packed[:, : int((packed < known).all(0).sum())]
+        made = self.reordered(covered.clamp(min=0))
+        if self.tail is None:
+            return made
+        rows = (_rows(each.expand(tail.shape[0], -1, -1), tail) for each in self.tail_rows())
+        return SharedAngles(made.packed, (tuple(rows),))  # type: ignore[arg-type]
+
+    def apart(self, heads: int) -> "SharedAngles":
+        """Of every sample's heads; one sample stands for all."""
+        return self._memo.derive(
+            "apart",
+            heads,
+            0,
+            lambda: self._map(lambda each: each if each.shape[0] == 1 else each.repeat_interleave(heads, 0)),
+        )
+
+    def woken(self, axes: Tensor | None, counts: Sequence[int], more: Sequence[int]) -> "SharedAngles":
+        """Of packed slots with resting ones behind those of each segment; axes: of the resting ones, in turn."""
+        own = self.packed.axes
+        assert own is not None and axes is not None
+        pairs = zip(own.split(list(counts), 2), axes.split(list(more[: len(counts)]), 2), strict=True)
+        joined = torch.cat([each for pair in pairs for each in pair], 2)
+        angles = Angles(self.packed.cos, self.packed.sin, joined, self.packed.interleaved)
+        return SharedAngles(angles, self.tail)
+
+    @property
+    def slots(self) -> int:
+        """How many packed slots have angles: the first ones; others are not rotated."""
+        return self.packed.cos.shape[1] if self.packed.axes is None else self.packed.axes.shape[2]
+
     def reordered(self, order: Tensor) -> "SharedAngles":
         """Of packed slots in another order, int64 `[B, N]`; for one layer, which takes rows of the tables all share."""
         angles, batch = self.packed, order.shape[0]

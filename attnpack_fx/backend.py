@@ -117,7 +117,7 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
         fake = node.meta.get("example_value")
         if isinstance(fake, PackedTensor):
             state.packed[node] = PackedInput(
-                node, position, fake.form, fake.named, tail=fake.rows, length=fake.sizes.shape[1]
+                node, position, fake.form, fake.held.named, tail=fake.rows, length=fake.sizes.shape[1]
             )
     return state
 

@@ -1,6 +1,7 @@
 """From the outputs of a compiled graph to what its caller gets: packed results are put together."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -8,10 +9,11 @@ from torch import Tensor
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.held import Held
 from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.passes.asks import acting, keeps_angles
+from attnpack_fx.passes.method import Stage
 from attnpack_fx.passes.state import Grown, OutputSpec, Packed, Plain
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
-from attnpack_fx.regrouping import weighed
 from attnpack_fx.storing import after, squares_of, store
 from attnpack_fx.tail import TailBuffer
 
@@ -46,15 +48,15 @@ class Collector:
             packed = packed.turned(angles.appended(cos, sin))
         elif angles is not None and angles.tail is not None:
             packed = packed.turned(angles.untracked())
-        if spec.importance is not None:
-            packed = packed.attended(self._results[spec.importance])
         return packed
 
     def _assembled(self, spec: Packed) -> PackedTensor:
         results = self._results
         indices = [results[number] for number in spec.indices]
         if spec.slot not in self._placements:
-            placed = Placement.from_plan(indices, results[spec.slot])
+            vision = None if spec.vision is None else results[spec.vision].expand(results[spec.slot].shape)
+            evicts = bool(acting(self._policy.passes, Stage.EVICT))
+            placed = Placement.from_plan(indices, results[spec.slot], vision, evicts=evicts)
             # Layers of different ranks decide for themselves whether packing pays, and mostly decide alike.
             alike = (known for known in self._placements.values() if known.same_as(placed))
             self._placements[spec.slot] = next(alike, placed)
@@ -73,11 +75,13 @@ class Collector:
             modalities.append(name)
             losses += [] if loss is None else [(name, loss)]
         packed = sum(segment.blocks[0].coefficient.shape[1] for segment in segments)
-        angles = None if spec.angles is None or not packed else self._angles_of(spec, packed)
+        wanted = packed or keeps_angles(self._policy)
+        angles = None if spec.angles is None or not wanted else self._angles_of(spec, packed)
         made = Held(tuple(segments), tuple(modalities), self._placements[spec.slot], angles, losses=tuple(losses))
         rows: Tensor = results[spec.tail]
-        tensor = PackedTensor(made, TailBuffer(rows).lease(rows.shape[0]))
-        return weighed(tensor, self._policy) if spec.keys else tensor
+        if spec.heads:
+            made, rows = _apart(made, spec.heads), rows.flatten(1, 2)[:, :, None]
+        return PackedTensor(made, TailBuffer(rows).lease(rows.shape[0]))
 
     def _angles_of(self, spec: Packed, packed: int) -> SharedAngles:
         assert spec.angles is not None
@@ -85,6 +89,12 @@ class Collector:
         known = spec.angles, id(placement), packed
         if known not in self._angles:
             cos, sin = (self._results[number] for number in spec.angles)
-            keep = self._policy.fold_every is not None
+            keep = keeps_angles(self._policy)
             self._angles[known] = SharedAngles.of_prompt(cos, sin, placement.index, packed, spec.interleaved, keep)
         return self._angles[known]
+
+
+def _apart(held: Held, heads: int) -> Held:
+    """What holds no factors, with every KV head a sample of its own."""
+    angles = None if held.angles is None else held.angles.apart(heads)
+    return replace(held, placement=held.placement.apart(heads), angles=angles, heads=heads)

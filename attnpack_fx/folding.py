@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnpack_fx.held import Held, Loss
+from attnpack_fx.coding import turned_back
+from attnpack_fx.held import Loss
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.kernels.parts import Block, Segment
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT
@@ -59,10 +59,7 @@ def _fold(packed: PackedTensor, count: int, rank: int) -> PackedTensor:
     held, tail = packed.held, packed.lease.buffer.rows[: packed.lease.length]
     rows, angles = tail[:count], held.angles
     if angles is not None:
-        cos, sin = (each[:, :count].float().transpose(0, 1)[:, :, None] for each in angles.tail_rows())
-        norm = cos.square() + sin.square()  # not 1 where attention is scaled by rotary embedding, as in YaRN
-        rows = rotate(rows.float(), cos / norm, -sin / norm, angles.packed.interleaved)
-        angles = angles.folded(count)
+        rows, angles = turned_back(rows, packed), angles.folded(count)
     # Filler, and what a crop left behind, which is no token any more.
     gone = held.placement.index[:, held.packed :][:, :count].T < 0
     rows = torch.cat([rows[: len(gone)].masked_fill(gone[:, :, None, None], 0), rows[len(gone) :]])
@@ -80,13 +77,13 @@ def _fold(packed: PackedTensor, count: int, rank: int) -> PackedTensor:
     losses[TEXT] = Loss(before.squares + rows.double().square().sum((0, 2, 3)), before.bound + dropped.double())
     # Placed rows that were dense keep their slots, which now belong to the segment; appended ones are placed.
     placement = held.placement if count <= held.kept else held.placement.extend(count - held.kept)
-    folded = Held(
-        (*segments[:-1], Segment((Block(coefficient, basis),))),
-        modalities,
-        placement,
-        angles,
-        held.reserve,
-        tuple(losses.items()),
+    folded = replace(
+        held,
+        segments=(*segments[:-1], Segment((Block(coefficient, basis),))),
+        modalities=modalities,
+        placement=placement,
+        angles=angles,
+        losses=tuple(losses.items()),
     )
     left = tail[count:]
     lease = allocate(left, left.shape[0]).lease(left.shape[0])

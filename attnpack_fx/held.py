@@ -1,7 +1,7 @@
 """What a packed tensor holds besides its tail: segments, where their tokens are, and what reading them takes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,8 +9,27 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.kernels.parts import OWNED, Angles, AnglesForm, Block, Form, Segment, kind
+from attnpack_fx.kernels.parts import (
+    ASYMMETRIC,
+    OWNED,
+    ROWS,
+    Angles,
+    AnglesForm,
+    Block,
+    Form,
+    RowForm,
+    Rows,
+    Segment,
+    code_bytes,
+    formats,
+    kind,
+    row_extras,
+)
 from attnpack_fx.placement import Placement
+from attnpack_fx.resting import Resting
+
+#: What a segment of `Rows` is called among the modalities: it holds tokens of any.
+ROW_SEGMENT = "rows"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +57,14 @@ class Loss:
 class Held:
     """The packed part of a key or value tensor; immutable, shared by every handle with the same packed part.
 
-    segments, modalities: low-rank parts in slot order, and `"vision"` or `"text"` for each.
+    segments, modalities: in slot order, low-rank ones first; `"vision"` or `"text"`, or `ROW_SEGMENT`, for each.
     placement: where each placed token is stored; angles: of keys stored before rotary embedding.
     reserve: of every block of the first segment, the coefficients of the tokens that it does not cover, kept for when
         attention turns to them; empty when nothing is in reserve.
     losses: what is known about the error of each modality's segment; closed: whether it takes no more folds.
+    heads: 0, or the number of KV heads, each of which keeps tokens of its own (`Form.heads`).
+    resting: what is held besides, and not read at present.
+    pinned: how many of the oldest tail rows stay dense whatever else is coded or merged.
     """
 
     segments: tuple[Segment[Tensor], ...]
@@ -52,11 +74,14 @@ class Held:
     reserve: tuple[Tensor, ...] = ()
     losses: tuple[tuple[str, Loss], ...] = ()
     closed: bool = False
+    heads: int = 0
+    resting: "Resting | None" = None
+    pinned: int = 0
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Slots of each segment."""
-        return tuple(segment.blocks[0].coefficient.shape[1] for segment in self.segments)
+        return tuple(tokens_of(segment.blocks[0]) for segment in self.segments)
 
     @cached_property
     def packed(self) -> int:
@@ -69,8 +94,13 @@ class Held:
         return self.placement.index.shape[1] - self.packed
 
     @property
-    def blocks(self) -> list[Block[Tensor]]:
+    def blocks(self) -> list[Block[Tensor] | Rows[Tensor]]:
         return [block for segment in self.segments for block in segment.blocks]
+
+    @property
+    def factors(self) -> list[Block[Tensor]]:
+        """The low-rank blocks."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     @cached_property
     def forms(self) -> tuple[Form, Form]:
@@ -87,6 +117,8 @@ class Held:
             tuple(tuple(is_shared(block) for block in segment.blocks) for segment in self.segments),
             self.placement.ragged,
             angles,
+            tuple(_spec(block) for block in self.blocks if isinstance(block, Rows)),
+            self.heads,
         )
         return plain, replace(plain, weighed=True)
 
@@ -102,6 +134,10 @@ class Held:
         """The tensors a compiled graph takes, by name."""
         found = {"index": self.placement.index, "slot": self.placement.slot}
         for number, block in enumerate(self.blocks):
+            if isinstance(block, Rows):
+                found[f"coefficient_{number}"], found[f"basis_{number}"] = block.codes, block.scale
+                found |= {f"{name}_{number}": tensor for name, tensor in block.extras.items()}
+                continue
             found[f"coefficient_{number}"], found[f"basis_{number}"] = block.coefficient, block.basis
             if block.scale is not None:
                 found[f"scale_{number}"] = block.scale
@@ -117,17 +153,22 @@ class Held:
         """Every tensor that takes memory."""
         angles = [] if self.angles is None else self.angles.tensors
         losses = [each for _, loss in self.losses for each in (loss.squares, loss.bound)]
-        return [*self.named.values(), *angles, *self.reserve, *losses]
+        resting = [] if self.resting is None else self.resting.tensors
+        return [*self.named.values(), *self.placement.tensors, *angles, *self.reserve, *losses, *resting]
 
     def select(self, rows: Tensor) -> "Held":
         """The samples `rows` (int64 `[B']`) of the batch, copied; what samples share they go on sharing."""
         shared = self.forms[0].shared
 
-        def chosen(block: Block[Tensor], alike: bool) -> Block[Tensor]:
+        def chosen(block: Block[Tensor] | Rows[Tensor], alike: bool) -> Block[Tensor] | Rows[Tensor]:
+            if isinstance(block, Rows):
+                return map_rows(block, lambda name, part: part if name == "codebook" else part.index_select(0, rows))
             owner = None if block.owner is None else block.owner.index_select(0, rows)
             basis = block.basis if alike or owner is not None else block.basis.index_select(0, rows)
             scale = None if block.scale is None else block.scale.index_select(0, rows)
-            return Block(block.coefficient.index_select(0, rows), basis, scale, block.bits, owner)
+            return replace(
+                block, coefficient=block.coefficient.index_select(0, rows), basis=basis, scale=scale, owner=owner
+            )
 
         segments = tuple(
             Segment(tuple(map(chosen, segment.blocks, alike)))
@@ -140,6 +181,7 @@ class Held:
             angles=None if self.angles is None else self.angles.select(rows),
             reserve=tuple(each.index_select(0, rows) for each in self.reserve),
             losses=tuple((name, loss.map(lambda each: each.index_select(0, rows))) for name, loss in self.losses),
+            resting=None if self.resting is None else self.resting.select(rows),
         )
 
     def map(self, function: Callable[[Tensor], Tensor], to: torch.device | None = None) -> "Held":
@@ -148,13 +190,19 @@ class Held:
         def moved(tensor: Tensor) -> Tensor:
             return tensor if to is None else tensor.to(to)
 
-        def applied(block: Block[Tensor]) -> Block[Tensor]:
+        def copied(name: str, part: Tensor, bits: int) -> Tensor:
+            number = name not in ("group_of", "places", "part_of", "codebook") and (name != "codes" or not bits)
+            return function(part) if number else moved(part).clone()
+
+        def applied(block: Block[Tensor] | Rows[Tensor]) -> Block[Tensor] | Rows[Tensor]:
+            if isinstance(block, Rows):
+                return map_rows(block, lambda name, part: copied(name, part, block.form.bits))
             owner = None if block.owner is None else moved(block.owner)
-            if block.bits:
-                assert block.scale is not None
-                codes, basis, scale = (moved(part).clone() for part in (block.coefficient, block.basis, block.scale))
-                return Block(codes, basis, scale, block.bits, owner)
-            return Block(function(block.coefficient), function(block.basis), owner=owner)
+            scale = None if block.scale is None else moved(block.scale).clone()
+            bits, basis_bits = formats(kind(block))
+            coefficient = moved(block.coefficient).clone() if bits else function(block.coefficient)
+            basis = moved(block.basis).clone() if basis_bits else function(block.basis)
+            return replace(block, coefficient=coefficient, basis=basis, scale=scale, owner=owner)
 
         return replace(
             self,
@@ -163,6 +211,7 @@ class Held:
             angles=self.angles if to is None or self.angles is None else self.angles.to(to),
             reserve=tuple(moved(each) if each.dtype == torch.uint8 else function(each) for each in self.reserve),
             losses=tuple((name, loss.map(moved)) for name, loss in self.losses),
+            resting=None if self.resting is None else self.resting.map(function, to),
         )
 
     def join(self, others: Sequence["Held"]) -> "Held | None":
@@ -171,18 +220,20 @@ class Held:
         Only for segments of one block each, as it is and not shared, with nothing in reserve.
         """
         every = [self, *others]
-        plain = ((0,),) * len(self.segments), ((False,),) * len(self.segments)
+        plain = ((0,),) * len(self.segments), ((False,),) * len(self.segments), (), self.heads
         turned = [None if held.angles is None else held.angles.packed.interleaved for held in every]
         for held in every:
             form = held.forms[0]
-            if held.modalities != self.modalities or (form.kinds, form.shared) != plain or held.reserve:
+            if held.modalities != self.modalities or held.reserve or held.resting or held.pinned:
+                return None
+            if (form.kinds, form.shared, form.rows, form.heads) != plain:
                 return None
         if len(set(turned)) > 1:
             return None
         counts = [held.counts for held in every]
         segments = tuple(
             Segment((Block(stacked([b.coefficient for b in alike]), stacked([b.basis for b in alike])),))
-            for alike in zip(*(held.blocks for held in every), strict=True)
+            for alike in zip(*(held.factors for held in every), strict=True)
         )
         angles = None
         if self.angles is not None:
@@ -191,35 +242,51 @@ class Held:
         placement = self.placement.join([held.placement for held in others], counts)
         losses = _joined([dict(held.losses) for held in every])
         closed = any(held.closed for held in every)
-        return Held(segments, self.modalities, placement, angles, losses=losses, closed=closed)
+        return Held(segments, self.modalities, placement, angles, losses=losses, closed=closed, heads=self.heads)
 
     def state(self) -> dict[str, Any]:
         """Everything, in plain containers and tensors; `from_state` is the inverse."""
         angles = self.angles
         return {
-            "segments": [
-                [(block.coefficient, block.basis, block.scale, block.bits, block.owner) for block in segment.blocks]
-                for segment in self.segments
-            ],
+            "segments": [[_plain(block) for block in segment.blocks] for segment in self.segments],
             "modalities": list(self.modalities),
-            "placement": (self.placement.index, self.placement.slot, self.placement.ragged),
+            "placement": self.placement.state(),
             "angles": None if angles is None else angles.state(),
             "reserve": list(self.reserve),
             "losses": [(name, loss.squares, loss.bound) for name, loss in self.losses],
             "closed": self.closed,
+            "heads": self.heads,
+            "resting": None if self.resting is None else _fields(self.resting),
+            "pinned": self.pinned,
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Held":
         return cls(
-            tuple(Segment(tuple(Block(*block) for block in blocks)) for blocks in state["segments"]),
+            tuple(Segment(tuple(map(_block, blocks))) for blocks in state["segments"]),
             tuple(state["modalities"]),
             Placement(*state["placement"]),
             None if state["angles"] is None else SharedAngles.from_state(state["angles"]),
             tuple(state["reserve"]),
             tuple((name, Loss(squares, bound)) for name, squares, bound in state["losses"]),
             state["closed"],
+            state["heads"],
+            None if state["resting"] is None else Resting(**state["resting"]),
+            state["pinned"],
         )
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _plain(block: Block[Tensor] | Rows[Tensor]) -> dict[str, Any]:
+    held = _fields(block)
+    return held | {"form": _fields(block.form)} if isinstance(block, Rows) else held
+
+
+def _block(held: dict[str, Any]) -> Block[Tensor] | Rows[Tensor]:
+    return Rows(**held | {"form": RowForm(**held["form"])}) if "form" in held else Block(**held)
 
 
 def _joined(losses: Sequence[dict[str, Loss]]) -> tuple[tuple[str, Loss], ...]:
@@ -242,14 +309,42 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def is_shared(block: Block[Tensor]) -> bool:
+def tokens_of(block: Block[Tensor] | Rows[Tensor]) -> int:
+    """How many tokens a block covers."""
+    return (block.codes if isinstance(block, Rows) else block.coefficient).shape[1]
+
+
+def map_rows(block: Rows[Tensor], function: Callable[[str, Tensor], Tensor]) -> Rows[Tensor]:
+    """Rows with another tensor for every one, by its name."""
+    return replace(block, **{name: function(name, tensor) for name, tensor in block.tensors.items()})
+
+
+def is_shared(block: Block[Tensor] | Rows[Tensor]) -> bool:
     """Whether all samples have one basis."""
+    if isinstance(block, Rows):
+        return False
     return block.owner is None and block.basis.shape[0] != block.coefficient.shape[0]
 
 
-def _sizes(block: Block[Tensor]) -> list[int]:
+#: Tensors of `Rows` whose second dim is not the number of tokens, each with a size of its own.
+_OTHER_SIZES = ("outliers", "right")
+
+
+def _sizes(block: Block[Tensor] | Rows[Tensor]) -> list[int]:
+    if isinstance(block, Rows):
+        varying = [block.scale] if block.form.channel else []
+        varying += [block.extras[name] for name in _OTHER_SIZES if name in block.extras]
+        return [block.codes.shape[1], *(tensor.shape[1] for tensor in varying)]
     bases = [] if block.owner is None else [block.basis.shape[0]]
     return [block.coefficient.shape[1], rank_of(block), *bases]
+
+
+def _spec(block: Rows[Tensor]) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+    """Dtypes and fixed dims of a block, by name: all of a codebook, of others those beyond samples and tokens."""
+    return tuple(
+        (name, tensor.dtype, tuple(tensor.shape) if name == "codebook" else tuple(tensor.shape[2:]))
+        for name, tensor in block.tensors.items()
+    )
 
 
 def rank_of(block: Block[Tensor]) -> int:
@@ -264,27 +359,21 @@ def fake_parts(
 
     rows: a tail `[rows, B, H, D]`; sizes: `Held.sizes`.
     """
-    _, batch, heads, dim = rows.shape
+    batch = rows.shape[1]
     slots, placed, *varying = sizes
-    remaining = iter(varying)
+    remaining, specs = iter(varying), iter(form.rows)
     packed = 0
     segments = []
     for kinds_of, shared_of in zip(form.kinds, form.shared, strict=True):
-        blocks: list[Block[Tensor]] = []
+        blocks: list[Block[Tensor] | Rows[Tensor]] = []
         for stored, shared in zip(kinds_of, shared_of, strict=True):
-            tokens, rank = next(remaining), next(remaining)
-            packed += 0 if blocks else tokens
-            bits, samples, owner = stored & ~OWNED, 1 if shared else batch, None
-            if stored & OWNED:
-                samples, owner = next(remaining), rows.new_empty((batch,), dtype=torch.int64)
-            if bits:
-                codes = rows.new_empty((batch, tokens, -(-rank * bits // 8)), dtype=torch.uint8)
-                basis = rows.new_empty((samples, heads, rank, -(-dim * bits // 8)), dtype=torch.uint8)
-                scale = rows.new_empty((batch, 2, rank), dtype=torch.float32)
-                blocks.append(Block(codes, basis, scale, bits, owner))
+            block: Block[Tensor] | Rows[Tensor]
+            if stored & ROWS:
+                block = _fake_rows(stored, next(specs), rows, remaining)
             else:
-                factors = rows.new_empty((batch, tokens, rank)), rows.new_empty((samples, heads, rank, dim))
-                blocks.append(Block(*factors, owner=owner))
+                block = _fake_factors(stored, shared, rows, remaining)
+            packed += 0 if blocks else tokens_of(block)
+            blocks.append(block)
         segments.append(Segment(tuple(blocks)))
     index, slot = (rows.new_empty((batch, size), dtype=torch.int64) for size in (slots, placed))
     angles = None
@@ -297,3 +386,35 @@ def fake_parts(
             axes = rows.new_empty((batch if own.own_axes else 1, own.axes, packed), dtype=torch.int64)
         angles = Angles(cos, sin, axes, own.interleaved)
     return tuple(segments), index, slot, angles
+
+
+def _fake_factors(stored: int, shared: bool, rows: Tensor, remaining: Iterator[int]) -> Block[Tensor]:
+    _, batch, heads, dim = rows.shape
+    tokens, rank = next(remaining), next(remaining)
+    (bits, basis_bits), samples, owner, scale = formats(stored), 1 if shared else batch, None, None
+    asymmetric = bool(stored & ASYMMETRIC)
+    if stored & OWNED:
+        samples, owner = next(remaining), rows.new_empty((batch,), dtype=torch.int64)
+    coefficient = rows.new_empty((batch, tokens, rank))
+    basis = rows.new_empty((samples, heads, rank, dim))
+    if bits:
+        coefficient = rows.new_empty((batch, tokens, code_bytes(rank, bits)), dtype=torch.uint8)
+    if basis_bits:
+        basis = rows.new_empty((samples, heads, rank, code_bytes(dim, basis_bits)), dtype=torch.uint8)
+    if bits or basis_bits:
+        scale = rows.new_empty((batch, 4 if asymmetric else 2, rank), dtype=torch.float32)
+    return Block(coefficient, basis, scale, bits, owner, basis_bits, asymmetric)
+
+
+def _fake_rows(stored: int, spec: Any, rows: Tensor, remaining: Iterator[int]) -> Rows[Tensor]:
+    form, tokens = RowForm.of(stored), next(remaining)
+    sizes = {"scale": next(remaining)} if form.channel else {}
+    sizes |= {name: next(remaining) for name in _OTHER_SIZES if name in row_extras(form)}
+    if "outliers" in sizes:
+        sizes["places"] = sizes["outliers"]
+
+    def made(name: str, dtype: torch.dtype, dims: tuple[int, ...]) -> Tensor:
+        shape = dims if name == "codebook" else (rows.shape[1], sizes.get(name, tokens), *dims)
+        return rows.new_empty(shape, dtype=dtype)
+
+    return Rows(form, **{name: made(name, dtype, dims) for name, dtype, dims in spec})

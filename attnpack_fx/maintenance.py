@@ -1,21 +1,48 @@
-"""What a packed cache needs between two calls of a model: regrouping by importance, and folds of the dense tail."""
+"""What a packed cache needs between two calls of a model, stage after stage (`passes/method.py` has their order)."""
 
-from attnpack_fx import folding, regrouping
-from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.passes.storage import Stored
+from collections.abc import Sequence
+
+from attnpack_fx import coding, evicting, folding, merging, observing, regrouping, selecting
+from attnpack_fx.cached_layer import CachedLayer
+from attnpack_fx.passes.asks import acting
+from attnpack_fx.passes.method import Stage
 from attnpack_fx.policy import PackPolicy
 
 
-def maintain(
-    key: PackedTensor, value: PackedTensor, added: int, text: Stored | None, policy: PackPolicy
-) -> tuple[PackedTensor, PackedTensor]:
-    """Keys and values of one layer, after `added` new tokens, with all done that they have made due.
+def maintain(layers: Sequence[CachedLayer], policy: PackPolicy) -> None:
+    """Do with the layers of one call all that it has made due."""
+    if not layers:
+        return
+    active = [layer for layer in layers if not layer.skipped]
+    for layer in layers:
+        observing.observe(layer, policy)
+        if not layer.prefill:
+            _regroup_and_fold(layer, policy)
+    for method in acting(policy.passes, Stage.EVICT):
+        for layer in active:
+            evicting.evict(layer, method)
+    for method in acting(policy.passes, Stage.SELECT):
+        for layer in active:
+            selecting.select(layer, method)
+    codings = acting(policy.passes, Stage.ROWS)
+    merged: set[int | None] = set()
+    for method in acting(policy.passes, Stage.MERGE):
+        numbered = {layer.number: layer for layer in active}
+        for lower, upper in method.pairs(len(layers)):
+            if lower in numbered and upper in numbered:
+                merging.merge(numbered[lower], numbered[upper], method, codings[0] if codings else None)
+                merged |= {lower, upper}
+    for method in codings:
+        for layer in active:
+            if layer.number not in merged:
+                coding.code(layer, method)
 
-    text: how the layer stores text.
-    """
-    if policy.partial is not None and regrouping.is_due(key, value, added, policy.partial):
+
+def _regroup_and_fold(layer: CachedLayer, policy: PackPolicy) -> None:
+    key, value = layer.key, layer.value
+    if policy.partial is not None and regrouping.is_due(key, value, layer.added, policy.partial):
         key, value = regrouping.regroup(key, value, policy.partial)
     count = folding.due(key, policy)
-    if count and text is not None:
-        key, value = folding.fold(key, value, count, text, policy.max_fold_error)
-    return key, value
+    if count and layer.text is not None:
+        key, value = folding.fold(key, value, count, layer.text, policy.max_fold_error)
+    layer.key, layer.value = key, value

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.held import Held, fake_parts, rank_of, stacked
+from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts, rank_of, stacked
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment
 from attnpack_fx.placement import Placement
@@ -34,7 +34,10 @@ class PackedTensor(torch.Tensor):
 
     held: the packed part: segments, where each token is stored, rotary embedding.
     lease: the dense tail's rows; `lease.length` of them hold tokens.
-    importance: None, or fp32 `[B, N]`, how much recent queries attended to each token of the first segment.
+    importance: None, or fp32 `[B, N]`, how much queries attended to each token: of the first segment, or of all slots
+        there were at the last step (`observing.py`).
+
+    Where every KV head keeps tokens of its own (`held.heads`), a sample of these is a (sample, head) pair.
 
     Not differentiable. Saves and loads with `torch.save` / `torch.load(weights_only=True)` once `attnpack_fx` is
     imported.
@@ -57,6 +60,8 @@ class PackedTensor(torch.Tensor):
         rows = lease.buffer.rows
         if traced is None:
             _, batch, heads, dim = rows.shape
+            if held.heads:
+                batch, heads = batch // held.heads, held.heads
             size = batch, heads, held.placement.slot.shape[1] + lease.length - held.kept, dim
         else:
             size = traced[1]
@@ -104,21 +109,17 @@ class PackedTensor(torch.Tensor):
         return self.held.forms[self.importance is not None]
 
     @property
-    def named(self) -> dict[str, Tensor]:
-        """The tensors a compiled graph takes besides the tail, by name."""
-        return self.held.named if self.importance is None else self.held.named | {"importance": self.importance}
-
-    @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes memory."""
         return [*self.held.tensors, self.lease.buffer.rows, *([] if self.importance is None else [self.importance])]
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank by modality."""
+        """Rank by modality, of what is low rank."""
         return {
             name: sum(map(rank_of, segment.blocks))
             for name, segment in zip(self.modalities, self.segments, strict=True)
+            if name != ROW_SEGMENT
         }
 
     @property
@@ -126,11 +127,29 @@ class PackedTensor(torch.Tensor):
         """Stored tokens (of the longest sample) by where they are: each modality packed, and `"dense"`."""
         return dict(zip(self.modalities, self.held.counts, strict=True)) | {"dense": self.lease.length}
 
+    @property
+    def slots(self) -> int:
+        """How many slots hold tokens or filler."""
+        return self.held.packed + self.lease.length
+
+    @property
+    def positions(self) -> Tensor:
+        """Logical position of every slot, int64 `[B, slots]`, -1 for filler."""
+        appended = self.lease.length - self.held.kept
+        return self.index if not appended else self.placement.extend(appended).index
+
+    @property
+    def stored(self) -> Tensor:
+        """Which placed tokens are stored, not padding nor evicted: bool `[B, H or 1, P]`."""
+        stored = self.slot >= 0
+        return stored[:, None] if not self.held.heads else stored.unflatten(0, (-1, self.held.heads))
+
     def dense(self) -> Tensor:
-        """The dense `[B, H, T, D]` tensor this stands for; padding is zero."""
+        """The dense `[B, H, T, D]` tensor this stands for; padding and what is not read any more is zero."""
         parts = self.parts
         stored = parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot
-        return ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales, parts.owners)
+        dense = ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales, parts.owners)
+        return dense if not self.held.heads else dense.unflatten(0, (-1, self.held.heads)).squeeze(2)
 
     def grow(self, count: int) -> "PackedTensor":
         """A handle with room for `count` more tokens, whose rows the caller must write: tail rows `lease.length -
@@ -150,6 +169,8 @@ class PackedTensor(torch.Tensor):
     def append(self, new: Tensor) -> "PackedTensor":
         """`cat([self, new], dim=2)` with new `[B, H, k, D]`; self stays as it is."""
         grown = self.grow(new.shape[2])
+        if self.held.heads:
+            new = new.flatten(0, 1)[:, None]
         ops.append_([grown.lease.buffer.rows], [new], [self.lease.length])
         return grown if self.held.angles is None else grown.turned(self.held.angles.untracked())
 
@@ -163,11 +184,15 @@ class PackedTensor(torch.Tensor):
             length += tokens - placed
         if held.angles is not None:
             held = replace(held, angles=held.angles.cropped(length))
+        if held.resting is not None:
+            held = replace(held, resting=held.resting.crop(tokens))
         return self._with(held=held, lease=self.lease.buffer.lease(length))
 
     def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
-        length = self.lease.length
+        length, heads = self.lease.length, self.held.heads
+        if heads:
+            rows = (rows[:, None] * heads + torch.arange(heads, device=rows.device)).flatten()
         lease = allocate(self.lease.buffer.rows[:length].index_select(1, rows), length).lease(length)
         importance = None if self.importance is None else self.importance.index_select(0, rows)
         return PackedTensor(self.held.select(rows), lease, importance)
@@ -201,11 +226,9 @@ class PackedTensor(torch.Tensor):
         _, count, *varying = sizes.shape
         segments, index, slot, angles = fake_parts(context, rows, varying)
         shared = None if angles is None else SharedAngles(angles)
-        held = Held(segments, context.modalities, Placement(index, slot, context.ragged), shared)
-        importance = None
-        if context.weighed:
-            shape = rows.shape[1], segments[0].blocks[0].coefficient.shape[1]
-            importance = rows.new_empty(shape, dtype=torch.float32)
+        held = Held(segments, context.modalities, Placement(index, slot, context.ragged), shared, heads=context.heads)
+        # Only whether there is one matters to a graph.
+        importance = rows.new_empty((), dtype=torch.float32) if context.weighed else None
         lease = TailBuffer(rows).lease(count - SPARE_ROWS)
         return PackedTensor(held, lease, importance, (sizes, outer_size))
 
@@ -262,7 +285,7 @@ class PackedTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents=None):
         ranks = self.ranks
         held = ", ".join(
-            f"{name} {self.shape[0], count} at rank {ranks[name]}"
+            f"{name} {self.shape[0], count} " + (f"at rank {ranks[name]}" if name in ranks else "in codes")
             for name, count in zip(self.modalities, self.held.counts, strict=True)
         )
         return (
@@ -332,6 +355,9 @@ def _join(tensors):
     held = first.held.join([tensor.held for tensor in tensors[1:]])
     if len(kinds) > 1 or held is None:
         return NotImplemented
+    of_all_slots = first.importance is not None and first.importance.shape[1] != (*first.held.counts, 0)[0]
+    if of_all_slots and len({(t.held.counts, t.held.kept, t.importance.shape[1]) for t in tensors}) > 1:
+        return NotImplemented  # slots would not stay where they are
     rows = []
     kept = max(tensor.held.kept for tensor in tensors)
     for tensor in tensors:
@@ -392,8 +418,9 @@ def _zero(packed):
         return NotImplemented
     # New parts rather than zeroed ones: forks of this cache may read the old.
     zeros = packed.map(torch.zeros_like)
-    for scale in zeros.parts.scales:  # copies; codes of any value then mean zero
-        scale.zero_()
+    for block in zeros.held.factors:
+        if block.scale is not None:  # a copy; codes of any value then mean zero
+            block.scale.zero_()
     PackedTensor.__init__(packed, zeros.held, zeros.lease, zeros.importance)
     return packed
 

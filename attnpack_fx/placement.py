@@ -2,8 +2,9 @@
 alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Placement:
     index: int64 `[B, N]`, logical position of each prompt slot, -1 for filler.
     slot: int64 `[B, P]`, slot of each logical prompt position, -1 for padding.
     ragged: whether `index` holds filler.
+    vision: bool `[B, P]`, which logical positions are vision tokens, where anything asks; later ones are not.
+    absent: int64 `[B]`, how many prompt positions never had a slot, as padding has none, where anything asks.
 
     Layers share one placement. Operations that derive a new one remember the last result, so that reordering or moving
     a cache layer by
@@ -29,19 +32,54 @@ class Placement:
     index: Tensor
     slot: Tensor
     ragged: bool
+    vision: Tensor | None = None
+    absent: Tensor | None = None
     _memo: Memo = field(default_factory=Memo, repr=False)
 
     @classmethod
-    def from_plan(cls, indices: list[Tensor], slot: Tensor) -> "Placement":
-        """From the index of each segment and of the dense prompt tokens, in slot order."""
+    def from_plan(
+        cls, indices: list[Tensor], slot: Tensor, vision: Tensor | None = None, *, evicts: bool = False
+    ) -> "Placement":
+        """From the index of each segment and of the dense prompt tokens, in slot order.
+
+        evicts: whether tokens may leave later, and leave filler where samples differ.
+        """
         index = torch.cat(indices, dim=1) if len(indices) > 1 else indices[0]
-        return cls(index, slot, _has_filler(index))
+        differ = evicts and index.shape[0] > 1
+        return cls(index, slot, differ or _has_filler(index), vision, (slot < 0).sum(1) if evicts else None)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that takes memory."""
+        return [self.index, self.slot, *(each for each in (self.vision, self.absent) if each is not None)]
+
+    def state(self) -> tuple[Any, ...]:
+        """What `Placement(*state)` takes."""
+        return self.index, self.slot, self.ragged, self.vision, self.absent
+
+    def is_vision(self, position: Tensor) -> Tensor | None:
+        """Bool, of logical positions int64 `[B, n]` (-1: not); None where no modality is kept."""
+        if self.vision is None:
+            return None
+        known = self.vision.shape[1]
+        if not known:
+            return torch.zeros_like(position, dtype=torch.bool)
+        inside = (position >= 0) & (position < known)
+        return self.vision.gather(1, position.clamp(0, known - 1)) & inside
+
+    def apart(self, heads: int) -> "Placement":
+        """With every sample repeated for each of its heads."""
+
+        def derive() -> Placement:
+            return self._map(lambda each: each.repeat_interleave(heads, 0))
+
+        return self._memo.derive("apart", heads, 0, derive)
 
     def select(self, rows: Tensor) -> "Placement":
         """The samples `rows` (int64 `[B']`) of the batch."""
 
         def derive() -> Placement:
-            return Placement(self.index.index_select(0, rows), self.slot.index_select(0, rows), self.ragged)
+            return self._map(lambda each: each.index_select(0, rows))
 
         return self._memo.derive("select", rows, rows._version, derive)
 
@@ -50,7 +88,9 @@ class Placement:
 
         def derive() -> Placement:
             index = self.index.masked_fill(self.index >= tokens, -1)
-            return Placement(index, self.slot[:, :tokens].contiguous(), _has_filler(index))
+            ragged = self.ragged or _has_filler(index)
+            vision = None if self.vision is None else self.vision[:, :tokens]
+            return Placement(index, self.slot[:, :tokens].contiguous(), ragged, vision, self.absent)
 
         return self._memo.derive("crop", tokens, 0, derive)
 
@@ -61,14 +101,20 @@ class Placement:
             (batch, placed), tokens = self.index.shape, self.slot.shape[1]
             positions = torch.arange(tokens, tokens + count, device=self.index.device).expand(batch, -1)
             numbers = torch.arange(placed, placed + count, device=self.index.device).expand(batch, -1)
-            return Placement(torch.cat([self.index, positions], 1), torch.cat([self.slot, numbers], 1), self.ragged)
+            index, slot = torch.cat([self.index, positions], 1), torch.cat([self.slot, numbers], 1)
+            return Placement(index, slot, self.ragged, self.vision, self.absent)
 
         return self._memo.derive("extend", count, 0, derive)
 
     def reorder(self, order: Tensor) -> "Placement":
         """With the first slots in another order, int64 `[B, n]`; for one layer, so not remembered."""
         index = torch.cat([self.index.gather(1, order), self.index[:, order.shape[1] :]], 1)
-        return Placement(index, slots(index, self.slot.shape[1]), self.ragged)
+        return Placement(index, slots(index, self.slot.shape[1]), self.ragged, self.vision, self.absent)
+
+    def moved(self, index: Tensor) -> "Placement":
+        """With other tokens in other slots, int64 `[B, n]`; for one layer, so not remembered."""
+        ragged = self.ragged or _has_filler(index)
+        return Placement(index, slots(index, self.slot.shape[1]), ragged, self.vision, self.absent)
 
     def join(self, others: Sequence["Placement"], counts: Sequence[Sequence[int]]) -> "Placement":
         """The samples of self, then those of the others, whose prompts are as long.
@@ -87,7 +133,14 @@ class Placement:
                 widest = max(part.shape[1] for part in alike)
                 columns.append(torch.cat([_pad(part, (0, widest - part.shape[1]), value=-1) for part in alike]))
             index = torch.cat(columns, dim=1)
-            return Placement(index, slots(index, self.slot.shape[1]), _has_filler(index))
+            vision = None
+            if self.vision is not None:
+                flags = [each.vision for each in (self, *others) if each.vision is not None]
+                widest = max(each.shape[1] for each in flags)
+                vision = torch.cat([_pad(each, (0, widest - each.shape[1])) for each in flags])
+            absent = None if self.absent is None else torch.cat([each.absent for each in (self, *others)])  # type: ignore[misc]
+            ragged = self.ragged or _has_filler(index)
+            return Placement(index, slots(index, self.slot.shape[1]), ragged, vision, absent)
 
         return self._memo.derive("join", (*others, *map(tuple, counts)), 0, derive)
 
@@ -96,10 +149,13 @@ class Placement:
             return self
 
         def derive() -> Placement:
-            index = self.index.to(device, non_blocking=non_blocking)
-            return Placement(index, self.slot.to(device, non_blocking=non_blocking), self.ragged)
+            return self._map(lambda each: each.to(device, non_blocking=non_blocking))
 
         return self._memo.derive("to", device, 0, derive)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Placement":
+        more = (None if each is None else function(each) for each in (self.vision, self.absent))
+        return Placement(function(self.index), function(self.slot), self.ragged, *more)
 
     def same_as(self, other: "Placement") -> bool:
         """Whether both place every token alike (compares contents only when the objects differ)."""

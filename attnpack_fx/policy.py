@@ -17,8 +17,11 @@ from torch import Tensor
 from attnpack_fx import model_bases
 from attnpack_fx.checks import PolicyError, checked_bool, checked_int, checked_keys, is_number
 from attnpack_fx.layer_plans import checked_layers, fitted
+from attnpack_fx.methods import checked_methods, to_mapping
 from attnpack_fx.options import inductor_patches, mode_patches, normalised, unknown
 from attnpack_fx.partial import Partial, checked_partial
+from attnpack_fx.passes.asks import acting
+from attnpack_fx.passes.method import Method, Stage
 from attnpack_fx.passes.storage import Columns, KeySpace, LayerPlan, Stored
 from attnpack_fx.ranks import (
     DEFAULT_VISION_RANK,
@@ -74,6 +77,8 @@ class PackPolicy:
         share is left out gets a basis of its own. A number >= 0.
     layers: a calibrated plan, one `LayerPlan` (or a mapping with its fields) per decoder layer, instead of
         `vision_rank`, `text_rank` and `skip_layers`, which stay at their defaults.
+    passes: methods that compose with all this, such as `(FastV(), H2O(budget=0.5), Quantize(bits=4))`, or mappings such
+        as `{"method": "H2O", "budget": 0.5}`. Each acts at its own stage, whatever the order here.
     layer_count: the number of decoder layers, for graphs that do not show it.
     strict: a rewrite that fails raises; otherwise the untouched graph is compiled and the reason is logged.
 
@@ -92,6 +97,7 @@ class PackPolicy:
     bases: str = "sample"
     basis_tolerance: float = 0.1
     layers: tuple[LayerPlan, ...] | None = None
+    passes: tuple[Method, ...] = ()
     layer_count: int | None = None
     strict: bool = False
 
@@ -116,6 +122,7 @@ class PackPolicy:
             raise PolicyError(f"basis_tolerance: got {self.basis_tolerance!r}, expected a number >= 0; e.g. 0.1")
         self._set("basis_tolerance", float(self.basis_tolerance))
         self._set("layers", checked_layers(self.layers))
+        self._set("passes", checked_methods(self.passes))
         if self.layer_count is not None:
             checked_int("layer_count", self.layer_count, 1, "use None where the graph shows it")
         checked_bool("strict", self.strict)
@@ -186,7 +193,13 @@ class PackPolicy:
             seen = Stored(
                 _cut(seen.key, self.partial) if self.partial.keys else seen.key, _cut(seen.value, self.partial)
             )
+        for method in acting(self.passes, Stage.FACTORS):
+            seen, text = (None if stored is None else method.stored(stored) for stored in (seen, text))
         return LayerPlan(seen, text, key_space)
+
+    def skips(self, number: int | None, count: int | None) -> bool:
+        """Whether a layer stays dense altogether, untouched by `passes` too; arguments as in `layer`."""
+        return self._skipped(*self._place(number, count))
 
     @property
     def varies(self) -> bool:
@@ -215,6 +228,7 @@ class PackPolicy:
             values["partial"] = asdict(self.partial)
         if self.layers is not None:
             values["layers"] = [asdict(plan) for plan in self.layers]
+        values["passes"] = [to_mapping(method) for method in self.passes]
         return {name: _with_lists(value) for name, value in values.items()}
 
     @classmethod

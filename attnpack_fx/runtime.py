@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx import modality
+from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.collecting import Collector
 from attnpack_fx.kernels.parts import SPARE_ROWS
 from attnpack_fx.maintenance import maintain
@@ -21,15 +22,15 @@ from attnpack_fx.passes.state import (
     GraphState,
     Grown,
     InputSpec,
+    Layer,
     ModalityMask,
     OutputSpec,
     PaddedLength,
     Part,
     Room,
-    Size,
 )
-from attnpack_fx.passes.storage import Stored
 from attnpack_fx.policy import PackPolicy
+from attnpack_fx.regrouping import weighed
 
 log = logging.getLogger(__name__)
 
@@ -43,25 +44,42 @@ class Runtime:
         self._feeders = [_feeder(spec) for spec in state.inputs.values()]
         self._outputs: list[OutputSpec] = state.outputs
         self._pairs = state.pairs
-        self._maintained = _maintained(state) if policy.partial or policy.fold_every else []
+        self._layers = state.layers if policy.partial or policy.fold_every or policy.passes else []
         self._candidates = state.candidates
         self._carried = state.carried
         self._carries = state.carries
 
     def __call__(self, *arguments: Any) -> list[Any]:
-        for pair in self._pairs:
-            _check_pair(arguments[pair.key], arguments[pair.value])
+        for key, value in self._pairs:
+            _check_pair(arguments[key], arguments[value])
         grown: dict[int, PackedTensor] = {}
         flat = [feed(arguments, grown) for feed in self._feeders]
         results = self._compiled(*flat)
         collector = Collector(results, grown, self._policy)
         outputs = [collector.collect(spec) for spec in self._outputs]
-        for key, value, count, text in self._maintained:
-            added = count.evaluate(arguments)
-            outputs[key], outputs[value] = maintain(outputs[key], outputs[value], added, text, self._policy)
+        self._maintain(arguments, results, outputs)
         self._pack_candidates(outputs)
         self._carry(arguments, results, outputs)
         return outputs
+
+    def _maintain(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any]) -> None:
+        """Let the policy's methods act on the layers that this call has packed or grown."""
+        layers = []
+        for spec in self._layers:
+            key, value = outputs[spec.key], outputs[spec.value]
+            grown = self._outputs[spec.key]
+            if spec.count is not None:
+                added = spec.count.evaluate(arguments)
+                weights = grown.weights if isinstance(grown, Grown) else None
+                observed = None if weights is None else results[weights]
+            else:
+                key, added = weighed(key, self._policy), key.shape[2]
+                observed = None if spec.scores is None else _observed(results, spec, key)
+            prefill = spec.count is None
+            layers.append(CachedLayer(spec.number, key, value, added, prefill, spec.skipped, spec.text, observed))
+        maintain(layers, self._policy)
+        for spec, layer in zip(self._layers, layers, strict=True):
+            outputs[spec.key], outputs[spec.value] = layer.key, layer.value
 
     def _pack_candidates(self, outputs: list[Any]) -> None:
         """Pack what this graph was compiled to leave dense, when the caller states a modality after all."""
@@ -82,14 +100,16 @@ class Runtime:
             modality.carry(mask, (item for item in outputs if not isinstance(item, PackedTensor)))
 
 
-def _maintained(state: GraphState) -> list[tuple[int, int, Size, Stored | None]]:
-    """Outputs that are keys and values of one layer, grown by this call: places, by how much, how text is stored."""
-    found = {spec.position: (place, spec) for place, spec in enumerate(state.outputs) if isinstance(spec, Grown)}
-    return [
-        (found[pair.key][0], found[pair.value][0], found[pair.key][1].count, pair.text)
-        for pair in state.pairs
-        if pair.key in found and pair.value in found
-    ]
+def _observed(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor:
+    """What prefill observed, `[1 or 2, B', T]` in logical order: of every head, or their mean."""
+    scores: Tensor = results[spec.scores]
+    scores = scores if scores.dim() == 4 else scores[None]
+    if spec.observed is not None:
+        rows = results[spec.observed][:, None].expand(-1, scores.shape[2], -1)
+        # Filler goes to an extra last column, which is cut off.
+        whole = scores.new_zeros((*scores.shape[:3], key.shape[2] + 1))
+        scores = whole.scatter(3, (rows % whole.shape[3]).expand_as(scores), scores)[..., :-1]
+    return scores.flatten(1, 2) if key.held.heads else scores.mean(2)
 
 
 def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]], Any]:
@@ -99,8 +119,6 @@ def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]
     match spec:
         case Argument(position):
             return lambda arguments, grown: arguments[position]
-        case Part(position, "importance"):
-            return lambda arguments, grown: arguments[position].importance
         case Part(position, name):
             return lambda arguments, grown: arguments[position].held.named[name]
         case PaddedLength(position):
@@ -130,7 +148,7 @@ def _modality(arguments: Sequence[Any], batch: int, tokens: int) -> Tensor:
 
 
 def _check_pair(key: PackedTensor, value: PackedTensor) -> None:
-    if key.lease.length != value.lease.length or not key.placement.same_as(value.placement):
+    if key.slots != value.slots or not key.placement.same_as(value.placement):
         raise RuntimeError(
             f"keys {key} and values {value} of one layer do not hold the same tokens in the same places; "
             "pass both from the same cache, and reorder, crop or select both alike"

@@ -6,7 +6,7 @@ from torch import Tensor
 from attnpack_fx.held import Loss
 from attnpack_fx.kernels.aten.quantize import quantize
 from attnpack_fx.kernels.parts import Block, Segment
-from attnpack_fx.passes.storage import Columns
+from attnpack_fx.passes.storage import Columns, both
 
 
 def store(
@@ -33,7 +33,7 @@ def store(
         assert count != "full", "resolved before it reaches the graph"
         end = min(start + count, kept)
         if end > start or not blocks:
-            blocks.append(_block(coefficient, basis, owner, start, end, bits))
+            blocks.append(_block(coefficient, basis, owner, start, end, both(bits), columns.asymmetric))
         start = end
     loss = None
     if squares is not None:
@@ -69,15 +69,26 @@ def _rank_of(coefficient: Tensor, energy: float, squares: Tensor) -> int:
     return int(short.max()) + 1 if short.numel() else coefficient.shape[2]
 
 
-def _block(coefficient: Tensor, basis: Tensor, owner: Tensor | None, start: int, end: int, bits: int) -> Block[Tensor]:
+def _block(
+    coefficient: Tensor,
+    basis: Tensor,
+    owner: Tensor | None,
+    start: int,
+    end: int,
+    formats: tuple[int, int],
+    asymmetric: bool,
+) -> Block[Tensor]:
     whole = start == 0 and end == coefficient.shape[2]
     if not whole:
         # Copies: a view would keep the columns that are not stored.
         coefficient, basis = coefficient[:, :, start:end].clone(), basis[:, :, start:end].clone()
-    if not bits:
+    if formats == (0, 0):
         return Block(coefficient, basis, owner=owner)
     if owner is None:
-        return Block(*quantize(coefficient, basis, bits), bits)
-    codes, _, scale = quantize(coefficient, basis[:1], bits)
-    _, basis_codes, of_bases = quantize(basis.new_zeros(basis.shape[0], 0, end - start), basis, bits)
-    return Block(codes, basis_codes, torch.stack([scale[:, 0], of_bases[owner, 1]], 1), bits, owner)
+        codes, basis_codes, scale = quantize(coefficient, basis, *formats, asymmetric)
+        return Block(codes, basis_codes, scale, formats[0], None, formats[1], asymmetric)
+    codes, _, scale = quantize(coefficient, basis[:1], *formats, asymmetric)
+    _, basis_codes, of_bases = quantize(basis.new_zeros(basis.shape[0], 0, end - start), basis, *formats, asymmetric)
+    scale = scale.clone()
+    scale[:, 1::2] = of_bases[owner, 1::2]  # of the basis, and its zero points
+    return Block(codes, basis_codes, scale, formats[0], owner, formats[1], asymmetric)

@@ -143,6 +143,11 @@ class Rows(Generic[T]):
         """The optional tensors that are there, in the order operators take them."""
         return {name: tensor for name in ROW_EXTRAS if (tensor := getattr(self, name)) is not None}
 
+    @property
+    def tensors(self) -> dict[str, T]:
+        """All tensors by name."""
+        return {"codes": self.codes, "scale": self.scale, **self.extras}
+
 
 def row_extras(form: RowForm) -> tuple[str, ...]:
     """Which optional tensors a block of `Rows` has, in the order operators take them."""
@@ -250,6 +255,11 @@ def kind(block: Block[T] | Rows[T]) -> int:
     return block.bits | flags | basis_bits << _BASIS_SHIFT
 
 
+def code_bytes(numbers: int, bits: int) -> int:
+    """Bytes that hold so many neighbouring codes of a format other than 0."""
+    return -(-numbers * min(bits, 8) // 8)
+
+
 def formats(kind: int) -> tuple[int, int]:
     """Formats of coefficient and basis of a low-rank block of this kind."""
     return kind & 15, kind >> _BASIS_SHIFT & 15
@@ -286,7 +296,10 @@ class Form:
 
     modalities: of its segments; kinds: of every block of every segment (`kind`); shared: whether all samples share the
     basis, of every block; ragged: whether `index` holds filler; angles: of keys stored before rotary embedding.
-    weighed: whether the importance of the first segment's tokens is kept, fp32 `[B, N]`.
+    rows: dtype, and dims beyond the first two, of every tensor of every block of `Rows`, by name.
+    heads: 0, or the number of KV heads, each of which keeps tokens of its own: what counts as a sample here is then a
+    (sample, head) pair of one head, heads of a sample in turn.
+    weighed: whether attention is asked how much it attends to each slot.
     """
 
     modalities: tuple[str, ...]
@@ -294,4 +307,6 @@ class Form:
     shared: tuple[tuple[bool, ...], ...]
     ragged: bool
     angles: AnglesForm | None = None
+    rows: tuple[tuple[tuple[str, torch.dtype, tuple[int, ...]], ...], ...] = ()
+    heads: int = 0
     weighed: bool = False

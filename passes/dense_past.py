@@ -7,6 +7,8 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.passes.asks import acts_on_cache, asks_for_modality, codes_unrotated, heads_apart, observation
+from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation
 from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_count, layer_number, layer_of, through_no_ops
 from attnpack_fx.passes.plan_tokens import TokenPlanner, asks_for_loss, gain, share_basis
@@ -16,6 +18,7 @@ from attnpack_fx.passes.state import (
     Constant,
     Factors,
     GraphState,
+    Layer,
     Modality,
     Packed,
     Site,
@@ -58,36 +61,43 @@ def compress(
     key_shape, value_shape = shape_of(site.key), shape_of(site.value)
     assert key_shape is not None and value_shape is not None
     widths = key_shape[1] * key_shape[3], value_shape[1] * value_shape[3]
+    policy, number = state.policy, layer_number(layer)
+    count = _layer_count(state)
     modality = planner.modality(site.key)
-    number = layer_number(layer)
-    plan = state.policy.layer(number, _layer_count(state), *widths, vision=modality is not None)
+    plan = policy.layer(number, count, *widths, vision=modality is not None)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
-    if not stored:
+    rows = planner.rows_of(number)
+    held = acts_on_cache(policy) and not policy.skips(number, count)
+    if not stored and rows is None and not held:
         state.candidates.append((results.index(site.key), results.index(site.value), number))
         reason = "the policy leaves this layer dense"
         if modality is None:
             reason = "no vision tokens are known here and text_rank is None"
         return SiteReport(layer, site.kind, "dense", reason, causal=True)
-    gains = {name: gain(state.policy, name, how, widths) for name, how in stored.items()}
-    rotation = _rotation(rotary, site) if plan.key_space == "unrotated" else None
+    gains = {name: gain(policy, name, how, widths) for name, how in stored.items()}
+    unrotated = plan.key_space == "unrotated" and (stored or (held and codes_unrotated(policy)))
+    rotation = _rotation(rotary, site) if unrotated else None
+    heads = key_shape[1] if held and heads_apart(policy, bool(stored)) else 0
     graph = state.graph
     with graph.inserting_before(site.node.next):
-        *indices, slot = planner.plan(site, site.key, modality, gains)
-        index = dict(zip((VISION, TEXT), indices[:2], strict=True))
+        *indices, slot = planner.plan(site, site.key, modality, gains, rows)
+        sources = planner.sources(indices, rows)
+        index, source_of = (dict(zip((VISION, TEXT), each[:2], strict=True)) for each in (indices, sources))
+        vision = flat.add(modality) if modality is not None and asks_for_modality(policy) else None
         for node, kind in ((site.key, "key"), (site.value, "value")):
             angles = rotation if kind == "key" else None
             source = graph.call_method("detach", (node if angles is None else angles.unrotated,))
             factors, columns = [], []
             for name, how in stored.items():
                 columns.append(getattr(how, kind))
-                tokens = state, flat, source, index[name], columns[-1].rank
-                if share_basis(state.policy, name):
+                tokens = state, flat, source, source_of[name], columns[-1].rank
+                if share_basis(policy, name):
                     own_kind = kind if angles is None else f"unrotated {kind}"
                     factors.append(_together(*tokens, _given(state, site, number, name, own_kind)))
                 else:
                     factors.append(_alone(*tokens))
             attended = graph.call_method("detach", (node,))
-            tail = graph.call_function(torch.ops.attnpack.take_rows.default, (attended, indices[2], 0))
+            tail = graph.call_function(torch.ops.attnpack.take_rows.default, (attended, sources[2], 0))
             compressed[node] = Packed(
                 modalities=tuple(stored),
                 columns=tuple(columns),
@@ -95,11 +105,24 @@ def compress(
                 indices=(*(flat.add(index[name]) for name in stored), flat.add(indices[2])),
                 slot=flat.add(slot),
                 tail=flat.add(tail),
-                squares=flat.add(_squares(state, source)) if asks_for_loss(state.policy, stored.values()) else None,
+                squares=flat.add(_squares(state, source)) if asks_for_loss(policy, stored.values()) else None,
                 angles=None if angles is None else (flat.add(angles.cos), flat.add(angles.sin)),
                 interleaved=angles is not None and angles.interleaved,
-                keys=kind == "key",
+                vision=vision,
+                heads=heads,
             )
+        scores = _observed(state, site) if held else None
+    state.layers.append(
+        Layer(
+            results.index(site.key),
+            results.index(site.value),
+            number,
+            text=plan.text,
+            skipped=policy.skips(number, count),
+            scores=None if scores is None else flat.add(scores),
+            observed=None if scores is None or rows is None else flat.add(rows),
+        )
+    )
     return SiteReport(
         layer,
         site.kind,
@@ -109,6 +132,22 @@ def compress(
         key_space="rotated" if rotation is None else "unrotated",
         causal=True,
     )
+
+
+def _observed(state: GraphState, site: Site) -> Node | None:
+    """How much this call's queries attend to every token, in the way the policy's methods ask, `[B, H, T]`."""
+    asked = observation(state.policy)
+    if asked is None:
+        return None
+    arguments = site.query, site.key, site.mask, scale_of(site), site.is_causal
+    made = [
+        state.graph.call_function(torch.ops.attnpack.observe.default, (*arguments, kind, asked.window or 0, None))
+        for kind in (asked.kind, asked.text)
+        if kind is not None
+    ]
+    if len(made) == 1:
+        return made[0]
+    return state.graph.call_function(torch.stack, (made,))
 
 
 def _alone(state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int) -> Factors:

@@ -59,7 +59,7 @@ def _write_outputs(
 
 
 def _grown(flat: FlatOutputs, appended: Appended) -> Grown:
-    importance = None if appended.importance is None else flat.add(appended.importance)
+    weights = None if appended.weights is None else flat.add(appended.weights)
     rotation = appended.rotation
     angles = None if rotation is None else (flat.add(rotation.cos), flat.add(rotation.sin))
-    return Grown(appended.packed.position, appended.count, importance, angles)
+    return Grown(appended.packed.position, appended.count, weights, angles)

@@ -4,26 +4,25 @@ decompress.
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
-from attnpack_fx.kernels.parts import layout
+from attnpack_fx.passes.asks import keeps_angles
 from attnpack_fx.passes.cleanup import drop_dead
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation
 from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_count, layer_number, layer_of
-from attnpack_fx.passes.state import GraphState, PackedInput, Pair, Site, SiteReport, Size, shape_of
-from attnpack_fx.passes.storage import Stored
+from attnpack_fx.passes.state import GraphState, Layer, PackedInput, Site, SiteReport, Size, shape_of
 
 
 @dataclass
 class Appended:
     """A packed input after new tokens were appended to its tail.
 
-    rotation: of the new keys, where they may be folded before rotary embedding; importance: what it becomes.
+    rotation: of the new keys, where they may be packed later as they were before rotary embedding; weights: how much
+    this call attends to each slot.
     """
 
     packed: PackedInput
@@ -32,7 +31,7 @@ class Appended:
     before: Node
     length: Node
     rotation: Rotation | None = None
-    importance: Node | None = None
+    weights: Node | None = None
 
 
 def append(state: GraphState, rotary: RotaryFinder) -> dict[Node, Appended]:
@@ -51,12 +50,15 @@ def append(state: GraphState, rotary: RotaryFinder) -> dict[Node, Appended]:
         length = state.length(packed)
         with state.graph.inserting_before(cat):
             detached = state.graph.call_method("detach", (new,))
+            if packed.form.heads:
+                pairs = state.graph.call_method("flatten", (detached, 0, 1))
+                detached = state.graph.call_method("unsqueeze", (pairs, 1))
             state.graph.call_function(torch.ops.attnpack.append_.default, ([tail], [detached], [length]))
             added = tokens if isinstance(tokens, int) else state.graph.call_method("size", (new, 2))
             longer = state.graph.call_function(operator.add, (length, added))
         state.wanted.add(longer)  # what reads it may come after the first sweep of dead nodes
         rotation = None
-        if packed.form.angles is not None and state.policy.fold_every is not None:
+        if packed.form.angles is not None and keeps_angles(state.policy):
             rotation = rotary.rotation_of(new)
         appended[cat] = Appended(packed, count, tail, length, longer, rotation)
     return appended
@@ -83,17 +85,17 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
         obstacle = "is_causal over a cached past aligns the mask to the first token; give an explicit mask"
     if obstacle is not None:
         return SiteReport(layer_of(site.node), site.kind, "dense", f"decompressed: {obstacle}")
-    graph = state.graph
+    graph, heads = state.graph, key.packed.form.heads
     with graph.inserting_before(site.node):
-        mask = site.mask
+        query, mask = site.query, site.mask
         if mask is not None and len(shape_of(mask)) == 2:  # type: ignore[arg-type]
             mask = graph.call_function(operator.getitem, (mask, (None, None)))
+        if heads:
+            query, mask = _of_heads(state, query, heads), _mask_of_heads(state, site.mask, mask, heads)
+        coefficients, bases, blocks, scales, owners = zip(*map(state.blocks, (key.packed, value.packed)), strict=True)
         arguments = (
-            site.query,
-            state.numbered(key.packed, "coefficient"),
-            state.numbered(key.packed, "basis"),
-            state.numbered(value.packed, "coefficient"),
-            state.numbered(value.packed, "basis"),
+            query,
+            *(part for pair in zip(coefficients, bases, strict=True) for part in pair),
             key.tail,
             value.tail,
             key.length,
@@ -102,55 +104,64 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
             scale_of(site),
             key.packed.form.ragged,
             *state.rotary(key.packed),
-            layout(key.packed.form.kinds),
-            layout(value.packed.form.kinds),
-            state.numbered(key.packed, "scale"),
-            state.numbered(value.packed, "scale"),
-            state.numbered(key.packed, "owner"),
-            state.numbered(value.packed, "owner"),
+            *blocks,
+            *scales,
+            *owners,
         )
-        if key.packed.form.weighed and state.policy.partial is not None:
-            attention = _weighed(state, site, key, arguments, state.policy.partial.momentum)
+        if key.packed.form.weighed:
+            both = graph.call_function(torch.ops.attnpack.attention_weights.default, arguments)
+            attention, key.weights = (graph.call_function(operator.getitem, (both, item)) for item in (0, 1))
+            state.wanted.add(key.weights)  # becomes an output once all sites are rewritten
         else:
             attention = graph.call_function(torch.ops.attnpack.attention.default, arguments)
+        if heads:
+            samples = graph.call_method("unflatten", (attention, 0, (-1, heads)))
+            attention = graph.call_method("flatten", (samples, 1, 2))
     attention.meta["example_value"] = site.node.meta.get("example_value")
     site.node.replace_all_uses_with(attention)
-    state.pairs.append(Pair(key.packed.position, value.packed.position, _text(state, site, key, value)))
+    state.pairs.append((key.packed.position, value.packed.position))
+    if site.key in appended and site.value in appended:
+        _remember(state, site, key, value)
     return SiteReport(layer_of(site.node), site.kind, "packed", causal=True)
 
 
-def _text(state: GraphState, site: Site, key: Appended, value: Appended) -> Stored | None:
-    """How the layer of this site stores text, where tokens may be folded into it."""
-    if state.policy.fold_every is None:
-        return None
+def _of_heads(state: GraphState, query: Node, heads: int) -> Node:
+    """Queries `[B, Hq, Tq, D]` as `[B * H, Hq / H, Tq, D]`."""
+    apart = state.graph.call_method("unflatten", (query, 1, (heads, -1)))
+    return state.graph.call_method("flatten", (apart, 0, 1))
+
+
+def _mask_of_heads(state: GraphState, given: Node | None, mask: Node | None, heads: int) -> Node | None:
+    """A mask of four dims for (sample, head) pairs; given: as it was written."""
+    if given is None or mask is None:
+        return mask
+    shape = shape_of(given)
+    assert shape is not None
+    if len(shape) == 2 or (isinstance(shape[0], int) and shape[0] == 1 and shape[1] == 1):
+        return mask
+    if isinstance(shape[1], int) and shape[1] == 1:
+        return state.graph.call_method("repeat_interleave", (mask, heads, 0))
+    return _of_heads(state, mask, heads)
+
+
+def _remember(state: GraphState, site: Site, key: Appended, value: Appended) -> None:
+    """That this site's cache grew, where keys and values leave the graph."""
+    results = state.results
+    if site.key not in results or site.value not in results:
+        return
+    number = layer_number(layer_of(site.node))
     count = None if state.carries else layer_count(each.node for each in state.sites if _is_cached(state, each))
-    widths = (operand.packed.tail.shape[2] * operand.packed.tail.shape[3] for operand in (key, value))
-    return state.policy.layer(layer_number(layer_of(site.node)), count, *widths, vision=False).text
+    text = None
+    if state.policy.fold_every is not None:
+        widths = (operand.packed.tail.shape[2] * operand.packed.tail.shape[3] for operand in (key, value))
+        text = state.policy.layer(number, count, *widths, vision=False).text
+    places = results.index(site.key), results.index(site.value)
+    skipped = bool(state.policy.passes) and state.policy.skips(number, count)
+    state.layers.append(Layer(*places, number, text, key.count, skipped))
 
 
 def _is_cached(state: GraphState, site: Site) -> bool:
     return site.key in state.packed or site.key in state.results
-
-
-def _weighed(state: GraphState, site: Site, key: Appended, arguments: Any, momentum: float) -> Node:
-    """Attention that also updates the importance of packed tokens: `I <- w^Tq I + (1 - w^Tq) mean of the weights`."""
-    graph, importance = state.graph, state.part(key.packed, "importance")
-    both = graph.call_function(torch.ops.attnpack.attention_weights.default, arguments)
-    attention, weights = (graph.call_function(operator.getitem, (both, item)) for item in (0, 1))
-    tokens = graph.call_method("size", (importance, 1))
-    now = graph.call_method("narrow", (weights, 1, 0, tokens))
-    queries = shape_of(site.query)[2]  # type: ignore[index]
-    if not isinstance(queries, int):
-        queries = graph.call_method("size", (site.query, 2))
-        kept: Any = graph.call_function(operator.pow, (momentum, queries))
-        new: Any = graph.call_function(operator.sub, (1.0, kept))
-    else:
-        kept, new = momentum**queries, 1.0 - momentum**queries
-    old = graph.call_function(operator.mul, (importance, kept))
-    updated = graph.call_function(operator.add, (old, graph.call_function(operator.mul, (now, new))))
-    state.wanted.add(updated)  # becomes an output once all sites are rewritten
-    key.importance = updated
-    return attention
 
 
 def _packed_operand(state: GraphState, node: Node, appended: dict[Node, Appended]) -> Appended | None:
@@ -204,18 +215,12 @@ def _report_readers(state: GraphState, value: Node) -> None:
 
 
 def _decompress(state: GraphState, packed: PackedInput, tail: Node, length: Node) -> Node:
-    return state.graph.call_function(
-        torch.ops.attnpack.decompress.default,
-        (
-            state.numbered(packed, "coefficient"),
-            state.numbered(packed, "basis"),
-            tail,
-            length,
-            state.part(packed, "index"),
-            state.part(packed, "slot"),
-            *state.rotary(packed),
-            layout(packed.form.kinds),
-            state.numbered(packed, "scale"),
-            state.numbered(packed, "owner"),
-        ),
-    )
+    coefficients, bases, blocks, scales, owners = state.blocks(packed)
+    placed = state.part(packed, "index"), state.part(packed, "slot")
+    rest = *state.rotary(packed), blocks, scales, owners
+    arguments = coefficients, bases, tail, length, *placed, *rest
+    dense = state.graph.call_function(torch.ops.attnpack.decompress.default, arguments)
+    if packed.form.heads:
+        samples = state.graph.call_method("unflatten", (dense, 0, (-1, packed.form.heads)))
+        dense = state.graph.call_method("squeeze", (samples, 2))
+    return dense

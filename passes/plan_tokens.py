@@ -22,7 +22,7 @@ from attnpack_fx.passes.state import (
     same_size,
     shape_of,
 )
-from attnpack_fx.passes.storage import Columns, Stored
+from attnpack_fx.passes.storage import Columns, Stored, both
 
 
 class TokenPlanner:
@@ -32,6 +32,8 @@ class TokenPlanner:
         self.state = state
         self._plans: dict[Any, list[Node]] = {}
         self._real: dict[Node, Node] = {}
+        self._places: dict[Node, Node] = {}
+        self._sources: dict[tuple[Node, Node], Node] = {}
         self._modality: Node | None = None
 
     def modality(self, key: Node) -> Node | None:
@@ -60,18 +62,79 @@ class TokenPlanner:
         self._modality = mask
         return mask
 
-    def plan(self, site: Site, key: Node, modality: Node | None, gains: dict[Modality, list[int]]) -> list[Node]:
-        """Nodes `(vision index, text index, dense index, slot)`, inserted at the current point."""
+    def rows_of(self, layer: int | None) -> Node | None:
+        """Logical positions of the rows a layer sees, int64 `[B, T']`; None where it sees all."""
+        rows = None
+        for pruned in self.state.pruned:
+            if layer is not None and layer >= pruned.first_layer:
+                rows = pruned.rows
+        return rows
+
+    def plan(
+        self, site: Site, key: Node, modality: Node | None, gains: dict[Modality, list[int]], rows: Node | None = None
+    ) -> list[Node]:
+        """Nodes `(vision index, text index, dense index, slot)`, inserted at the current point.
+
+        rows: of `rows_of`; tokens that are not among them get no slot.
+        """
         graph = self.state.graph
-        real = self._real_tokens(site.mask) if site.mask is not None else None
+        # Vision tokens that are not packed go where others go.
+        modality = modality if VISION in gains else None
+        real, like = (None if site.mask is None else self._real_tokens(site.mask)), key
+        if rows is not None:
+            real, like = self._real_of(rows)
         shape = shape_of(key)
         assert shape is not None
-        known = (modality, real, str(shape[0]), str(shape[2]), key.meta["example_value"].device, repr(gains))
+        device = key.meta["example_value"].device
+        known = (modality, real, rows, str(shape[0]), str(shape[2]), device, repr(gains))
         if known not in self._plans:
-            arguments = (modality, real, key, TEXT in gains, gains.get(VISION, []), gains.get(TEXT, []))
+            arguments = (modality, real, like, TEXT in gains, gains.get(VISION, []), gains.get(TEXT, []))
             plan = graph.call_function(torch.ops.attnpack.plan.default, arguments)
             self._plans[known] = [graph.call_function(operator.getitem, (plan, item)) for item in range(4)]
         return self._plans[known]
+
+    def sources(self, indices: list[Node], rows: Node | None) -> list[Node]:
+        """Where the tokens of `indices` stand among the rows that a layer sees."""
+        if rows is None:
+            return indices
+        graph, places = self.state.graph, self._places_of(rows)
+        found = []
+        for index in indices:
+            if (index, rows) not in self._sources:
+                held = graph.call_method("gather", (places, 1, graph.call_method("clamp", (index,), {"min": 0})))
+                filler = graph.call_function(operator.lt, (index, 0))
+                self._sources[index, rows] = graph.call_method("masked_fill", (held, filler, -1))
+            found.append(self._sources[index, rows])
+        return found
+
+    def _real_of(self, rows: Node) -> tuple[Node, Node]:
+        """Which tokens have a row and are no padding, bool `[B, T]`, and a tensor `[B, H, T, D]` with all tokens."""
+        graph, whole = self.state.graph, self._whole()
+        seen = graph.call_function(operator.ge, (self._places_of(rows), 0))
+        if whole.mask is not None:
+            seen = graph.call_function(operator.and_, (seen, self._real_tokens(whole.mask)))
+        return seen, whole.key
+
+    def _places_of(self, rows: Node) -> Node:
+        """The row of every logical position, int64 `[B, T]`, -1 where there is none."""
+        if rows not in self._places:
+            graph, key = self.state.graph, self._whole().key
+            batch, tokens = (graph.call_method("size", (key, dim)) for dim in (0, 2))
+            more = graph.call_function(operator.add, (tokens, 1))
+            count = graph.call_method("size", (rows, 1))
+            device = self._whole().key.meta["example_value"].device
+            number = graph.call_function(torch.arange, (count,), {"device": device})
+            number = graph.call_method("expand_as", (number, rows))
+            none = graph.call_method("new_full", (rows, (batch, more), -1))
+            # Filler writes to the extra last column, which is cut off.
+            column = graph.call_method("remainder", (rows, more))
+            held = graph.call_method("scatter", (none, 1, column, number))
+            self._places[rows] = graph.call_method("narrow", (held, 1, 0, tokens))
+        return self._places[rows]
+
+    def _whole(self) -> Site:
+        """A site that sees all tokens: pruning leaves the first layer alone."""
+        return next(site for site in self.state.sites if site.key in self.state.results)
 
     def _real_tokens(self, mask: Node) -> Node:
         """Bool `[B, T]`: tokens some query may attend to. What none may is padding."""
@@ -111,7 +174,11 @@ def gain(policy: Policy, name: Modality, how: Stored, widths: tuple[int, int]) -
 
 def _words(columns: Columns) -> int:
     """The rank that takes as much memory with nothing quantised to fewer than 16 bits."""
-    return sum(math.ceil(count * (bits or 16) / 16) for count, bits in columns.blocks if isinstance(count, int))
+    return sum(
+        math.ceil(count * sum(min(each, 8) or 16 for each in both(bits)) / 32)
+        for count, bits in columns.blocks
+        if isinstance(count, int)
+    )
 
 
 def asks_for_loss(policy: Policy, stored: Iterable[Stored]) -> bool:

@@ -17,19 +17,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
-from attnpack_fx.kernels.parts import SPARE_ROWS, Form
+from attnpack_fx.kernels.parts import ROW_EXTRAS, SPARE_ROWS, Form, layout
+from attnpack_fx.passes.method import Method
 from attnpack_fx.passes.storage import Columns, LayerPlan, Stored
 
 Modality = Literal["vision", "text"]
 VISION: Modality = "vision"
 TEXT: Modality = "text"
-
-
-class Momentum(Protocol):
-    """How fast importance forgets: AttentionPack's omega."""
-
-    @property
-    def momentum(self) -> float: ...
 
 
 class Policy(Protocol):
@@ -39,7 +33,7 @@ class Policy(Protocol):
     def fold_every(self) -> int | None: ...
 
     @property
-    def partial(self) -> Momentum | None: ...
+    def passes(self) -> tuple[Method, ...]: ...
 
     @property
     def bases(self) -> str: ...
@@ -50,6 +44,8 @@ class Policy(Protocol):
     def layer(
         self, number: int | None, count: int | None, key_width: int, value_width: int, *, vision: bool = True
     ) -> LayerPlan: ...
+
+    def skips(self, number: int | None, count: int | None) -> bool: ...
 
     def lossless(self, modality: Modality) -> bool: ...
 
@@ -140,13 +136,13 @@ class Plain:
 class Grown:
     """The packed argument `position` with `count` tokens appended.
 
-    importance: the output that is its new importance; angles: `(cos, sin)` outputs of the new tokens, for keys that are
-    stored before rotary embedding and may be folded.
+    weights: the output that says how much this call attended to each slot; angles: `(cos, sin)` outputs of the new
+    tokens, for keys that may be packed later as they were before rotary embedding.
     """
 
     position: int
     count: Size
-    importance: int | None = None
+    weights: int | None = None
     angles: tuple[int, int] | None = None
 
 
@@ -171,7 +167,8 @@ class Packed:
     indices: the index of each segment, then of the dense prompt tokens; slot, tail: the others.
     squares: sum of squares of every token, `[B, T]`, where something asks how much a truncation dropped.
     angles: `(cos, sin)` outputs, of keys stored before rotary embedding; interleaved: as in `Angles`.
-    keys: whether these are keys, not values.
+    vision: the output that says which tokens are vision tokens, bool `[B or 1, T]`, where anything asks.
+    heads: the number of KV heads where each keeps tokens of its own, else 0.
     """
 
     modalities: tuple[Modality, ...]
@@ -183,7 +180,8 @@ class Packed:
     squares: int | None = None
     angles: tuple[int, int] | None = None
     interleaved: bool = False
-    keys: bool = False
+    vision: int | None = None
+    heads: int = 0
 
 
 OutputSpec = Plain | Grown | Packed
@@ -206,12 +204,26 @@ class PackedInput:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Packed arguments that one attention reads as keys and values; text: how their layer stores text, for folds."""
+class Layer:
+    """Outputs that are keys and values of one attention layer, both packed.
+
+    key, value: among Dynamo's outputs; number: of the decoder layer, where the graph shows it.
+    text: how it stores text, where tokens are folded into it.
+    count: how many tokens were appended; None where the layer has just been packed.
+    skipped: whether the policy leaves the layer alone.
+    scores: of a layer just packed, the output that says what its attention observed, fp32 `[B, H, T]`, or
+        `[2, B, H, T]` as for vision tokens and for others; observed: the output that says at which position each was,
+        int64 `[B, T]`; None: they are in order.
+    """
 
     key: int
     value: int
+    number: int | None
     text: Stored | None = None
+    count: Size | None = None
+    skipped: bool = False
+    scores: int | None = None
+    observed: int | None = None
 
 
 @dataclass
@@ -232,6 +244,17 @@ class Site:
     scale: float | None = None
     is_causal: bool = False
     obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """From layer `first_layer` on, the graph sees only some of the prompt's tokens.
+
+    rows: int64 `[B, T']`, the logical position of every row that these layers see, ascending; -1 filler.
+    """
+
+    first_layer: int
+    rows: Node
 
 
 @dataclass
@@ -265,8 +288,10 @@ class GraphState:
     wanted: set[Node] = field(default_factory=set)
     modality_given: bool = False
     carries: bool = False
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
+    pruned: list[Pruned] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     modality: Node | None = None
     outputs: list[OutputSpec] = field(default_factory=list)
@@ -308,14 +333,22 @@ class GraphState:
         return self.add_input(given, example, f"attnpack_{given.name}")
 
     def part(self, packed: PackedInput, name: str) -> Node:
-        """The placeholder of one part: `index`, `slot`, `cos`, `importance`, `coefficient_<n>`, `basis_<n>`, ..."""
+        """The placeholder of one part: `index`, `slot`, `cos`, `coefficient_<n>`, `basis_<n>`, ..."""
         return self.add_input(Part(packed.position, name), packed.parts[name], f"{packed.node.name}_{name}")
 
-    def numbered(self, packed: PackedInput, kind: str) -> list[Node]:
-        """The placeholders of `"coefficient"`, `"basis"`, `"scale"` or `"owner"` of every block that has one."""
-        blocks = sum(map(len, packed.form.kinds))
-        names = [f"{kind}_{number}" for number in range(blocks)]
-        return [self.part(packed, name) for name in names if name in packed.parts]
+    def blocks(self, packed: PackedInput) -> tuple[list[Node], list[Node], list[int], list[Node], list[Node]]:
+        """What operators take as `coefficients, bases, blocks, scales, owners`."""
+        kinds = packed.form.kinds
+        coefficients, bases, scales, owners = (
+            [
+                self.part(packed, name)
+                for number in range(sum(map(len, kinds)))
+                for kind in names
+                if (name := f"{kind}_{number}") in packed.parts
+            ]
+            for names in (("coefficient",), ("basis",), ("scale", *ROW_EXTRAS), ("owner",))
+        )
+        return coefficients, bases, layout(kinds), scales, owners
 
     def rotary(self, packed: PackedInput) -> tuple[Node | None, Node | None, bool, Node | None]:
         """What operators take as `cos, sin, interleaved, axes`."""

@@ -6,32 +6,42 @@ A `LayerPlan` is what a policy decides for one layer. Its parts say how many col
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-#: How many bits an entry of a factor may take; 0 stands for the model's own dtype.
-BITS = (0, 2, 4, 8)
+from attnpack_fx.kernels.parts import E4M3, E5M2
+
+#: In what format an entry of a factor may be: a number of bits, or floating point of 8; 0 stands for the model's dtype.
+BITS = (0, 2, 4, 8, E4M3, E5M2)
 KeySpace = Literal["rotated", "unrotated"]
 #: A number of columns, or `"full"` for as many as the matrix has.
 Count = int | Literal["full"]
+#: A format for coefficients and basis, or one for each.
+Bits = int | tuple[int, int]
 
-_BLOCKS_EXPECTED = "(columns, bits) pairs, columns an int >= 1 and bits one of 0, 2, 4, 8, e.g. ((16, 8), (48, 4))"
+_BLOCKS_EXPECTED = (
+    "(columns, bits) pairs, columns an int >= 1 and bits one of 0, 2, 4, 8, or such a pair for coefficients and basis, "
+    "e.g. ((16, 8), (48, 4))"
+)
 
 
 @dataclass(frozen=True)
 class Columns:
     """The columns of one factorisation, most significant first, in blocks of one precision each.
 
-    blocks: `(number of columns, bits)` pairs. bits: 2, 4 or 8, or 0 for the model's dtype; they hold for coefficients
-        and basis alike. The rank is the sum of the columns. `("full", bits)`, as many as the matrix has, stands alone.
+    blocks: `(number of columns, bits)` pairs. bits: 2, 4 or 8, `E4M3` or `E5M2` of `kernels/parts.py`, or 0 for the
+        model's dtype; one for coefficients and basis alike, or a pair. The rank is the sum of the columns.
+        `("full", bits)`, as many as the matrix has, stands alone.
+    asymmetric: whether codes have a zero point.
     energy: None, or the share of the squared Frobenius norm, in (0, 1], that is enough: then the rank is the smallest
         that keeps this share of the data met at prefill, and the blocks are its upper limit.
 
     Raises ValueError for anything else. Lists count as tuples.
     """
 
-    blocks: tuple[tuple[Count, int], ...]
+    blocks: tuple[tuple[Count, Bits], ...]
     energy: float | None = None
+    asymmetric: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
@@ -53,12 +63,12 @@ class Columns:
     @property
     def quantised(self) -> bool:
         """Whether any block is stored in fewer bits than the model's dtype."""
-        return any(bits != 0 for _, bits in self.blocks)
+        return any(each != 0 for _, bits in self.blocks for each in both(bits))
 
     def within(self, width: int) -> "Columns":
         """These columns of a matrix that has `width` of them. Raises ValueError if there are more."""
         if self.is_full:
-            return Columns(((width, self.blocks[0][1]),), self.energy)
+            return replace(self, blocks=((width, self.blocks[0][1]),))
         if self.rank > width:
             raise ValueError(
                 f"rank {self.rank} exceeds H * D = {width}, the largest rank there is; use a rank <= {width} or 'full'"
@@ -68,7 +78,7 @@ class Columns:
     def cut(self, boundaries: Iterable[int]) -> "Columns":
         """The same columns in the same bits, with a block ending after each of `boundaries` (numbers of columns)."""
         wanted = sorted(boundaries)
-        blocks: list[tuple[Count, int]] = []
+        blocks: list[tuple[Count, Bits]] = []
         start = 0
         for count, bits in self.blocks:
             assert count != "full", "resolved before it is cut"
@@ -79,7 +89,22 @@ class Columns:
                     start = boundary
             blocks.append((end - start, bits))
             start = end
-        return Columns(tuple(blocks), self.energy)
+        return replace(self, blocks=tuple(blocks))
+
+    def coded(self, formats: Iterable[tuple[int | None, int, int]], asymmetric: bool) -> "Columns":
+        """The same columns in other formats, `(columns, of coefficients, of basis)` from the first on.
+
+        None stands for all columns that are left; what no format is given for stays as it is.
+        """
+        given, blocks, end = list(formats), [], 0
+        ends = [end := end + count if count is not None else self.rank for count, _, _ in given]
+        cut, start = self.cut(ends), 0
+        for count, bits in cut.blocks:
+            assert count != "full", "resolved before it is coded"
+            place = next((place for place, last in enumerate(ends) if start < last), None)
+            blocks.append((count, bits if place is None else given[place][1:]))
+            start += count
+        return replace(cut, blocks=tuple(blocks), asymmetric=asymmetric)
 
 
 @dataclass(frozen=True)
@@ -121,7 +146,12 @@ class LayerPlan:
         return self.vision if modality == "vision" else self.text
 
 
-def _checked_blocks(blocks: Any) -> tuple[tuple[Count, int], ...]:
+def both(bits: Bits) -> tuple[int, int]:
+    """The formats of coefficients and of the basis."""
+    return (bits, bits) if isinstance(bits, int) else bits
+
+
+def _checked_blocks(blocks: Any) -> tuple[tuple[Count, Bits], ...]:
     if not isinstance(blocks, (tuple, list)) or not blocks:
         raise ValueError(f"blocks: got {blocks!r}, expected at least one of {_BLOCKS_EXPECTED}")
     checked = tuple(_checked_block(block, blocks) for block in blocks)
@@ -133,12 +163,16 @@ def _checked_blocks(blocks: Any) -> tuple[tuple[Count, int], ...]:
     return checked
 
 
-def _checked_block(block: Any, blocks: Any) -> tuple[Count, int]:
+def _checked_block(block: Any, blocks: Any) -> tuple[Count, Bits]:
     if isinstance(block, (tuple, list)) and len(block) == 2:
         count, bits = block
         countable = (_is_int(count) and count >= 1) or (isinstance(count, str) and count == "full")
         if countable and _is_int(bits) and bits in BITS:
             return count, bits
+        pair = isinstance(bits, (tuple, list)) and len(bits) == 2
+        if countable and pair and all(_is_int(each) and each in BITS for each in bits):
+            # One spelling each, so that equal plans are equal.
+            return count, bits[0] if bits[0] == bits[1] else (bits[0], bits[1])
     raise ValueError(f"blocks: got {block!r} in {blocks!r}, expected {_BLOCKS_EXPECTED}")
 
 

@@ -1,0 +1,117 @@
+"""Moving stored tokens: from a pair of packed keys and values to another that holds some of their tokens.
+
+Keys and values of a layer hold the same tokens in the same slots, but may have different numbers of them in segments.
+So tokens are chosen between neighbouring borders of either; samples that keep fewer than others get filler there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from attnpack_fx.held import Held, tokens_of
+from attnpack_fx.kernels.aten import coded_rows
+from attnpack_fx.kernels.aten.plan import positions
+from attnpack_fx.kernels.parts import Rows, Segment
+from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.tail import allocate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Some slots of a pair, in order.
+
+    order: int64 `[B, n]`, slot numbers, -1 for filler; ends: how many of these there are before each old slot number
+    that is a border.
+    """
+
+    order: Tensor
+    ends: dict[int, int]
+
+    def between(self, first: int, end: int) -> Tensor:
+        """Those of the old slots first .. end - 1 (both borders), counted from `first`; filler stays -1."""
+        order = self.order[:, self.ends[first] : self.ends[end]]
+        return torch.where(order < 0, order, order - first)
+
+
+def choose(key: PackedTensor, value: PackedTensor, keep: Tensor) -> Choice:
+    """The slots where `keep`, bool `[B, slots]`, is True."""
+    borders = sorted({0, *_borders(key), *_borders(value)})
+    pieces, ends, count = [], {0: 0}, 0
+    for first, end in pairwise(borders):
+        piece = positions(keep[:, first:end])
+        pieces.append(torch.where(piece < 0, piece, piece + first))
+        count += piece.shape[1]
+        ends[end] = count
+    return Choice(torch.cat(pieces, 1) if pieces else keep.new_zeros((keep.shape[0], 0), dtype=torch.int64), ends)
+
+
+def taken(key: PackedTensor, value: PackedTensor, choice: Choice) -> tuple[PackedTensor, PackedTensor]:
+    """Keys and values with the chosen slots alone."""
+    index = chosen_positions(key, choice)
+    placement = key.placement.moved(index)
+    made = []
+    for packed in (key, value):
+        held, tail = packed.held, packed.held.packed
+        rows = rows_of(packed, choice.between(tail, packed.slots))
+        angles = held.angles
+        if angles is not None:
+            angles = angles.taken(choice.between(0, tail), choice.between(tail, packed.slots))
+        pinned = choice.between(tail, tail + held.pinned).shape[1]
+        moved = replace(
+            held, segments=segments_of(held, choice), placement=placement, angles=angles, pinned=pinned, closed=True
+        )
+        importance = packed.importance
+        if importance is not None:
+            importance = gathered(importance, choice.order)
+        lease = allocate(rows, rows.shape[0]).lease(rows.shape[0])
+        made.append(PackedTensor(moved, lease, importance))
+    return made[0], made[1]
+
+
+def chosen_positions(key: PackedTensor, choice: Choice) -> Tensor:
+    """Logical positions of the chosen slots, int64 `[B, n]`, -1 for filler."""
+    found = key.positions.gather(1, choice.order.clamp(min=0))
+    return found.masked_fill(choice.order < 0, -1)
+
+
+def segments_of(held: Held, choice: Choice) -> tuple[Segment[Tensor], ...]:
+    """The segments with the chosen tokens."""
+    made, start = [], 0
+    for segment, count in zip(held.segments, held.counts, strict=True):
+        order = choice.between(start, start + count)
+        blocks = []
+        for block in segment.blocks:
+            if isinstance(block, Rows):
+                blocks.append(coded_rows.select(block, order))
+            else:
+                assert tokens_of(block) == count, "blocks of some tokens alone are not for methods that move tokens"
+                blocks.append(replace(block, coefficient=gathered(block.coefficient, order)))
+        made.append(Segment(tuple(blocks)))
+        start += count
+    return tuple(made)
+
+
+def gathered(tokens: Tensor, order: Tensor) -> Tensor:
+    """`[B, n, ...]` at order `[B, m]`, zero for filler."""
+    extra = (1,) * (tokens.dim() - 2)
+    if tokens.shape[1] == 0:
+        return tokens.new_zeros((tokens.shape[0], order.shape[1], *tokens.shape[2:]))
+    numbers = order.clamp(min=0).view(*order.shape, *extra).expand(-1, -1, *tokens.shape[2:])
+    return tokens.gather(1, numbers).masked_fill((order < 0).view(*order.shape, *extra), 0)
+
+
+def rows_of(packed: PackedTensor, order: Tensor) -> Tensor:
+    """Tail rows `[m, B, H, D]` at order `[B, m]`, zero for filler."""
+    rows = packed.lease.buffer.rows[: packed.lease.length]
+    if not rows.shape[0]:
+        return rows.new_zeros((order.shape[1], *rows.shape[1:]))
+    sample = torch.arange(rows.shape[1], device=rows.device)
+    return rows[order.T.clamp(min=0), sample].masked_fill_((order < 0).T[:, :, None, None], 0)
+
+
+def _borders(packed: PackedTensor) -> Sequence[int]:
+    ends = list(accumulate(packed.held.counts))
+    return [*ends, packed.held.packed + packed.held.pinned, packed.slots]

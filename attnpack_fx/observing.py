@@ -1,0 +1,70 @@
+"""What attention remembers about stored tokens: one number a token, kept beside the keys (`PackedTensor.importance`).
+
+At prefill `attnpack::observe` tells it of the whole prompt; after every decode step the weights of that step update it
+(`passes/method.py` has the formulas). Slots stay in order when tokens are folded or coded, so it stays as it is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnpack_fx.cached_layer import CachedLayer
+from attnpack_fx.partial import Partial
+from attnpack_fx.passes.asks import observation
+from attnpack_fx.passes.method import Observation
+from attnpack_fx.policy import PackPolicy
+
+
+def observe(layer: CachedLayer, policy: PackPolicy) -> None:
+    """Update what is known about the layer's tokens by what this call observed."""
+    if layer.observed is None:
+        return
+    if policy.partial is not None:
+        layer.key = layer.key.attended(_moving_average(layer, layer.observed, policy.partial))
+        return
+    asked = observation(policy)
+    assert asked is not None
+    made = _of_prompt(layer, layer.observed) if layer.prefill else _updated(layer, layer.observed, asked)
+    layer.key = layer.key.attended(made)
+
+
+def _moving_average(layer: CachedLayer, weights: Tensor, partial: Partial) -> Tensor:
+    """`I <- w^Tq I + (1 - w^Tq) mean of the weights`, of the first segment's tokens (AttentionPack)."""
+    old = layer.key.importance
+    assert old is not None
+    kept = partial.momentum**layer.added
+    return old * kept + weights[:, : old.shape[1]] * (1 - kept)
+
+
+def _of_prompt(layer: CachedLayer, observed: Tensor) -> Tensor:
+    """From logical positions to slots."""
+    positions = layer.key.positions
+    kinds = [each.gather(1, positions.clamp(min=0)) for each in observed]
+    made = kinds[0] if len(kinds) == 1 else torch.where(_vision(layer, positions), *kinds)
+    return made.masked_fill(positions < 0, 0)
+
+
+def _updated(layer: CachedLayer, weights: Tensor, asked: Observation) -> Tensor:
+    positions, old = layer.key.positions, layer.key.importance
+    assert old is not None
+    old = F.pad(old[:, : layer.slots], (0, max(0, layer.slots - old.shape[1])))
+    made = _after(asked.kind, old, weights, layer.added, positions)
+    if asked.text is not None and asked.text != asked.kind:
+        text = _after(asked.text, old, weights, layer.added, positions)
+        made = torch.where(_vision(layer, positions), made, text)
+    return made.masked_fill(positions < 0, 0)
+
+
+def _after(kind: str, old: Tensor, weights: Tensor, queries: int, positions: Tensor) -> Tensor:
+    """Of several queries, whose mean weights are all that is known, each counts as the mean."""
+    if kind == "last":
+        return weights
+    if kind == "sum":
+        return old + queries * weights
+    stored = (positions >= 0).sum(1, keepdim=True)
+    return old + queries * (weights * stored >= 1)
+
+
+def _vision(layer: CachedLayer, positions: Tensor) -> Tensor:
+    vision = layer.key.placement.is_vision(positions)
+    return torch.zeros_like(positions, dtype=torch.bool) if vision is None else vision
