@@ -17,8 +17,8 @@ class GEAR(RowCoding):
     """X ~ integers + outliers + left right, keys per channel and values per token.
 
     bits: 2, 4 or 8 of the integers, asymmetric.
-    group: with `backbone="kivi"`, tokens of a key group, channels of a value group. `"kcvt"` has one group for a channel
-        of all keys coded at once, and one for a head of a value; `group` then says nothing.
+    group: with `backbone="kivi"`, tokens of a key group, channels of a value group. `"kcvt"` has one group for a
+        channel of all keys coded at once, and one for a head of a value; `group` then says nothing.
     outliers: share of a vector, half of it from either end, that is kept as it is: of a key channel over all tokens
         coded at once, of a value token over all heads. It is `outliers` of that vector however long (rounded to pairs);
         GEAR's code takes the number from the heads' channels for keys too, whatever the number of tokens. 0 is GEAR-L.

@@ -35,8 +35,8 @@ class KIVI(RowCoding):
         check_count("KIVI", "residual", self.residual)
         if self.residual % self.group:
             raise ValueError(
-                f"KIVI: residual: got {self.residual}, expected a multiple of group={self.group}, so that blocks of keys "
-                f"are whole groups; e.g. residual={4 * self.group}"
+                f"KIVI: residual: got {self.residual}, expected a multiple of group={self.group}, so that blocks of "
+                f"keys are whole groups; e.g. residual={4 * self.group}"
             )
 
     def due(self, kind: Kind, rows: int, prefill: bool) -> int:

@@ -1,7 +1,7 @@
 """Levels of a codebook on [-1, 1]: weighted k-means of numbers in bins, and that of the normal distribution.
 
-KVQuant's "nuq" (arXiv 2401.18079, section 3.3): numbers are normalised to [-1, 1] by the thresholds of their vector, and
-one k-means gives the levels of a whole tensor, each number weighing as much as its error matters.
+KVQuant's "nuq" (arXiv 2401.18079, section 3.3): numbers are normalised to [-1, 1] by the thresholds of their vector,
+and one k-means gives the levels of a whole tensor, each number weighing as much as its error matters.
 """
 
 import functools

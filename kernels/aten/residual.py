@@ -3,8 +3,8 @@
     E_h = X_h - X'_h ~ left_h right_h        left_h [n, r] orthonormal columns, right_h = left_h^T E_h [r, D]
 
 with X' what the codes and the outliers beside them stand for. The subspace comes from power iterations, as in GEAR's
-code, but with columns made orthonormal in each of them, not in the last alone, and from a start of its own, whatever the
-state of the global generator.
+code, but with columns made orthonormal in each of them, not in the last alone, and from a start of its own, whatever
+the state of the global generator.
 """
 
 from dataclasses import replace

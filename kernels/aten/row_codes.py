@@ -113,7 +113,7 @@ def symmetric(rows: Tensor, bits: int, grouping: Grouping, left_out: Tensor | No
 
 
 def float8(rows: Tensor, form: int, grouping: Grouping, left_out: Tensor | None = None) -> Rows[Tensor]:
-    """Floats of eight bits, `form` `E4M3` or `E5M2`: `x ~ number scale`, the group's largest magnitude to their largest.
+    """Floats of eight bits, `form` `E4M3` or `E5M2`: `x ~ number scale`, largest magnitude to largest number.
 
     Raises `ValueError` for other formats, and for NaN or Inf.
     """
@@ -210,7 +210,7 @@ def _nearest(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def _packed(fields: Tensor, bits: int) -> Tensor:
-    """uint8 fields `[..., D]` as `[..., ceil(D bits / 8)]`, the first in the low bits of a byte; spare bits are zero."""
+    """uint8 fields `[..., D]` as `[..., ceil(D bits / 8)]`, the first in a byte's low bits; spare bits are zero."""
     together = 8 // bits
     fields = F.pad(fields, (0, -fields.shape[-1] % together))
     packed = fields[..., ::together].clone()
