@@ -57,10 +57,13 @@ class Observation:
 class Method:
     """One entry of `PackPolicy.passes`."""
 
-    #: When it acts.
-    stages: ClassVar[frozenset[Stage]]
     #: What it needs to know about every stored token.
     observes: ClassVar[Observation | None] = None
+
+    @property
+    def stages(self) -> frozenset[Stage]:
+        """When it acts. A class attribute where that depends on no option."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:

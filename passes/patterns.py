@@ -97,7 +97,8 @@ def layer_of(node: Node) -> str:
     if not stack:
         return node.name
     path = next(reversed(stack.values()))[0]
-    path = path.replace("L['self'].", "").replace("L['", "").replace("']", "")
+    # A decorator around `forward` calls it with `*args`, of which the model is the first.
+    path = path.replace("L['self'].", "").replace("L['args'][0].", "").replace("L['", "").replace("']", "")
     for noise in ("_modules['", "._modules."):
         path = path.replace(noise, "")
     return path or node.name

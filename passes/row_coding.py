@@ -19,9 +19,12 @@ Kind = Literal["key", "value"]
 class RowCoding(Method):
     """A code for dense tokens."""
 
-    stages: ClassVar[frozenset[Stage]] = frozenset({Stage.ROWS})
     #: Whether keys are coded before rotary embedding, where it is recognised.
     unrotated: ClassVar[bool] = False
+
+    @property
+    def stages(self) -> frozenset[Stage]:
+        return frozenset({Stage.ROWS})
 
     def due(self, kind: Kind, rows: int, prefill: bool) -> int:
         """How many of the oldest of `rows` dense tokens are to be coded now."""
