@@ -393,6 +393,40 @@ def _packed(coefficients: Sequence[Tensor], blocks: Sequence[int]) -> int:
 
 
 @_operator()
+def observe(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    statistic: str,
+    window: int,
+    real: Tensor | None,
+) -> Tensor:
+    """How much the queries of a prompt attend to every token, with `A = softmax(scale * q K^T + mask)`.
+
+    query: `[B, Hq, Tq, D]`, of the last Tq of the keys' tokens; key: `[B, H, T, D]`, Hq a multiple of H.
+    mask: as in `attention`; is_causal: as in scaled_dot_product_attention, without a mask and for Tq = T alone.
+    statistic: with A averaged over the query heads of a KV head,
+        "sum"      its sum over queries (what H2O accumulates)
+        "last"     the row of the newest query
+        "pivotal"  how many queries gave a token A >= 1 / t, t the tokens in their sight (Scissorhands)
+    window: the newest so many queries count, 0: all.
+    real: bool `[B or 1, T]`, False for padding, whose queries do not count; nor do those that the mask shows no token.
+        An additive mask hides what it lowers by half its dtype's lowest number or more.
+
+    Returns fp32 `[B, H, T]`, zero where no query counts. Raises ValueError for any other statistic, more queries than
+    keys, or is_causal where it says nothing about which tokens the queries are.
+    """
+    return aten.observe(query, key, mask, scale, is_causal, statistic, window, real)
+
+
+@_fake("observe")
+def _(query, key, mask, scale, is_causal, statistic, window, real):
+    return query.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+@_operator()
 def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Append dense rows to a low-rank segment by the small SVD of `[coefficient basis; rows]`; cost independent of T.
 

@@ -164,6 +164,59 @@ def align(coefficient: Sequence[Tensor], basis: Sequence[Tensor], rank: Sequence
     return factors
 
 
+def observe(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    statistic: str,
+    window: int,
+    real: Tensor | None,
+) -> Tensor:
+    """Sum, last row, or count of `A >= 1 / t` over the newest `window` queries that count: `[B, H, T]`."""
+    weights, sight = observed(query, key, mask, scale, is_causal, real)
+    seen = torch.zeros_like(weights[:, :, 0])
+    for sample in range(weights.shape[0]):
+        counting = [row for row in range(weights.shape[2]) if sight[sample, 0, row] > 0]
+        for row in counting[-(1 if statistic == "last" else window) :]:
+            for head in range(weights.shape[1]):
+                a, t = weights[sample, head, row], float(sight[sample, head, row])
+                seen[sample, head] += (a * t >= 1).double() if statistic == "pivotal" else a
+    return seen
+
+
+def observed(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, is_causal: bool, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention weights averaged over the query heads of a KV head `[B, H, Tq, T]`, and tokens in sight `[B, H, Tq]`.
+
+    Queries of padding, and queries that no head shows a token, have 0 in sight.
+    """
+    batch, heads, queries, _ = query.shape
+    kv_heads, tokens = key.shape[1:3]
+    group = heads // kv_heads
+    scores = scale * query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2)
+    sees = torch.ones_like(scores, dtype=torch.bool)
+    if is_causal:
+        sees = sees.tril()
+    if mask is not None and mask.dtype == torch.bool:
+        sees = mask.expand_as(sees)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.double()
+        sees = (mask > torch.finfo(mask.dtype).min / 2).expand_as(sees)
+    else:
+        scores = scores.masked_fill(~sees, -torch.inf)
+    weights = torch.softmax(scores, -1)
+    weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0).unflatten(1, (kv_heads, group)).mean(2)
+    sight = sees.unflatten(1, (kv_heads, group)).any(2).sum(-1)
+    counts = sees.any(-1).any(1)
+    if real is not None:
+        counts = counts & real[:, tokens - queries :]
+    # A head that alone is shown nothing has no weights; its query counts all the same.
+    return weights, torch.where(counts[:, None], sight.clamp(min=1), 0)
+
+
 def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The truncated SVD of `[coefficient basis; rows]`, and the Frobenius norm of what it drops."""
     batch, heads, old, dim = basis.shape

@@ -451,6 +451,38 @@ def check_no_gradient(machine: Machine, dtype: torch.dtype, seed: int) -> dict[s
     raise WrongResultError("no_gradient returned instead of raising RuntimeError")
 
 
+def check_observe(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    random = _random(seed)
+    sizes = ((2, 2, 2, 40, 16, 0), (2, 4, 7, 300, 64, 60), (1, 8, 4, 1100, 128, 0))
+    for batch, heads, group, tokens, dim, past in sizes[:2] if machine.dry else sizes:
+        query = torch.randn((batch, heads * group, tokens - past, dim), generator=random).to(dtype)
+        key = torch.randn((batch, heads, tokens, dim), generator=random).to(dtype)
+        real = torch.arange(tokens)[None] >= torch.arange(batch)[:, None] * 5
+        query.masked_fill_(~real[:, None, past:, None], torch.nan)
+        sees = torch.ones((tokens - past, tokens), dtype=torch.bool).tril(past) & real[:, None, None]
+        for is_causal in (False,) if past else (False, True):
+            given = query, key, None if is_causal else sees, dim**-0.5, is_causal
+            weights, sight = reference.observed(*given, real)
+            odds = weights * sight[..., None]
+            here, here_real = _on(machine, (given, real))
+            for window in (0, 30):
+                what = f"observe {(batch, heads, group, tokens, dim)}, causal {is_causal}, window {window}"
+                for statistic in ("sum", "last"):
+                    poison(machine)
+                    out = ops.observe(*here, statistic, window, here_real).cpu()
+                    expected = reference.observe(*given, statistic, window, real)
+                    error = relative_error(out, expected)
+                    _judge(errors, f"{what}, {statistic}", error, TOLERANCE[torch.float32], seed)
+                poison(machine)
+                counts = ops.observe(*here, "pivotal", window, here_real).cpu()
+                # Weights of 1 / t within rounding may count or not; queries that do not count stand first.
+                least, most = ((odds[:, :, -window:] >= 1 + margin).sum(2) for margin in (1e-4, -1e-4))
+                outside = ((counts < least) | (counts > most)).sum()
+                _judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
+    return errors
+
+
 CHECKS: Mapping[str, Check] = {
     "align": check_align,
     "append_": check_append_,
@@ -462,6 +494,7 @@ CHECKS: Mapping[str, Check] = {
     "fold": check_fold,
     "linear": check_linear,
     "no_gradient": check_no_gradient,
+    "observe": check_observe,
     "plan": check_plan,
     "sketch": check_sketch,
     "take_rows": check_take_rows,

@@ -4,6 +4,7 @@ from attnpack_fx.kernels.aten.attention import attention
 from attnpack_fx.kernels.aten.decompress import decompress
 from attnpack_fx.kernels.aten.factorize import align, compress, fold, sketch
 from attnpack_fx.kernels.aten.linear import linear
+from attnpack_fx.kernels.aten.observe import observe
 from attnpack_fx.kernels.aten.plan import plan
 from attnpack_fx.kernels.aten.rows import append_, take_rows
 from attnpack_fx.kernels.aten.shared_basis import compress_shared
@@ -17,6 +18,7 @@ __all__ = [
     "decompress",
     "fold",
     "linear",
+    "observe",
     "plan",
     "sketch",
     "take_rows",

@@ -167,5 +167,5 @@ def test_decode_steps_compile_once_and_match_eager():
 
 def test_operators_explain_themselves():
     names = ("plan", "compress", "sketch", "align", "fold", "take_rows", "append_", "decompress", "attention")
-    for name in (*names, "attention_weights"):
+    for name in (*names, "attention_weights", "observe"):
         assert getattr(ops, name).__doc__ == getattr(attnpack, name).__doc__ != ""
