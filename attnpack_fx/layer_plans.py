@@ -12,6 +12,9 @@ _INNER: dict[type, dict[str, type]] = {
     Stored: {"key": Columns, "value": Columns},
 }
 
+#: The parts that may be left out.
+_OPTIONAL = ("energy", "asymmetric")
+
 
 def checked_layers(values: Any) -> tuple[LayerPlan, ...] | None:
     """`values` as one `LayerPlan` for each layer: those, mappings with their fields (as JSON has them), or None."""
@@ -45,7 +48,7 @@ def _built(name: str, kind: type, value: Any) -> Any:
     if isinstance(value, kind):
         return value
     names = tuple(field.name for field in fields(kind))
-    values = checked_keys(name, value, names, required=tuple(part for part in names if part != "energy"))
+    values = checked_keys(name, value, names, required=tuple(part for part in names if part not in _OPTIONAL))
     for part, inner in _INNER.get(kind, {}).items():
         if values[part] is not None:
             values[part] = _built(f"{name}.{part}", inner, values[part])

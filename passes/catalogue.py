@@ -2,4 +2,7 @@
 
 from attnpack_fx.passes.method import Method
 
-METHODS: tuple[type[Method], ...] = ()
+from attnpack_fx.passes.gear import GEAR
+from attnpack_fx.passes.kivi import KIVI
+
+METHODS: tuple[type[Method], ...] = (GEAR, KIVI)
