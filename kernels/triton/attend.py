@@ -70,9 +70,12 @@ def takes(
 ) -> bool:
     """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads.
 
-    Blocks of columns, scales and bases that samples share are for ATen.
+    Blocks of columns, scales, rows and bases that samples share are for ATen, and so are keys with more or fewer packed
+    slots than values.
     """
     if key_blocks or value_blocks:
+        return False
+    if sum(c.shape[1] for c in key_coefficients) != sum(c.shape[1] for c in value_coefficients):
         return False
     bases = [*key_bases, *value_bases]
     if any(basis.shape[0] != query.shape[0] for basis in bases):
