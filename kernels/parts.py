@@ -174,6 +174,8 @@ class Segment(Generic[T]):
 class Angles(Generic[T]):
     """Rotary embedding of packed slots, for keys that are stored before it.
 
+    Of the first slots alone where segments behind them hold keys as they are attended: whole segments either way.
+
     cos, sin: `[B or 1, P, E]`, one entry per rotated dim, E <= D.
     axes: None: row n belongs to slot n. Else int64 `[B or 1, A, N]`: cos and sin of slot n are the sums of rows
         `axes[:, n]`, one per rotary axis (time, height, width), each zero in the dims of the others.

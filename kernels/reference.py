@@ -299,7 +299,8 @@ def stored(
     if cos is not None and sin is not None:
         if axes is not None:
             cos, sin = (_summed(table.double(), axes) for table in (cos, sin))
-        together = rotate(together, cos.double(), sin.double(), interleaved)
+        turned = rotate(together[:, :, : cos.shape[1]], cos.double(), sin.double(), interleaved)
+        together = torch.cat([turned, together[:, :, cos.shape[1] :]], 2)
     return torch.cat([together, rows], 2)
 
 

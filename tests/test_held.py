@@ -8,7 +8,7 @@ import torch
 
 from attnpack_fx import PackedTensor, Partial
 from attnpack_fx.held import Held, Loss, fake_parts, stacked
-from attnpack_fx.kernels.parts import Segment
+from attnpack_fx.kernels.parts import Segment, formats
 from tests.packing_inputs import assert_stands_for
 from tests.stored_inputs import Way, grouped, stored_pair
 
@@ -35,7 +35,7 @@ def test_counts_and_sizes(way):
     plain, weighed = held.forms
     assert weighed == dataclasses.replace(plain, weighed=True) and not plain.weighed
     assert plain.ragged == bool(way.padding)
-    assert plain.kinds == ((way.bits,),) * len(held.modalities)
+    assert [[formats(kind) for kind in kinds] for kinds in plain.kinds] == [[(way.bits, way.bits)]] * len(held.modalities)
 
 
 @every_way

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from attnpack_fx import Columns, PackedTensor, PackPolicy, Partial, Stored, cache_bytes, pack
+from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.folding import fold
 from attnpack_fx.held import rank_of
 from attnpack_fx.kernels import ops, reference
@@ -126,7 +127,9 @@ def test_groups_follow_attention_that_moves():
         importance = 0.5 * importance + 0.5 * torch.zeros(2, 9).scatter_(1, place, weights[:, :9])
         assert pair.key.importance is not None
         pair.key = pair.key.attended(0.5 * pair.key.importance + 0.5 * weights[:, :9])
-        pair.key, pair.value = maintain(pair.key, pair.value, 1, None, policy)
+        layer = CachedLayer(0, pair.key, pair.value, added=1, prefill=False)
+        maintain([layer], policy)
+        pair.key, pair.value = layer.key, layer.value
         place = pair.key.index[:, :9] - 2
         torch.testing.assert_close(pair.key.importance.double(), importance.gather(1, place))
         assert pair.value.segments[0].blocks[1].coefficient.shape[1] == 2

@@ -101,6 +101,8 @@ def _per_head(tail: Tensor, length: int) -> Tensor:
 
 def _scores(q: Tensor, segment: Stored, rotary: Rotary | None, first: int, batch: int) -> Tensor:
     """Scores of the segment whose tokens are slots first, ...: q `[B * H, g * Tq, D]` -> `[B, Hq * Tq, N]`."""
+    if rotary is not None and first >= rotary.slots:
+        rotary = None
     if isinstance(segment, Rows):
         return coded_attention.scores(q.unflatten(0, (batch, -1)), segment, rotary, first).flatten(1, 2).to(q.dtype)
     if rotary is None:

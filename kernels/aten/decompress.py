@@ -41,8 +41,10 @@ def decompress(
     kept, prompt = index.shape[1] - packed, slot.shape[1]
     rows = tail[:length].permute(1, 2, 0, 3)
     if cos is not None and sin is not None and packed:
-        cos, sin = per_slot(Rotary(cos, sin, interleaved, axes), 0, packed)
-        dense = [rotate(torch.cat(dense, 2), cos[:, None], sin[:, None], interleaved)]
+        rotary, together = Rotary(cos, sin, interleaved, axes), torch.cat(dense, 2)
+        cos, sin = per_slot(rotary, 0, rotary.slots)
+        turned = rotate(together[:, :, : rotary.slots], cos[:, None], sin[:, None], interleaved)
+        dense = [turned, together[:, :, rotary.slots :]]
     stored = torch.cat([*dense, rows[:, :, :kept]], 2)
     out = tail.new_zeros((batch, heads, prompt + length - kept, dim))
     if stored.shape[2]:

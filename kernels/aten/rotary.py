@@ -26,6 +26,11 @@ class Rotary(NamedTuple):
     interleaved: bool
     axes: Tensor | None = None
 
+    @property
+    def slots(self) -> int:
+        """How many slots, the first ones, are rotated: segments behind them hold keys as they are attended."""
+        return self.cos.shape[1] if self.axes is None else self.axes.shape[2]
+
 
 def per_slot(rotary: Rotary, first: int, end: int) -> tuple[Tensor, Tensor]:
     """cos and sin of slots first .. end - 1, `[B or 1, end - first, E]` each."""
