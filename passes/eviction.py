@@ -34,6 +34,7 @@ class Tokens:
     real: int64 `[B']`, how many of those were no padding.
     prefill: whether the prompt has just been stored.
     layer: number of the decoder layer, or None where the graph does not show it.
+    vision_seen: int64 `[B']`, how many of the real tokens were vision tokens; None where that is not known.
     """
 
     position: Tensor
@@ -43,6 +44,7 @@ class Tokens:
     real: Tensor
     prefill: bool
     layer: int | None
+    vision_seen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,23 @@ def subject_of(tokens: Tokens, target: Target) -> Tensor:
     return stored & (tokens.vision if target == "vision" else ~tokens.vision)
 
 
-def staying(tokens: Tokens, subject: Tensor, limit: Callable[[int], int], at_once: Callable[[int], int]) -> int | None:
+def staying(
+    tokens: Tokens,
+    subject: Tensor,
+    limit: Callable[[int], int],
+    at_once: Callable[[int], int],
+    seen: Tensor | None = None,
+) -> int | None:
     """How many tokens of subject are to stay in a sample, or None where none holds more than the budget.
 
-    limit, at_once: as in `Budgeted`. Tokens that are not subject must all be stored: how many of subject there have
-    been is what they leave of `tokens.real`.
+    limit, at_once: as in `Budgeted`. seen: int64 `[B']`, how many tokens of subject there have been; None: all others
+    are stored, so that it is what they leave of `tokens.real`.
     """
     if subject.shape[1] <= limit(0):
         return None  # decided without asking the device
     stored = subject.sum(1)
-    seen = tokens.real.to(stored.device) - ((tokens.position >= 0).sum(1) - stored)
+    if seen is None:
+        seen = tokens.real.to(stored.device) - ((tokens.position >= 0).sum(1) - stored)
     most_stored, most_seen = torch.stack([stored.amax(), seen.amax()]).tolist()
     number = limit(most_seen)
     if most_stored <= number:
@@ -145,13 +154,15 @@ def several(every: int, limit: int) -> int:
     return min(every, 1 + limit // 8)
 
 
-def best(score: Tensor | None, position: Tensor, among: Tensor, count: int) -> Tensor:
+def best(score: Tensor | None, position: Tensor, among: Tensor, count: int | Tensor) -> Tensor:
     """The `count` tokens with the highest score, the newer one where scores are equal; without scores the newest.
 
-    score `[B', n]`, position int64 `[B', n]`, among and result bool `[B', n]`. All of `among` where there are fewer.
+    score float `[B', n]`, position int64 `[B', n]`, among and result bool `[B', n]`; count may be int64 `[B', 1]`.
+    Where fewer are among, they all are.
     """
     order = torch.where(among, position, -1).argsort(-1, descending=True)
     if score is not None:
         ranked = score.masked_fill(~among, -math.inf).gather(-1, order)
         order = order.gather(-1, torch.argsort(ranked, dim=-1, descending=True, stable=True))
-    return torch.zeros_like(among).scatter_(-1, order[:, :count], True) & among
+    place = torch.arange(among.shape[1], device=among.device).expand_as(order)
+    return torch.zeros_like(among).scatter_(-1, order, place < count) & among

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,7 +73,7 @@ def test_the_budget_is_never_exceeded_and_seldom_evicted_to(seed, prompt, budget
     assert all(count <= limit for count, limit in zip(held, limits, strict=True))
     assert all(tokens.seen - 1 in tokens.position for tokens in history if rule.limit(tokens.seen) > 1)
     if isinstance(budget, int):
-        evictions = sum(now <= before for before, now in zip(held, held[1:], strict=False))
+        evictions = sum(now <= before for before, now in pairwise(held))
         assert evictions <= 1 + (90 - prompt) / min(every, 1 + budget // 8)
 
 
