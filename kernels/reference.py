@@ -204,7 +204,7 @@ def observed(
 
     Queries of padding, and queries that no head shows a token, have 0 in sight.
     """
-    batch, heads, queries, _ = query.shape
+    heads, queries = query.shape[1:3]
     kv_heads, tokens = key.shape[1:3]
     group = heads // kv_heads
     scores = scale * query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2)

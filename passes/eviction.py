@@ -1,14 +1,24 @@
 """Token eviction, whatever the rule: what a method is shown, and what it answers.
 
 The rule is a pure function from stored tokens to a mask; freeing them is done elsewhere, once for all rules.
+
+Most rules keep a budget (`Budgeted`). Papers evict one token with every step; here that would copy the cache with every
+step, so a rule lets it grow up to the budget, then evicts several tokens at once. The budget is never exceeded.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from attnpack_fx.passes.fields import checked_choice
 from attnpack_fx.passes.method import Method, Stage
+
+#: Which tokens a budget is for; those of the other modality all stay, and do not count.
+Target = Literal["all", "vision", "text"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Tokens:
     real: int64 `[B']`, how many of those were no padding.
     prefill: whether the prompt has just been stored.
     layer: number of the decoder layer, or None where the graph does not show it.
+    vision_seen: int64 `[B']`, how many of the real tokens were vision tokens; None where that is not known.
     """
 
     position: Tensor
@@ -33,6 +44,7 @@ class Tokens:
     real: Tensor
     prefill: bool
     layer: int | None
+    vision_seen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,10 @@ class Eviction(Method):
 
     stages: ClassVar[frozenset[Stage]] = frozenset({Stage.EVICT})
 
-    heads: Literal["apart", "together", "auto"] = "auto"
+    heads: Literal["apart", "together", "auto"] = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        checked_choice(self.name, "heads", self.heads, ("auto", "apart", "together"))
 
     def keep(self, tokens: Tokens) -> Tensor | None:
         """Which tokens stay: bool `[B', n]`, or None for all.
@@ -53,3 +68,101 @@ class Eviction(Method):
         Called after prefill and after every decode step, the tokens of that step being the newest.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Budgeted(Eviction):
+    """A rule that keeps as many tokens as a budget says, the same number for every sample that has so many.
+
+    At prefill exactly the budget stays. Later it may fill up again before tokens leave, `at_once` of them.
+
+    target: tokens that the budget is for. Where no modality is known all tokens are text.
+    """
+
+    target: Target = field(default="all", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked_choice(self.name, "target", self.target, ("all", "vision", "text"))
+
+    def limit(self, seen: int) -> int:
+        """The budget in tokens where there have been `seen` of them, in the sample with most; never falls with it."""
+        raise NotImplementedError
+
+    def at_once(self, limit: int) -> int:
+        """How many tokens leave at once when one too many has come; at least 1, at most `limit`."""
+        raise NotImplementedError
+
+    def chosen(self, tokens: Tokens, subject: Tensor, count: int) -> Tensor:
+        """The `count` tokens of subject, bool `[B', n]`, that stay in every sample; all of a sample with fewer."""
+        raise NotImplementedError
+
+    def keep(self, tokens: Tokens) -> Tensor | None:
+        subject = subject_of(tokens, self.target)
+        count = staying(tokens, subject, self.limit, self.at_once)
+        if count is None:
+            return None
+        return (tokens.position >= 0) & ~subject | self.chosen(tokens, subject, count)
+
+
+def subject_of(tokens: Tokens, target: Target) -> Tensor:
+    """Stored tokens, filler apart, that a budget is for: bool `[B', n]`."""
+    stored = tokens.position >= 0
+    if target == "all":
+        return stored
+    if tokens.vision is None:
+        return stored if target == "text" else torch.zeros_like(stored)
+    return stored & (tokens.vision if target == "vision" else ~tokens.vision)
+
+
+def staying(
+    tokens: Tokens,
+    subject: Tensor,
+    limit: Callable[[int], int],
+    at_once: Callable[[int], int],
+    seen: Tensor | None = None,
+) -> int | None:
+    """How many tokens of subject are to stay in a sample, or None where none holds more than the budget.
+
+    limit, at_once: as in `Budgeted`. seen: int64 `[B']`, how many tokens of subject there have been; None: all others
+    are stored, so that it is what they leave of `tokens.real`.
+    """
+    if subject.shape[1] <= limit(0):
+        return None  # decided without asking the device
+    stored = subject.sum(1)
+    if seen is None:
+        seen = tokens.real.to(stored.device) - ((tokens.position >= 0).sum(1) - stored)
+    most_stored, most_seen = torch.stack([stored.amax(), seen.amax()]).tolist()
+    number = limit(most_seen)
+    if most_stored <= number:
+        return None
+    return number if tokens.prefill else number - at_once(number) + 1
+
+
+def amount(budget: float | int, seen: int) -> int:
+    """A budget in tokens: an int is one; a float is a share of the tokens seen, rounded up, at least 1."""
+    return budget if isinstance(budget, int) else max(1, share_of(budget, seen))
+
+
+def share_of(share: float, count: int) -> int:
+    """`ceil(share * count)`, so that 0.1 of 30 are 3, whatever floats say."""
+    return math.ceil(round(share * count, 6))
+
+
+def several(every: int, limit: int) -> int:
+    """Tokens that leave at once: `every`, but no more than an eighth of the budget and one."""
+    return min(every, 1 + limit // 8)
+
+
+def best(score: Tensor | None, position: Tensor, among: Tensor, count: int | Tensor) -> Tensor:
+    """The `count` tokens with the highest score, the newer one where scores are equal; without scores the newest.
+
+    score float `[B', n]`, position int64 `[B', n]`, among and result bool `[B', n]`; count may be int64 `[B', 1]`.
+    Where fewer are among, they all are.
+    """
+    order = torch.where(among, position, -1).argsort(-1, descending=True)
+    if score is not None:
+        ranked = score.masked_fill(~among, -math.inf).gather(-1, order)
+        order = order.gather(-1, torch.argsort(ranked, dim=-1, descending=True, stable=True))
+    place = torch.arange(among.shape[1], device=among.device).expand_as(order)
+    return torch.zeros_like(among).scatter_(-1, order, place < count) & among
