@@ -60,8 +60,8 @@ class Quantize(RowCoding):
             raise ValueError(f"Quantize: symmetric: got {self.symmetric!r}, expected True or False")
         if isinstance(self.bits, tuple) and "tail" in self.target:
             raise ValueError(
-                f"Quantize: bits: got {self.bits!r} for the tail, whose tokens have no columns, expected one of {_BITS}; "
-                "leave 'tail' out of target"
+                f"Quantize: bits: got {self.bits!r} for the tail, whose tokens have no columns, expected one of "
+                f"{_BITS}; leave 'tail' out of target"
             )
         if not self.symmetric and not all(each in (0, *INTEGERS) for each in self._bits):
             raise ValueError(
@@ -87,13 +87,9 @@ class Quantize(RowCoding):
         pairs: Mixed = self.bits if isinstance(self.bits, tuple) else ((None, self.bits),)
         if pairs[-1][0] is not None:
             pairs = (*pairs, (None, 0))
-        found = []
-        for columns, bits in pairs:
-            coefficient, basis = (
-                _format(bits) if bits and name in self.target else 0 for name in ("coefficients", "bases")
-            )
-            found.append((columns, coefficient, basis))
-        return tuple(found)
+        coefficients, bases = "coefficients" in self.target, "bases" in self.target
+        formats = ((columns, _format(bits) if bits else 0) for columns, bits in pairs)
+        return tuple((columns, form * coefficients, form * bases) for columns, form in formats)
 
     def formats(self) -> tuple[int, int]:
         """Formats of coefficients and basis, 0 for as they are. Raises `ValueError` where columns have several."""
