@@ -54,9 +54,10 @@ class Collector:
         results = self._results
         indices = [results[number] for number in spec.indices]
         if spec.slot not in self._placements:
-            vision = None if spec.vision is None else results[spec.vision].expand(results[spec.slot].shape)
+            slot = results[spec.slot]
+            vision = None if spec.vision is None else results[spec.vision].expand(slot.shape) & (slot >= 0)
             evicts = bool(acting(self._policy.passes, Stage.EVICT))
-            placed = Placement.from_plan(indices, results[spec.slot], vision, evicts=evicts)
+            placed = Placement.from_plan(indices, slot, vision, evicts=evicts)
             # Layers of different ranks decide for themselves whether packing pays, and mostly decide alike.
             alike = (known for known in self._placements.values() if known.same_as(placed))
             self._placements[spec.slot] = next(alike, placed)

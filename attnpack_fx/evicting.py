@@ -3,26 +3,26 @@
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.moving import choose, taken
 from attnpack_fx.passes.eviction import Eviction, Tokens
-from attnpack_fx.passes.selection import Selection
 
 
 def tokens(layer: CachedLayer) -> Tokens:
     """The layer's stored tokens, as rules see them."""
     position = layer.key.positions
-    absent = layer.key.placement.absent
-    assert absent is not None
+    placement = layer.key.placement
+    assert placement.absent is not None
     return Tokens(
         position=position,
         score=layer.key.importance,
-        vision=layer.key.placement.is_vision(position),
+        vision=placement.is_vision(position),
         seen=layer.key.shape[2],
-        real=layer.key.shape[2] - absent,
+        real=layer.key.shape[2] - placement.absent,
         prefill=layer.prefill,
         layer=layer.number,
+        vision_seen=None if placement.vision is None else placement.vision.sum(1),
     )
 
 
-def evict(layer: CachedLayer, rule: Eviction | Selection) -> None:
+def evict(layer: CachedLayer, rule: Eviction) -> None:
     """Keep what the rule keeps."""
     shown = tokens(layer)
     keep = rule.keep(shown)

@@ -92,7 +92,7 @@ def _blocks(
 ) -> list[Rows[Tensor]]:
     """The block of either layer, which differ in magnitudes alone."""
     direction = gathered(direction, order)
-    sizes = [gathered(norm, order) for norm in norms]
+    sizes = [gathered(norm, order).to(direction.dtype) for norm in norms]
     if coding is None:
         form = RowForm(bits=0, group=direction.shape[3])
         return [Rows(form, direction, size[..., None]) for size in sizes]

@@ -21,7 +21,7 @@ class Placement:
     index: int64 `[B, N]`, logical position of each prompt slot, -1 for filler.
     slot: int64 `[B, P]`, slot of each logical prompt position, -1 for padding.
     ragged: whether `index` holds filler.
-    vision: bool `[B, P]`, which logical positions are vision tokens, where anything asks; later ones are not.
+    vision: bool `[B, P]`, which logical positions had vision tokens stored, where anything asks; later ones are none.
     absent: int64 `[B]`, how many prompt positions never had a slot, as padding has none, where anything asks.
 
     Layers share one placement. Operations that derive a new one remember the last result, so that reordering or moving

@@ -20,7 +20,7 @@ from attnpack_fx.layer_plans import checked_layers, fitted
 from attnpack_fx.methods import checked_methods, to_mapping
 from attnpack_fx.options import inductor_patches, mode_patches, normalised, unknown
 from attnpack_fx.partial import Partial, checked_partial
-from attnpack_fx.passes.asks import acting
+from attnpack_fx.passes.asks import acting, codes_unrotated
 from attnpack_fx.passes.method import Method, Stage
 from attnpack_fx.passes.storage import Columns, KeySpace, LayerPlan, Stored
 from attnpack_fx.ranks import (
@@ -357,6 +357,7 @@ def _check_combinations(policy: PackPolicy) -> None:
                 )
     _check_counts(policy)
     _check_fold(policy)
+    _check_passes(policy)
     if policy.partial is not None and not _packed(policy, "vision"):
         raise PolicyError(
             "partial: got a Partial, expected None where vision tokens stay dense: there are no columns to leave out; "
@@ -366,6 +367,48 @@ def _check_combinations(policy: PackPolicy) -> None:
         raise PolicyError(
             f"bases: got {policy.bases!r} with an energy, expected 'sample': a share of energy gives each sample a "
             "rank of its own, and samples that share a basis share its rank; use fixed ranks or bases='sample'"
+        )
+
+
+def _check_passes(policy: PackPolicy) -> None:
+    """Methods beside what else the policy says."""
+    stages = {stage: method.name for method in policy.passes for stage in method.stages}
+    factors, evicts = stages.get(Stage.FACTORS), stages.get(Stage.EVICT)
+    if factors is not None:
+        if not _packed(policy, "vision") and not _packed(policy, "text"):
+            raise PolicyError(
+                f"passes: got {factors} of coefficients or bases, expected another target where nothing is low rank; "
+                "give vision_rank or text_rank, or target='tail'"
+            )
+        quantised = any(
+            part.quantised
+            for plan in policy.layers or ()
+            for stored in (plan.vision, plan.text)
+            if stored is not None
+            for part in (stored.key, stored.value)
+        )
+        if quantised:
+            raise PolicyError(f"passes: got {factors} beside layers that say in how many bits factors are; drop either")
+    for stage in (Stage.FACTORS, Stage.EVICT, Stage.MERGE, Stage.ROWS):
+        if policy.fold_every is not None and stage in stages:
+            raise PolicyError(
+                f"passes: got {stages[stage]} with fold_every, expected one of them: a fold takes the oldest dense "
+                "tokens as they came, into text in the model's dtype; drop either"
+            )
+    if policy.partial is not None and evicts is not None:
+        raise PolicyError(
+            f"passes: got {evicts} with partial, expected one of them: both keep a number for every token, and sort "
+            "tokens by it; drop either"
+        )
+    if Stage.SELECT in stages and Stage.ROWS in stages and not _packed(policy, "vision"):
+        raise PolicyError(
+            f"passes: got {stages[Stage.SELECT]} with {stages[Stage.ROWS]}, expected packed vision tokens, as tokens "
+            "that are not read have no codes; give vision_rank"
+        )
+    if codes_unrotated(policy) and policy.key_space == "rotated":
+        raise PolicyError(
+            f"passes: got {stages[Stage.ROWS]} with key_space='rotated', expected 'auto' or 'unrotated': it codes keys "
+            "before rotary embedding"
         )
 
 

@@ -35,10 +35,11 @@ def select(layer: CachedLayer, method: Selection) -> None:
 
 def _rest(layer: CachedLayer, method: Selection, started: int) -> None:
     shown = tokens(layer)
-    read = method.core(shown)
+    read = method.core_of(shown)
     stored = shown.position >= 0
     core, other = choose(layer.key, layer.value, read & stored), choose(layer.key, layer.value, ~read & stored)
-    resting = [_resting(packed, layer.key, other, started) for packed in (layer.key, layer.value)]
+    index = chosen_positions(layer.key, other)
+    resting = [_resting(packed, index, other, started) for packed in (layer.key, layer.value)]
     pair = taken(layer.key, layer.value, core)
     layer.key, layer.value = (
         PackedTensor(replace(packed.held, resting=rest), packed.lease, packed.importance)
@@ -46,7 +47,7 @@ def _rest(layer: CachedLayer, method: Selection, started: int) -> None:
     )
 
 
-def _resting(packed: PackedTensor, key: PackedTensor, choice: Choice, started: int) -> Resting:
+def _resting(packed: PackedTensor, index: Tensor, choice: Choice, started: int) -> Resting:
     held = packed.held
     blocks = [block for segment in segments_of(held, choice) for block in segment.blocks]
     assert all(isinstance(block, Block) for block in blocks), "coded rows do not rest"
@@ -57,7 +58,7 @@ def _resting(packed: PackedTensor, key: PackedTensor, choice: Choice, started: i
     return Resting(
         tuple(block.coefficient for block in blocks if isinstance(block, Block)),
         tail,
-        chosen_positions(key, choice),
+        index,
         (*counts, tail.shape[0]),
         None if angles is None else angles.reordered(choice.between(0, held.packed).clamp(min=0)).packed.axes,
         None if packed.importance is None else gathered(packed.importance, choice.order),

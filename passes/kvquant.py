@@ -10,6 +10,7 @@ from attnpack_fx.kernels.aten.row_codes import Grouping, bounds, by_codebook, ex
 from attnpack_fx.kernels.parts import Rows
 from attnpack_fx.passes import codebook_file
 from attnpack_fx.passes.codebook_file import Codebooks
+from attnpack_fx.passes.method import Method, Stage
 from attnpack_fx.passes.row_coding import Kind, RowCoding
 from attnpack_fx.passes.row_options import check_bits, check_count, check_share, steps
 
@@ -56,6 +57,14 @@ class KVQuant(RowCoding):
                     f"KVQuant: codebooks: got {self.codebooks} with {own.key.shape[0]} levels in layer {number}, "
                     f"expected 2^bits = {2**self.bits}; calibrate it with bits={self.bits}"
                 )
+
+    def refuses(self, other: Method) -> str | None:
+        if Stage.MERGE in other.stages:
+            return (
+                f"{self.name} with {other.name}: keys are coded before rotary embedding, and layers merge them after "
+                "it; use KIVI, GEAR or Quantize beside it"
+            )
+        return super().refuses(other)
 
     def due(self, kind: Kind, rows: int, prefill: bool) -> int:
         return rows if prefill else steps(rows, self.residual)

@@ -86,6 +86,12 @@ _ALONE = {
     Stage.ROWS: "both store the older dense tokens",
 }
 
+#: Stages of two methods that one cache cannot go through, and why.
+_APART = {
+    (Stage.EVICT, Stage.MERGE): "layers that each evict tokens of their own have none in common to merge",
+    (Stage.SELECT, Stage.MERGE): "layers that each read tokens of their own have none in common to merge",
+}
+
 
 def conflict(first: Method, second: Method) -> str | None:
     """Why two methods cannot stand together, or None."""
@@ -95,6 +101,10 @@ def conflict(first: Method, second: Method) -> str | None:
     for stage in sorted(first.stages & second.stages):
         if stage in _ALONE:
             return f"{first.name} with {second.name}: {_ALONE[stage]}; use one of them"
+    for (one, other), why in _APART.items():
+        for left, right in ((first, second), (second, first)):
+            if one in left.stages and other in right.stages:
+                return f"{left.name} with {right.name}: {why}; use one of them"
     if first.observes and second.observes and first.observes != second.observes:
         return (
             f"{first.name} with {second.name}: a cache remembers one number a token, and they ask for different ones "

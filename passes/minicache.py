@@ -66,7 +66,9 @@ class MiniCache(Merging):
         work = torch.promote_types(lower.dtype, torch.float32)
         norms = [torch.linalg.vector_norm(x, dim=-1, dtype=work) for x in (lower, upper)]
         # Rows of zeros have no direction: they take the other layer's.
-        u, v = (x.to(work) / norm.clamp(min=torch.finfo(work).tiny)[..., None] for x, norm in zip((lower, upper), norms))
+        u, v = (
+            x.to(work) / norm.clamp(min=torch.finfo(work).tiny)[..., None] for x, norm in zip((lower, upper), norms)
+        )
         both = (norms[0] > 0) & (norms[1] > 0)
         # Exact for the smallest angles too, where the cosine is 1.
         angle = 2 * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))

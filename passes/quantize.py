@@ -10,6 +10,7 @@ from attnpack_fx.kernels.parts import E4M3, E5M2, Rows
 from attnpack_fx.passes.method import Stage
 from attnpack_fx.passes.row_coding import Kind, RowCoding
 from attnpack_fx.passes.row_options import check_count, steps
+from attnpack_fx.passes.storage import Stored
 
 #: Eight bits in floating point, by name.
 FLOATS = {"e4m3": E4M3, "e5m2": E5M2}
@@ -97,6 +98,11 @@ class Quantize(RowCoding):
         if len(found) > 1:
             raise ValueError(f"formats: got columns in several formats, {self.bits!r}; take factor_bits")
         return found.pop()
+
+    def stored(self, how: Stored) -> Stored:
+        """A layer's factors in these formats; ranks are numbers."""
+        coded = (columns.coded(self.factor_bits, not self.symmetric) for columns in (how.key, how.value))
+        return Stored(*coded)
 
     def due(self, kind: Kind, rows: int, prefill: bool) -> int:
         return steps(rows - self.recent, 1 if prefill else STEP) if Stage.ROWS in self.stages else 0

@@ -35,7 +35,8 @@ def test_counts_and_sizes(way):
     plain, weighed = held.forms
     assert weighed == dataclasses.replace(plain, weighed=True) and not plain.weighed
     assert plain.ragged == bool(way.padding)
-    assert [[formats(kind) for kind in kinds] for kinds in plain.kinds] == [[(way.bits, way.bits)]] * len(held.modalities)
+    stored = [[formats(kind) for kind in kinds] for kinds in plain.kinds]
+    assert stored == [[(way.bits, way.bits)]] * len(held.modalities)
 
 
 @every_way
