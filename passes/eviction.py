@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnpack_fx.passes.fields import checked_choice
+from attnpack_fx.passes.fields import checked_choice, share_of
 from attnpack_fx.passes.method import Method, Stage
 
 #: Which tokens a budget is for; those of the other modality all stay, and do not count.
@@ -142,11 +142,6 @@ def staying(
 def amount(budget: float | int, seen: int) -> int:
     """A budget in tokens: an int is one; a float is a share of the tokens seen, rounded up, at least 1."""
     return budget if isinstance(budget, int) else max(1, share_of(budget, seen))
-
-
-def share_of(share: float, count: int) -> int:
-    """`ceil(share * count)`, so that 0.1 of 30 are 3, whatever floats say."""
-    return math.ceil(round(share * count, 6))
 
 
 def several(every: int, limit: int) -> int:
