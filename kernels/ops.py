@@ -436,6 +436,16 @@ def _(query, key, mask, scale, is_causal, statistic, window, real):
     return query.new_empty(key.shape[:3], dtype=torch.float32)
 
 
+def _no_part_in_training(ctx, inputs, output):
+    ctx.mark_non_differentiable(output)
+
+
+# It stands in prefills that may be trained through; what it observes is no function of the loss.
+torch.library.register_autograd(
+    "attnpack::observe", lambda ctx, grad: (None,) * 8, setup_context=_no_part_in_training, lib=_LIBRARY
+)
+
+
 @_operator()
 def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Append dense rows to a low-rank segment by the small SVD of `[coefficient basis; rows]`; cost independent of T.

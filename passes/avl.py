@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnpack_fx.passes.eviction import Tokens, best, several, share_of, staying, subject_of
-from attnpack_fx.passes.fields import checked_count, checked_share
+from attnpack_fx.passes.eviction import Tokens, best, several, staying, subject_of
+from attnpack_fx.passes.fields import checked_count, checked_share, share_of
 from attnpack_fx.passes.h2o import heavy_and_newest
 from attnpack_fx.passes.method import Observation
 from attnpack_fx.passes.selection import Selection

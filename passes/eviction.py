@@ -6,7 +6,6 @@ Most rules keep a budget (`Budgeted`). Papers evict one token with every step; h
 step, so a rule lets it grow up to the budget, then evicts several tokens at once. The budget is never exceeded.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -14,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnpack_fx.passes.fields import checked_choice
+from attnpack_fx.passes.fields import checked_choice, share_of
 from attnpack_fx.passes.method import Method, Stage
 
 #: Which tokens a budget is for; those of the other modality all stay, and do not count.
@@ -144,11 +143,6 @@ def amount(budget: float | int, seen: int) -> int:
     return budget if isinstance(budget, int) else max(1, share_of(budget, seen))
 
 
-def share_of(share: float, count: int) -> int:
-    """`ceil(share * count)`, so that 0.1 of 30 are 3, whatever floats say."""
-    return math.ceil(round(share * count, 6))
-
-
 def several(every: int, limit: int) -> int:
     """Tokens that leave at once: `every`, but no more than an eighth of the budget and one."""
     return min(every, 1 + limit // 8)
@@ -157,12 +151,20 @@ def several(every: int, limit: int) -> int:
 def best(score: Tensor | None, position: Tensor, among: Tensor, count: int | Tensor) -> Tensor:
     """The `count` tokens with the highest score, the newer one where scores are equal; without scores the newest.
 
-    score float `[B', n]`, position int64 `[B', n]`, among and result bool `[B', n]`; count may be int64 `[B', 1]`.
+    score fp32 `[B', n]`, position int64 `[B', n]`, among and result bool `[B', n]`; count may be int64 `[B', 1]`.
     Where fewer are among, they all are.
     """
-    order = torch.where(among, position, -1).argsort(-1, descending=True)
-    if score is not None:
-        ranked = score.masked_fill(~among, -math.inf).gather(-1, order)
-        order = order.gather(-1, torch.argsort(ranked, dim=-1, descending=True, stable=True))
-    place = torch.arange(among.shape[1], device=among.device).expand_as(order)
+    rank = position if score is None else _ordered(score) << 32 | position
+    rank = rank.masked_fill(~among, torch.iinfo(torch.int64).min)
+    if isinstance(count, int):
+        chosen = rank.topk(min(count, rank.shape[1])).indices
+        return torch.zeros_like(among).scatter_(-1, chosen, True) & among
+    order = rank.argsort(-1, descending=True)
+    place = torch.arange(rank.shape[1], device=rank.device).expand_as(order)
     return torch.zeros_like(among).scatter_(-1, order, place < count) & among
+
+
+def _ordered(score: Tensor) -> Tensor:
+    """Int64 numbers of 32 bits in the order of floats: their bits, those of negative ones turned round."""
+    bits = (score.float() + 0.0).view(torch.int32)  # of the two zeros the positive one
+    return (bits ^ bits >> 31 & 0x7FFFFFFF).long()

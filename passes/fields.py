@@ -1,4 +1,7 @@
-"""Checks of the fields of methods. Each raises ValueError that names what was got, what is expected, and a way out."""
+"""Fields of methods: what a share of something is, and checks.
+
+Each check raises a ValueError that names what was got, what is expected, and a way out.
+"""
 
 import math
 from collections.abc import Sequence
@@ -35,6 +38,11 @@ def checked_choice(owner: str, name: str, value: Any, choices: Sequence[str]) ->
     """One of a few words."""
     if value not in choices:
         _refuse(owner, name, value, f"one of {', '.join(map(repr, choices))}", f"{name}={choices[0]!r}")
+
+
+def share_of(share: float, count: int) -> int:
+    """`ceil(share * count)`, so that 0.1 of 30 are 3, whatever floats say."""
+    return math.ceil(round(share * count, 6))
 
 
 def _refuse(owner: str, name: str, value: Any, expected: str, example: str) -> None:

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnpack_fx.passes.eviction import Budgeted, Tokens, amount, best, several, share_of
-from attnpack_fx.passes.fields import checked_amount, checked_count, checked_share
+from attnpack_fx.passes.eviction import Budgeted, Tokens, amount, best, several
+from attnpack_fx.passes.fields import checked_amount, checked_count, checked_share, share_of
 from attnpack_fx.passes.method import Observation
 
 

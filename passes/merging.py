@@ -1,7 +1,7 @@
 """Layers that share what they hold: what a method is asked, and what it answers.
 
-Dense keys of two adjacent layers, and so their values, become one direction for both and a length for each; a few tokens
-stay as they are in both. Older tokens are merged; the newest stay dense until more have come.
+Dense keys of two adjacent layers, and so their values, become one direction for both and a length for each; a few
+tokens stay as they are in both. Older tokens are merged; the newest stay dense until more have come.
 """
 
 from dataclasses import dataclass

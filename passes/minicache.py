@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnpack_fx.passes.eviction import share_of
-from attnpack_fx.passes.fields import checked_choice, checked_count, checked_share
+from attnpack_fx.passes.fields import checked_choice, checked_count, checked_share, share_of
 from attnpack_fx.passes.merging import Merged, Merging
 
 #: Sine of the angle between two rows from which on interpolation along the arc divides by it.
@@ -66,9 +65,8 @@ class MiniCache(Merging):
         work = torch.promote_types(lower.dtype, torch.float32)
         norms = [torch.linalg.vector_norm(x, dim=-1, dtype=work) for x in (lower, upper)]
         # Rows of zeros have no direction: they take the other layer's.
-        u, v = (
-            x.to(work) / norm.clamp(min=torch.finfo(work).tiny)[..., None] for x, norm in zip((lower, upper), norms)
-        )
+        least = torch.finfo(work).tiny
+        u, v = (x.to(work) / norm.clamp(min=least)[..., None] for x, norm in zip((lower, upper), norms, strict=True))
         both = (norms[0] > 0) & (norms[1] > 0)
         # Exact for the smallest angles too, where the cosine is 1.
         angle = 2 * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))

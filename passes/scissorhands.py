@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnpack_fx.passes.eviction import Budgeted, Tokens, amount, best, share_of
-from attnpack_fx.passes.fields import checked_amount, checked_count, checked_share
+from attnpack_fx.passes.eviction import Budgeted, Tokens, amount, best
+from attnpack_fx.passes.fields import checked_amount, checked_count, checked_share, share_of
 from attnpack_fx.passes.method import Observation
 
 

@@ -209,6 +209,25 @@ def test_what_cannot_be_observed(changes, message):
         attnpack.observe(**given | changes)
 
 
+@pytest.mark.filterwarnings("error:attnpack")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prefill_that_is_observed_has_the_gradient_it_had(compiled):
+    query, key = torch.randn(1, 4, 6, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
+
+    def attend(query, key, observed):
+        out = F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+        return out, attnpack.observe(query, key, None, 0.3, True, "sum", 0, None) if observed else None
+
+    def gradients(function, observed):
+        out, seen = function(query, key, observed)
+        assert seen is None or not seen.requires_grad
+        return torch.autograd.grad(out.square().sum(), (query, key))
+
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    for actual, expected in zip(gradients(run, True), gradients(attend, False), strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("statistic", ["sum", "last", "pivotal"])
