@@ -30,7 +30,7 @@ def check(form, seed, batch, heads, queries, tokens, dim, dtype=torch.float32):
     q = torch.randn(batch, heads, queries, dim, generator=random)
     scores = coded_attention.scores(q, rows, None, 0)
     assert relative_error(scores, q.double() @ dense.mT, floor=1.0) < 2e-6
-    p = torch.rand(batch, heads, queries, tokens, generator=random)
+    p = torch.randn(batch, heads, queries, tokens, generator=random).softmax(-1)
     out = coded_attention.weighted(p, rows, dim)
     assert relative_error(out, p.double() @ dense, floor=1.0) < 2e-6
     cos, sin = torch.randn(2, batch, tokens + 3, dim // 2, generator=random)
