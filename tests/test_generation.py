@@ -18,6 +18,10 @@ from tests.zoo import TEXT_TOKENS, ZOO
 LOSSLESS = {"vision_rank": "full", "text_rank": "full", "strict": True}
 TOLERANCE = 1e-4
 
+#: For tests of what the packed cache means. Those of what compiled code does to it, in place and to its copies, go
+#: through Inductor: beams, crops, forks, threads and gradients.
+op_by_op = pytest.mark.usefixtures("without_inductor")
+
 Model = transformers.PreTrainedModel
 Cache = transformers.DynamicCache
 
@@ -95,6 +99,7 @@ def test_beam_search(dense: Model, packed: Model) -> None:
     assert len(actual.sequences.unique(dim=0)) == 8
 
 
+@op_by_op
 def test_prompt_lookup(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     # A prompt that ends as it began, so that the lookup finds candidates.
@@ -108,6 +113,7 @@ def test_prompt_lookup(dense: Model, packed: Model) -> None:
     assert_same(actual, expected)
 
 
+@op_by_op
 def test_sampled_sequences(dense: Model, packed: Model) -> None:
     results = []
     for model in (dense, packed):
@@ -136,7 +142,7 @@ def test_crop_then_continue(dense: Model, packed: Model) -> None:
     assert_packed(cache)
 
 
-@pytest.mark.parametrize("copied", [True, False], ids=["deepcopy", "shared"])
+@pytest.mark.parametrize("copied", [pytest.param(True, marks=op_by_op), False], ids=["deepcopy", "shared"])
 def test_one_cache_continued_two_ways(dense: Model, packed: Model, copied: bool) -> None:
     def fork(cache: Cache) -> Cache:
         if copied:
@@ -160,6 +166,7 @@ def test_one_cache_continued_two_ways(dense: Model, packed: Model, copied: bool)
     assert_packed(second)
 
 
+@op_by_op
 def test_the_same_past_twice(dense: Model, packed: Model) -> None:
     """Hand-made steps, each from the same packed past: earlier calls leave no trace in it."""
     logits = []
@@ -172,6 +179,7 @@ def test_the_same_past_twice(dense: Model, packed: Model) -> None:
     assert torch.equal(logits[1][0], logits[1][3])
 
 
+@op_by_op
 def test_second_turn(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     expected, actual = (generate(model, inputs, tokens=6) for model in (dense, packed))
@@ -185,6 +193,7 @@ def test_second_turn(dense: Model, packed: Model) -> None:
 
 
 # transformers wraps every forward in one function, so all its frames share one code object's recompile limit.
+@op_by_op
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_batch_changed_between_calls(dense: Model, packed: Model) -> None:
     for batch, left_padding in ((2, 3), (1, 0), (3, 2), (2, 0)):
@@ -192,6 +201,7 @@ def test_batch_changed_between_calls(dense: Model, packed: Model) -> None:
         assert_same(generate(packed, inputs, tokens=4), generate(dense, inputs, tokens=4))
 
 
+@op_by_op
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model) -> None:
     """Frames that Dynamo no longer compiles run eagerly, on whatever cache the compiled ones made."""
@@ -201,6 +211,7 @@ def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model
         assert_close(torch.stack(actual.logits), torch.stack(expected.logits))
 
 
+@op_by_op
 def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -211,6 +222,7 @@ def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Mode
     assert_packed(cache)
 
 
+@op_by_op
 def test_samples_dropped_and_repeated_between_steps(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -253,7 +265,7 @@ def graphs_by_step(model: Model, inputs: dict[str, Tensor], tokens: int) -> list
     return [made - before for made in count.history]
 
 
-@pytest.mark.parametrize(("name", "rank"), [("llama", "full"), ("llava-gqa", 8)])
+@pytest.mark.parametrize(("name", "rank"), [pytest.param("llama", "full", marks=op_by_op), ("llava-gqa", 8)])
 def test_graphs_stop_growing(name: str, rank: int | str) -> None:
     def prompt(more: int) -> dict[str, Tensor]:
         inputs = ZOO[name].inputs(1, 0)
@@ -284,6 +296,7 @@ def test_graphs_stop_growing(name: str, rank: int | str) -> None:
 # ---- models side by side -----------------------------------------------------------------------------------
 
 
+@op_by_op
 def test_two_policies_for_one_class(dense: Model) -> None:
     inputs = llava_inputs()
     full, low = compiled("llava-gqa"), compiled("llava-gqa", vision_rank=(6, 4), text_rank=None)
@@ -297,7 +310,7 @@ def test_two_policies_for_one_class(dense: Model) -> None:
         assert difference > 10 * TOLERANCE * torch.stack(expected.logits).abs().max()
 
 
-@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+@pytest.mark.parametrize("warm", [pytest.param(True, marks=op_by_op), False], ids=["warm", "cold"])
 def test_two_threads_with_two_models(warm: bool) -> None:
     names = ["llama", "qwen3"]
     prompts = {name: [{"input_ids": text(12 + 3 * turn, seed=turn)} for turn in range(3)] for name in names}
@@ -366,6 +379,7 @@ def test_decode_step_with_gradients_enabled(dense: Model, packed: Model) -> None
     assert_close(actual, expected)
 
 
+@op_by_op
 def test_without_cache(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     with torch.no_grad():
