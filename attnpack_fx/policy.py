@@ -19,6 +19,7 @@ from attnpack_fx.checks import PolicyError, checked_bool, checked_int, checked_k
 from attnpack_fx.layer_plans import checked_layers, fitted
 from attnpack_fx.options import inductor_patches, mode_patches, normalised, unknown
 from attnpack_fx.partial import Partial, checked_partial
+from attnpack_fx.passes.method import Method
 from attnpack_fx.passes.storage import Columns, KeySpace, LayerPlan, Stored
 from attnpack_fx.ranks import (
     DEFAULT_VISION_RANK,
@@ -76,6 +77,7 @@ class PackPolicy:
         `vision_rank`, `text_rank` and `skip_layers`, which stay at their defaults.
     layer_count: the number of decoder layers, for graphs that do not show it.
     strict: a rewrite that fails raises; otherwise the untouched graph is compiled and the reason is logged.
+    passes: composable methods, `attnpack_fx.passes.method.Method`s.
 
     Lists count as tuples and JSON forms as what they stand for. Raises `PolicyError`, a `ValueError`, for any field of
     a wrong type or value and for fields that contradict each other.
@@ -94,6 +96,7 @@ class PackPolicy:
     layers: tuple[LayerPlan, ...] | None = None
     layer_count: int | None = None
     strict: bool = False
+    passes: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("vision_rank", "text_rank"):

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from attnpack_fx.kernels.parts import SPARE_ROWS, Form
+from attnpack_fx.passes.method import Method
 from attnpack_fx.passes.storage import Columns, LayerPlan, Stored
 
 Modality = Literal["vision", "text"]
@@ -34,6 +35,9 @@ class Momentum(Protocol):
 
 class Policy(Protocol):
     """What the passes ask of a policy."""
+
+    @property
+    def passes(self) -> tuple[Method, ...]: ...
 
     @property
     def fold_every(self) -> int | None: ...
@@ -240,17 +244,32 @@ class SiteReport:
 
     key_space: of what is compressed: `"rotated"` or `"unrotated"`.
     action: `"packed"` (reads a packed past), `"compressed"` (its cache leaves packed), `"dense"` (left as it was),
-    `"uncached"` (keeps no cache, as in a vision encoder).
+    `"uncached"` (keeps no cache, as in a vision encoder). Of kind `"tokens"`, for a method that prunes tokens at a
+    layer: `"pruned"`, or `"unpruned"` with the reason why not.
     """
 
     layer: str
     kind: str
-    action: Literal["packed", "compressed", "dense", "uncached"]
+    action: Literal["packed", "compressed", "dense", "uncached", "pruned", "unpruned"]
     reason: str = ""
     causal: bool = False
     key_rank: dict[str, int] = field(default_factory=dict)
     value_rank: dict[str, int] = field(default_factory=dict)
     key_space: str = ""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Decoder layers that see fewer tokens than the prompt has.
+
+    first_layer: the first of them, from 0. rows: int64 `[B, T']`, the logical prompt positions of the rows that they
+    see, in ascending order, filled up at the end of a sample with -1; padding is not among them.
+
+    Nodes of these layers keep the `example_value` Dynamo traced, with all tokens.
+    """
+
+    first_layer: int
+    rows: Node
 
 
 @dataclass
@@ -266,6 +285,7 @@ class GraphState:
     modality_given: bool = False
     carries: bool = False
     pairs: list[Pair] = field(default_factory=list)
+    pruned: list[Pruned] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     modality: Node | None = None
