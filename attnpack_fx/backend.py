@@ -152,6 +152,10 @@ def _announce(reports: list[SiteReport]) -> None:
     """Say what stays dense, once per reason; encoders, which have no cache to pack, only in the log."""
     for report in reports:
         log.info("%s (%s): %s %s", report.layer, report.kind, report.action, report.reason)
+    for report in reports:
+        if report.action == "unpruned":
+            text = f"attnpack: no tokens are pruned in front of {report.layer}: {report.reason}"
+            warnings.warn(text, AttnpackWarning, stacklevel=2)
     rewritten = sum(report.action in ("packed", "compressed") for report in reports)
     dense = [
         report for report in reports if report.action == "dense" or (report.action == "uncached" and report.causal)

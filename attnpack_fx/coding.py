@@ -34,9 +34,8 @@ def due(layer: CachedLayer, method: RowCoding) -> tuple[int, int]:
 
 def place_all(layer: CachedLayer) -> None:
     """Give every appended token of the layer a place among its prompt's, for what is coded has one."""
-    appended = layer.key.lease.length - layer.key.held.kept
-    if appended:
-        placement = layer.key.placement.extend(appended)
+    placement = layer.key.placed
+    if placement is not layer.key.placement:
         layer.key, layer.value = (
             PackedTensor(replace(packed.held, placement=placement), packed.lease, packed.importance)
             for packed in (layer.key, layer.value)

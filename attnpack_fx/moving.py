@@ -51,7 +51,7 @@ def choose(key: PackedTensor, value: PackedTensor, keep: Tensor) -> Choice:
 def taken(key: PackedTensor, value: PackedTensor, choice: Choice) -> tuple[PackedTensor, PackedTensor]:
     """Keys and values with the chosen slots alone."""
     index = chosen_positions(key, choice)
-    placement = key.placement.moved(index)
+    placement = key.placed.moved(index)
     made = []
     for packed in (key, value):
         held, tail = packed.held, packed.held.packed

@@ -133,10 +133,15 @@ class PackedTensor(torch.Tensor):
         return self.held.packed + self.lease.length
 
     @property
+    def placed(self) -> Placement:
+        """The placement with places for appended tokens too."""
+        appended = self.lease.length - self.held.kept
+        return self.placement.extend(appended) if appended else self.placement
+
+    @property
     def positions(self) -> Tensor:
         """Logical position of every slot, int64 `[B, slots]`, -1 for filler."""
-        appended = self.lease.length - self.held.kept
-        return self.index if not appended else self.placement.extend(appended).index
+        return self.placed.index
 
     @property
     def stored(self) -> Tensor:

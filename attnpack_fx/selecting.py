@@ -73,7 +73,7 @@ def wake(layer: CachedLayer) -> None:
     key = layer.key
     counts = (*key.held.counts, key.lease.length)
     index = _behind(key.positions, counts, resting.index, resting.counts)
-    placement = key.placement.extend(key.lease.length - key.held.kept).moved(index)
+    placement = key.placed.moved(index)
     made = []
     for packed in (layer.key, layer.value):
         held, rest = packed.held, packed.held.resting

@@ -78,6 +78,7 @@ def compress(
     unrotated = plan.key_space == "unrotated" and (stored or (held and codes_unrotated(policy)))
     rotation = _rotation(rotary, site) if unrotated else None
     heads = key_shape[1] if held and heads_apart(policy, bool(stored)) else 0
+    loss = asks_for_loss(policy, stored.values())
     graph = state.graph
     with graph.inserting_before(site.node.next):
         *indices, slot = planner.plan(site, site.key, modality, gains, rows)
@@ -105,8 +106,8 @@ def compress(
                 indices=(*(flat.add(index[name]) for name in stored), flat.add(indices[2])),
                 slot=flat.add(slot),
                 tail=flat.add(tail),
-                squares=flat.add(_squares(state, source)) if asks_for_loss(policy, stored.values()) else None,
-                angles=None if angles is None else (flat.add(angles.cos), flat.add(angles.sin)),
+                squares=flat.add(planner.by_position(_squares(state, source), rows)) if loss else None,
+                angles=None if angles is None else _angles(flat, planner, angles, rows),
                 interleaved=angles is not None and angles.interleaved,
                 vision=vision,
                 heads=heads,
@@ -132,6 +133,12 @@ def compress(
         key_space="rotated" if rotation is None else "unrotated",
         causal=True,
     )
+
+
+def _angles(flat: FlatOutputs, planner: TokenPlanner, rotation: Rotation, rows: Node | None) -> tuple[int, int]:
+    """The outputs that are cos and sin of every logical position."""
+    cos, sin = (flat.add(planner.by_position(each, rows)) for each in (rotation.cos, rotation.sin))
+    return cos, sin
 
 
 def _observed(state: GraphState, site: Site) -> Node | None:

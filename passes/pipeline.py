@@ -8,6 +8,7 @@ from attnpack_fx.passes.find_attention import find_attention
 from attnpack_fx.passes.find_modality import find_modality
 from attnpack_fx.passes.merge_appends import merge_appends
 from attnpack_fx.passes.pack_cache import decompress_inputs, pack_cache
+from attnpack_fx.passes.prune_tokens import prune_tokens
 from attnpack_fx.passes.route_linear import route_linear
 from attnpack_fx.passes.state import GraphState
 
@@ -15,6 +16,7 @@ from attnpack_fx.passes.state import GraphState
 PASSES: tuple[Callable[[GraphState], int], ...] = (
     find_attention,  # before any rewrite: patterns are those of the model's source
     find_modality,  # before pack_cache, which splits tokens by it
+    prune_tokens,  # after both, which it asks for; before pack_cache, which places what it leaves
     pack_cache,
     batch_compress,  # after pack_cache, which writes the compressions
     merge_appends,  # after pack_cache, which writes an append per cache tensor

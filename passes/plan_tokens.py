@@ -107,6 +107,16 @@ class TokenPlanner:
             found.append(self._sources[index, rows])
         return found
 
+    def by_position(self, of_rows: Node, rows: Node | None) -> Node:
+        """What a layer has for every row, `[B or 1, T', ...]`, for every logical position; anything where none is."""
+        if rows is None:
+            return of_rows
+        graph = self.state.graph
+        places = graph.call_method("clamp", (self._places_of(rows),), {"min": 0})
+        if len(shape_of(of_rows) or ()) == 3:
+            places = graph.call_method("unsqueeze", (places, 2))
+        return graph.call_function(torch.take_along_dim, (of_rows, places, 1))
+
     def _real_of(self, rows: Node) -> tuple[Node, Node]:
         """Which tokens have a row and are no padding, bool `[B, T]`, and a tensor `[B, H, T, D]` with all tokens."""
         graph, whole = self.state.graph, self._whole()

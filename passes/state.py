@@ -30,6 +30,9 @@ class Policy(Protocol):
     """What the passes ask of a policy."""
 
     @property
+    def passes(self) -> tuple[Method, ...]: ...
+
+    @property
     def fold_every(self) -> int | None: ...
 
     @property
@@ -246,34 +249,38 @@ class Site:
     obstacle: str | None = None
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """From layer `first_layer` on, the graph sees only some of the prompt's tokens.
-
-    rows: int64 `[B, T']`, the logical position of every row that these layers see, ascending; -1 filler.
-    """
-
-    first_layer: int
-    rows: Node
-
-
 @dataclass
 class SiteReport:
     """What became of one attention site.
 
     key_space: of what is compressed: `"rotated"` or `"unrotated"`.
     action: `"packed"` (reads a packed past), `"compressed"` (its cache leaves packed), `"dense"` (left as it was),
-    `"uncached"` (keeps no cache, as in a vision encoder).
+    `"uncached"` (keeps no cache, as in a vision encoder). Of kind `"tokens"`, for a method that prunes tokens at a
+    layer: `"pruned"`, or `"unpruned"` with the reason why not.
     """
 
     layer: str
     kind: str
-    action: Literal["packed", "compressed", "dense", "uncached"]
+    action: Literal["packed", "compressed", "dense", "uncached", "pruned", "unpruned"]
     reason: str = ""
     causal: bool = False
     key_rank: dict[str, int] = field(default_factory=dict)
     value_rank: dict[str, int] = field(default_factory=dict)
     key_space: str = ""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Decoder layers that see fewer tokens than the prompt has.
+
+    first_layer: the first of them, from 0. rows: int64 `[B, T']`, the logical prompt positions of the rows that they
+    see, in ascending order, filled up at the end of a sample with -1; padding is not among them.
+
+    Nodes of these layers keep the `example_value` Dynamo traced, with all tokens.
+    """
+
+    first_layer: int
+    rows: Node
 
 
 @dataclass
