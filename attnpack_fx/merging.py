@@ -62,7 +62,7 @@ def merge(lower: CachedLayer, upper: CachedLayer, method: Merging, coding: RowCo
             own = replace(made.held, placement=placement, pinned=pinned + apart.shape[1])
             made = PackedTensor(own, made.lease, made.importance)
             made = made if shared is None else _sharing(made, shared)
-            shared = shared or made
+            shared = made if shared is None else shared
             setattr(layer, kind, made)
 
 

@@ -16,8 +16,8 @@ from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.follow_tokens import Followed, Gathered, GatheredMask, Tokens, follow
 from attnpack_fx.passes.layer_boundary import Boundary, find_boundary, prompt_sites
-from attnpack_fx.passes.plan_tokens import TokenPlanner
 from attnpack_fx.passes.patterns import value_of
+from attnpack_fx.passes.plan_tokens import TokenPlanner
 from attnpack_fx.passes.state import GraphState, Pruned, SiteReport
 from attnpack_fx.passes.token_pruning import Prompt, TokenPruning
 
@@ -76,8 +76,6 @@ class _Writer:
                     args, kwargs = self.followed.arguments[node]
                     node.args, node.kwargs = map_aggregate(args, self._placed), map_aggregate(kwargs, self._placed)  # type: ignore[assignment]
         for site in boundary.sites:
-            # Placed as rows say only by a cache that knows of them.
-            site.obstacle = site.obstacle or "it sees fewer tokens than the prompt has"
             if site.mask is not None:
                 site.mask = self._made.get(GatheredMask(site.mask), site.mask)
         for node in boundary.nodes:

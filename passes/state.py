@@ -30,9 +30,6 @@ class Policy(Protocol):
     """What the passes ask of a policy."""
 
     @property
-    def passes(self) -> tuple[Method, ...]: ...
-
-    @property
     def fold_every(self) -> int | None: ...
 
     @property
