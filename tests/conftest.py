@@ -1,4 +1,6 @@
-"""Fixtures shared by the tests of the backend."""
+"""Fixtures shared by the tests of the backend, and how tests share a machine."""
+
+import os
 
 import pytest
 import torch
@@ -6,13 +8,23 @@ import torch
 from attnpack_fx import backend
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Problems this small lose more to starting threads than they gain from them."""
-    threads = torch.get_num_threads()
+def pytest_configure() -> None:
+    """One thread a process: problems this small lose more to threads than they gain, and pytest-xdist has the cores."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """`-n` alone means `--dist worksteal`: what one file shares is made once, and nobody waits for a queue of Inductor.
+
+    Not in pytest's `addopts`, which would then ask for pytest-xdist everywhere.
+    """
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from tests.packing_inputs import assert_stands_for
 from tests.stored_inputs import DIM, Pair, Way, rotary, stored_pair
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WAYS = {
     "rows": Way(angles="rows"),
     "rows, interleaved": Way(angles="rows", interleaved=True),

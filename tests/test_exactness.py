@@ -80,12 +80,10 @@ def test_attention_written_out_is_packed_as_well(name: str, without_inductor: No
     _check(ZOO[name], "eager")
 
 
-def test_left_padded_batch() -> None:
-    _check(ZOO["llava-gqa"], "sdpa", batch=2, left_padding=5)
-
-
-def test_left_padded_batch_of_attention_written_out() -> None:
-    _check(ZOO["llava-gqa"], "eager", batch=2, left_padding=5)
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_left_padded_batch(attn_implementation: str, without_inductor: None) -> None:
+    """Through Inductor: beams in tests/test_generation.py."""
+    _check(ZOO["llava-gqa"], attn_implementation, batch=2, left_padding=5)
 
 
 def test_every_entry_depends_on_its_images() -> None:

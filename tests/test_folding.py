@@ -17,8 +17,6 @@ from tests.decoder import IMAGE, Cache, Decoder, close, next_ids, prompt
 from tests.packing_inputs import assert_stands_for
 from tests.stored_inputs import HEADS, WIDTH, Pair, Way, stored_pair
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 #: Rounding of fp32, and of the loss at prefill, which is a difference of squares.
 ROUNDING = 1e-3
 

@@ -19,7 +19,7 @@ LOSSLESS = {"vision_rank": "full", "text_rank": "full", "strict": True}
 TOLERANCE = 1e-4
 
 #: For tests of what the packed cache means. Those of what compiled code does to it, in place and to its copies, go
-#: through Inductor: beams, crops, forks, threads and gradients.
+#: through Inductor: beams, forks, threads and gradients.
 op_by_op = pytest.mark.usefixtures("without_inductor")
 
 Model = transformers.PreTrainedModel
@@ -127,6 +127,7 @@ def test_sampled_sequences(dense: Model, packed: Model) -> None:
 # ---- one cache, several uses -------------------------------------------------------------------------------
 
 
+@op_by_op
 def test_crop_then_continue(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -142,7 +143,7 @@ def test_crop_then_continue(dense: Model, packed: Model) -> None:
     assert_packed(cache)
 
 
-@pytest.mark.parametrize("copied", [pytest.param(True, marks=op_by_op), False], ids=["deepcopy", "shared"])
+@pytest.mark.parametrize("copied", [True, False], ids=["deepcopy", "shared"])
 def test_one_cache_continued_two_ways(dense: Model, packed: Model, copied: bool) -> None:
     def fork(cache: Cache) -> Cache:
         if copied:
@@ -265,8 +266,11 @@ def graphs_by_step(model: Model, inputs: dict[str, Tensor], tokens: int) -> list
     return [made - before for made in count.history]
 
 
-@pytest.mark.parametrize(("name", "rank"), [pytest.param("llama", "full", marks=op_by_op), ("llava-gqa", 8)])
-def test_graphs_stop_growing(name: str, rank: int | str) -> None:
+@pytest.mark.parametrize(("name", "rank"), [("llama", "full"), ("llava-gqa", 8)])
+def test_graphs_stop_growing(name: str, rank: int | str, request: pytest.FixtureRequest) -> None:
+    if name == "llama":
+        request.getfixturevalue("without_inductor")
+
     def prompt(more: int) -> dict[str, Tensor]:
         inputs = ZOO[name].inputs(1, 0)
         ids = torch.cat([inputs["input_ids"], text(more)], dim=1)
@@ -310,8 +314,10 @@ def test_two_policies_for_one_class(dense: Model) -> None:
         assert difference > 10 * TOLERANCE * torch.stack(expected.logits).abs().max()
 
 
-@pytest.mark.parametrize("warm", [pytest.param(True, marks=op_by_op), False], ids=["warm", "cold"])
-def test_two_threads_with_two_models(warm: bool) -> None:
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+def test_two_threads_with_two_models(warm: bool, request: pytest.FixtureRequest) -> None:
+    if warm:
+        request.getfixturevalue("without_inductor")
     names = ["llama", "qwen3"]
     prompts = {name: [{"input_ids": text(12 + 3 * turn, seed=turn)} for turn in range(3)] for name in names}
     plain = {name: ZOO[name].build("sdpa") for name in names}

@@ -12,8 +12,6 @@ from attnpack_fx.kernels.parts import Segment, formats
 from tests.packing_inputs import assert_stands_for
 from tests.stored_inputs import Way, grouped, stored_pair
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WAYS = {
     "as attended": Way(packed_text=True, padding=2),
     "before rotary embedding": Way(angles="rows", padding=2),

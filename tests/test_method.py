@@ -12,7 +12,7 @@ from attnpack_fx import Energy, Linear, PackedTensor, Partial, PerLayer, PolicyE
 from tests.decoder import IMAGE, Cache, Decoder, prompt
 from tests.zoo import HIDDEN, ZOO
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_inductor")
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 FULL = {"vision_rank": "full", "text_rank": "full", "strict": True}
 TOLERANCE = 1e-4

@@ -13,8 +13,6 @@ from attnpack_fx import PackedTensor, PackPolicy, Partial, cache_bytes, pack
 from tests.packing_inputs import FULL, VISION_ONLY, assert_stands_for, dense_pair, packed_pair, vision_mask
 from tests.stored_inputs import Way, grouped, stored_pair
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("policy", [FULL, VISION_ONLY])
 def test_packs_losslessly_at_full_rank(policy):

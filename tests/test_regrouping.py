@@ -21,8 +21,6 @@ from tests.decoder import Decoder, close, next_ids, prompt
 from tests.packing_inputs import assert_stands_for, dense_pair
 from tests.stored_inputs import DIM, HEADS, WIDTH, Pair, Way, grouped, in_blocks, rotary, stored_pair, with_importance
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PARTIALS = st.builds(
     lambda cuts, keys: Partial(shares=tuple(1 / len(cuts) for _ in cuts), fractions=tuple(cuts), keys=keys),
     st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.7, 1.0]), max_size=2).map(lambda cuts: [1.0, *sorted(cuts)[::-1]]),

@@ -7,8 +7,6 @@ from attnpack_fx import Columns
 from attnpack_fx.kernels import ops, reference
 from attnpack_fx.storing import squares_of, store
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEEDS = st.integers(0, 2**16)
 
 

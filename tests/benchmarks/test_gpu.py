@@ -25,15 +25,6 @@ from tests.kernels.inputs import relative_error
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Problems this small lose more to starting threads than they gain from them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What a dry run of every part writes."""

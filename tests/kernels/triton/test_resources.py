@@ -13,7 +13,7 @@ from . import compiled
 #: Kernels whose work is matrix products. `combine` has them too, where a KV head has several query rows.
 MATRIX = ("absorb_kernel", "fused_kernel", "rebuilt_kernel", "split_kernel", "tables_kernel", "tokens_kernel")
 
-#: Shapes that together launch every kernel, the largest among them; they alone are compiled for the other architectures.
+#: Together they launch every kernel, the largest among them; the other architectures are compiled for them alone.
 EVERYWHERE = (
     "LLaVA-1.5-7B",
     "rank 256, head dim 256",
