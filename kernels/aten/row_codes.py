@@ -90,7 +90,8 @@ def uniform(rows: Tensor, bits: int, grouping: Grouping, left_out: Tensor | None
     _check(bits, INTEGERS)
     low, high = bounds(rows, grouping, left_out)
     grouping, top = grouping.within(rows), 2**bits - 1
-    zero, scale = low.to(rows.dtype), (high / top - low / top).to(rows.dtype)
+    # In float64: a difference of fp32 numbers may be beyond fp32.
+    zero, scale = low.to(rows.dtype), ((high.double() - low.double()) / top).to(rows.dtype)
     fields = _normalised(rows, scale, zero, grouping).round_().clamp_(0, top).to(torch.uint8)
     return _coded(rows, _packed(fields, bits), bits, grouping, scale, zero)
 
