@@ -15,7 +15,7 @@ from tests.kernels.inputs import SEEDS, relative_error
 
 
 def kivi(x: Tensor, bits: int) -> Tensor:
-    """The paper's formula, float64, for groups in the last dim: q = round((x - min) / s), s = (max - min) / (2^b - 1)."""
+    """The paper's formula for groups in the last dim: q = round((x - min) / s), s = (max - min) / (2^b - 1)."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = (high - low) / (2**bits - 1)
     return ((x - low) / scale).nan_to_num(0).round() * scale + low

@@ -51,25 +51,25 @@ def codebooks(bits: int = 4, heads: int = HEADS) -> Codebooks:
 def test_without_calibration(seed, n, bits, share):
     method = KVQuant(bits, share)
     rows = random_rows(seed, 2, n, HEADS, DIM)
-    levels = normal_levels(bits, share)
+    levels = {"key": normal_levels(bits, share), "value": normal_levels(bits, max(share, 4 / DIM))}
     keys, values = (decoded(method.encode(rows, kind, None, True), DIM) for kind in ("key", "value"))
     for x, key, value in zip(rows.double(), keys, values, strict=True):
         for number, channel in enumerate(x.flatten(1).T):
             outlier = outermost(channel, share)
             rest = channel[~outlier]
-            assert_same(key.flatten(1)[:, number], nuq(channel, outlier, rest.min(), rest.max(), levels))
+            assert_same(key.flatten(1)[:, number], nuq(channel, outlier, rest.min(), rest.max(), levels["key"]))
         for number, token in enumerate(x):
             outlier = outermost(token.flatten(), share).view_as(token)
             for own, mark, found in zip(token, outlier, value[number], strict=True):
                 rest = own[~mark] if not mark.all() else torch.zeros(1).double()
-                assert_same(found, nuq(own, mark, rest.min(), rest.max(), levels))
+                assert_same(found, nuq(own, mark, rest.min(), rest.max(), levels["value"]))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01])
 def test_thresholds_and_levels_of_a_file(share, tmp_path):
     path = str(tmp_path / "codebooks.safetensors")
     own, other = codebooks(4), codebooks(2)
-    codebook_file.save(path, {0: Codebooks(own.value, own.key, other.low, other.high), 3: own})
+    codebook_file.save(path, {0: Codebooks(own.value.clone(), own.key.clone(), other.low, other.high), 3: own})
     method = KVQuant(4, share, codebooks=path)
     rows = random_rows(0, 2, 12, HEADS, DIM)
     rows[1, 9:] = 0
@@ -102,7 +102,7 @@ def test_bytes_of_four_bits_and_one_percent(kind):
     numbering = 4 * n if kind == "key" else 0
     assert coded.outliers.shape == (1, outliers)
     assert stored_bytes(coded) == n * H * D / 2 + thresholds + numbering + (2 + 4) * outliers + 4 * 16
-    assert 3.4 < 2 * n * H * D / stored_bytes(coded) < 3.6
+    assert 3.3 < 2 * n * H * D / stored_bytes(coded) < 3.6
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
@@ -115,12 +115,12 @@ def test_settings_that_lose_nothing(kind):
 
 
 def test_normal_numbers_lose_less_than_in_equal_steps():
-    rows = torch.randn(1, 400, 2, 64, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(1, 400, 2, 128, generator=torch.Generator().manual_seed(0))
     for kind in ("key", "value"):
         coded = KVQuant().encode(rows, kind, None, True)
-        error = relative_error(decoded(coded, 64), rows)
-        span = coded.scale.double().mean() * 2
-        assert error < 0.11 and error < float(span) / 15 / 12**0.5
+        error = relative_error(decoded(coded, 128), rows)
+        equal = float(coded.scale.double().mean()) * 2 / 15 / 12**0.5
+        assert error < 0.95 * equal < 0.11
 
 
 def test_schedule_and_one_form(tmp_path):
@@ -177,5 +177,5 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"thresholds of \[3, 6\] heads and channels, expected \[2, 6\]"):
         method.encode(rows, "key", 1, True)
     (tmp_path / "other.safetensors").write_text("nothing of the kind")
-    with pytest.raises(ValueError, match="cannot read .*other.safetensors"):
+    with pytest.raises(ValueError, match=r"cannot read .*other\.safetensors"):
         KVQuant(codebooks=str(tmp_path / "other.safetensors"))
