@@ -13,13 +13,13 @@ from torch import Tensor
 
 from attnpack_fx.calibration.capture import Observed, Observer
 from attnpack_fx.checks import PolicyError
-from attnpack_fx.kernels.aten.codebook import gathered, k_means, normal_levels
+from attnpack_fx.kernels.aten.codebook import gathered, k_means
 from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.kernels.aten.row_codes import real
 from attnpack_fx.passes import codebook_file
 from attnpack_fx.passes.codebook_file import Codebooks
 from attnpack_fx.passes.find_rotary import Rotation
-from attnpack_fx.passes.kvquant import KVQuant, thresholds, vectors
+from attnpack_fx.passes.kvquant import KVQuant, fixed_levels, thresholds, vectors
 
 
 def calibrate_codebooks(
@@ -88,7 +88,7 @@ def _found(
     middle, half = (grouping.spread(each, rows) for each in (low / 2 + high / 2, high / 2 - low / 2))
     counted = real(rows) & ~left_out & (half > 0)
     normalised = (rows - middle) / half
-    levels = k_means(*gathered(normalised[counted], weights[counted]), normal_levels(bits, outliers))
+    levels = k_means(*gathered(normalised[counted], weights[counted]), fixed_levels(rows, bits, outliers, channel))
     return levels.float(), low, high
 
 

@@ -20,6 +20,9 @@ from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm, Rows
 #: Formats of integers: bits of an unsigned field.
 INTEGERS = (8, 4, 2)
 FLOATS = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
+#: What a group's largest magnitude becomes: of the largest mantissa. With five bits of exponent the largest number
+#: itself would leave fp16 scales of few bits, and lose numbers below 1e-3.
+REACH = {E4M3: 448.0, E5M2: 1.75}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def uniform(rows: Tensor, bits: int, grouping: Grouping, left_out: Tensor | None
     _check(bits, INTEGERS)
     low, high = bounds(rows, grouping, left_out)
     grouping, top = grouping.within(rows), 2**bits - 1
-    zero, scale = low.to(rows.dtype), (high / top - low / top).to(rows.dtype)
+    # In float64: a difference of fp32 numbers may be beyond fp32.
+    zero, scale = low.to(rows.dtype), ((high.double() - low.double()) / top).to(rows.dtype)
     fields = _normalised(rows, scale, zero, grouping).round_().clamp_(0, top).to(torch.uint8)
     return _coded(rows, _packed(fields, bits), bits, grouping, scale, zero)
 
@@ -113,18 +117,17 @@ def symmetric(rows: Tensor, bits: int, grouping: Grouping, left_out: Tensor | No
 
 
 def float8(rows: Tensor, form: int, grouping: Grouping, left_out: Tensor | None = None) -> Rows[Tensor]:
-    """Floats of eight bits, `form` `E4M3` or `E5M2`: `x ~ number scale`, largest magnitude to largest number.
+    """Floats of eight bits, `form` `E4M3` or `E5M2`: `x ~ number scale`, the largest magnitude to `REACH`.
 
     Raises `ValueError` for other formats, and for NaN or Inf.
     """
     _check(form, tuple(FLOATS))
     low, high = bounds(rows, grouping, left_out)
-    grouping, dtype = grouping.within(rows), FLOATS[form]
-    largest = torch.finfo(dtype).max
-    scale = (torch.maximum(high, -low) / largest).to(rows.dtype)
+    grouping, reach = grouping.within(rows), REACH[form]
+    scale = (torch.maximum(high, -low) / reach).to(rows.dtype)
     # Beyond the largest number, where a rounded scale may lead, the conversion makes NaN.
-    numbers = _normalised(rows, scale, None, grouping).clamp_(-largest, largest)
-    return _coded(rows, numbers.to(dtype).view(torch.uint8), form, grouping, scale)
+    numbers = _normalised(rows, scale, None, grouping).clamp_(-reach, reach)
+    return _coded(rows, numbers.to(FLOATS[form]).view(torch.uint8), form, grouping, scale)
 
 
 def by_codebook(rows: Tensor, codebook: Tensor, low: Tensor, high: Tensor, grouping: Grouping) -> Rows[Tensor]:
