@@ -262,7 +262,8 @@ class _Follower:
 
     def _operate(self, node: Node) -> None:
         site = self.calls.get(node)
-        if site is not None and site.mask is None and not site.is_causal and self.batch != 1:
+        alone = site is not None and site.mask is None and not site.is_causal and self._is_tracked(site.key)
+        if site is not None and alone and self.batch != 1:
             # Filler stands behind the real tokens; without a causal mask they would be attended to.
             if site.kind != "sdpa":
                 raise Lost(f"{layer_of(node)} attends without a mask")
