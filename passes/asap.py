@@ -47,4 +47,3 @@ class ASAP(TokenPruning):
         given = prompt.hidden, attention, raw, prompt.vision, prompt.mask, most, float(self.threshold)
         rows, group, weight = prompt.items(prompt.call(prune.merged_rows, *given), 3)
         return Pruning(rows, prompt.call(prune.merge_tokens, prompt.hidden, rows, group, weight))
-

@@ -220,10 +220,10 @@ class Broken(Decoder):
     def forward(self, ids, features=None, cache=None):  # type: ignore[override]
         hidden = self.embed(ids)
         hidden = hidden.masked_scatter((ids == IMAGE)[..., None].expand_as(hidden), features)
-        pairs = []
-        for number, layer in enumerate(self.layers):
-            if number == 1:
-                torch._dynamo.graph_break()
+        hidden, pair = self.layers[0](hidden, None)
+        pairs = [pair]
+        torch._dynamo.graph_break()
+        for layer in self.layers[1:]:
             hidden, pair = layer(hidden, None)
             pairs.append(pair)
         return self.head(hidden), pairs
