@@ -22,44 +22,18 @@ from attnpack_fx.passes.cleanup import writes
 from attnpack_fx.passes.layer_boundary import Boundary
 from attnpack_fx.passes.patterns import argument, cast_source, inserted_axis, is_call, layer_of, value_of
 from attnpack_fx.passes.state import GraphState, same_size, shape_of
-
-# ---- what stands in an operation's arguments until the rewrite is written
-# -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The new number of tokens, times the batch size if `batched`, times `factor`."""
-
-    factor: int = 1
-    batched: bool = False
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """`node`, leading dimensions of one added up to `rank`, with its tokens in `dims` gathered."""
-
-    node: Node
-    dims: tuple[int, ...]
-    rank: int
-
-
-@dataclass(frozen=True)
-class GatheredMask:
-    """The attention mask `node`, its rows and columns gathered; None: that of filler alone, `[B, 1, 1, T']`."""
-
-    node: Node | None
-
-
-@dataclass(frozen=True)
-class Span:
-    """A dimension of `before * T * after` entries, tokens in between."""
-
-    before: sympy.Expr = sympy.Integer(1)
-    after: sympy.Expr = sympy.Integer(1)
-
-
-Spans = tuple[Span | None, ...]
+from attnpack_fx.passes.token_spans import (
+    Gathered,
+    GatheredMask,
+    Lost,
+    Span,
+    Spans,
+    Tokens,
+    expression,
+    expressions,
+    hint,
+    regrouped,
+)
 
 
 @dataclass(frozen=True)
@@ -72,10 +46,6 @@ class Value:
     @property
     def tracked(self) -> bool:
         return any(self.spans)
-
-
-class Lost(Exception):  # noqa: N818  (says why; it is no error)
-    """Why the tokens cannot be followed."""
 
 
 @dataclass
@@ -142,10 +112,10 @@ class _Follower:
         self.state, self.boundary = state, boundary
         shape = shape_of(boundary.hidden)
         assert shape is not None
-        self.batch, self.tokens = _expression(shape[0]), _expression(shape[1])
-        self.count = _hint(shape[1])
+        self.batch, self.tokens = expression(shape[0]), expression(shape[1])
+        self.count = hint(shape[1])
         self.inside = set(boundary.nodes)
-        sizes = [_hint(size) for node in boundary.nodes for size in shape_of(node) or ()]
+        sizes = [hint(size) for node in boundary.nodes for size in shape_of(node) or ()]
         #: The number of tokens everything is tried on: a prime no other size can be mistaken for.
         self.other = int(sympy.nextprime(max([self.count, *sizes])))
         self.masks = {site.mask for site in boundary.sites if site.mask is not None}
@@ -191,7 +161,7 @@ class _Follower:
         assert isinstance(source, Node)
         before, after = shape_of(source), shape_of(node)
         assert before is not None and after is not None
-        spans = regrouped(self._value(source).spans, _expressions(before), _expressions(after), self.tokens)
+        spans = regrouped(self._value(source).spans, expressions(before), expressions(after), self.tokens)
         if spans is None:
             raise Lost(self._unfollowed(node))
         if is_call(node, "view_as", "reshape_as"):
@@ -270,7 +240,7 @@ class _Follower:
         if key.stop is None:
             return True
         stop = key.stop.meta.get("example_value") if isinstance(key.stop, Node) else key.stop
-        return isinstance(stop, int | torch.SymInt) and _expression(stop) == self.tokens
+        return isinstance(stop, int | torch.SymInt) and expression(stop) == self.tokens
 
     def _check_untouched(self, node: Node) -> None:
         """Raise unless an operation that picks rows picks them in another dimension than that of the tokens."""
@@ -289,7 +259,8 @@ class _Follower:
 
     def _operate(self, node: Node) -> None:
         site = self.calls.get(node)
-        if site is not None and site.mask is None and not site.is_causal and self.batch != 1:
+        alone = site is not None and site.mask is None and not site.is_causal and self._is_tracked(site.key)
+        if site is not None and alone and self.batch != 1:
             # Filler stands behind the real tokens; without a causal mask they would be attended to.
             if site.kind != "sdpa":
                 raise Lost(f"{layer_of(node)} attends without a mask")
@@ -336,14 +307,14 @@ class _Follower:
             case GatheredMask(node):
                 value = value_of(node)
                 assert value is not None
-                heads, queries = (1, self.other) if value.dim() == 2 else (_hint(value.shape[1]), self.other)
+                heads, queries = (1, self.other) if value.dim() == 2 else (hint(value.shape[1]), self.other)
                 if value.dim() == 4 and same_size(value.shape[2], 1):
                     queries = 1
                 return torch.empty((batch, heads, queries, self.other), dtype=value.dtype, device=_META)
             case Gathered(node, dims, rank):
                 value = value_of(node)
                 assert value is not None
-                sizes = [1] * (rank - value.dim()) + [_hint(size) for size in value.shape]
+                sizes = [1] * (rank - value.dim()) + [hint(size) for size in value.shape]
                 sizes[0] = batch
                 for dim in dims:
                     sizes[dim + rank - value.dim()] = self.other
@@ -361,10 +332,10 @@ class _Follower:
             return None
         spans: list[Span | None] = []
         for before, after in zip(traced.shape, made.shape, strict=True):
-            if _hint(before) == after:
+            if hint(before) == after:
                 spans.append(None)
-            elif _hint(before) * self.other == after * self.count:
-                span = self._span_of(node, _expression(before))
+            elif hint(before) * self.other == after * self.count:
+                span = self._span_of(node, expression(before))
                 if span is None:
                     return None
                 spans.append(span)
@@ -395,7 +366,7 @@ class _Follower:
             if source in self.masks:
                 options.append([None, (source, GatheredMask(source))])
                 continue
-            dims = [dim for dim, size in enumerate(value.shape) if _expression(size) == self.tokens]
+            dims = [dim for dim, size in enumerate(value.shape) if expression(size) == self.tokens]
             wide = max(rank, value.dim())
             ways: list[tuple[Node, Any] | None] = [None]
             for number in range(1, len(dims) + 1):
@@ -411,7 +382,7 @@ class _Follower:
 
     def _has_batch(self, value: torch.Tensor, rank: int) -> bool:
         """Whether the first dimension, once there are `rank`, is that of the samples."""
-        return value.dim() < rank or _expression(value.shape[0]) in (1, self.batch)
+        return value.dim() < rank or expression(value.shape[0]) in (1, self.batch)
 
     def _choose(self, node: Node, choice: dict[Node, Any]) -> None:
         left = {source: marker for source, marker in choice.items() if not self._lift(source, marker)}
@@ -463,7 +434,7 @@ class _Follower:
     @staticmethod
     def _untouched(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
-            return torch.empty([_hint(size) for size in item.shape], dtype=item.dtype, device=_META)
+            return torch.empty([hint(size) for size in item.shape], dtype=item.dtype, device=_META)
         if isinstance(item, torch.SymInt | torch.SymFloat | torch.SymBool):
             return item.node.hint
         return item
@@ -472,7 +443,7 @@ class _Follower:
         value = value_of(node)
         assert value is not None
         sizes = [
-            _hint(size) // self.count * self.other if span is not None else _hint(size)
+            hint(size) // self.count * self.other if span is not None else hint(size)
             for size, span in zip(value.shape, spans, strict=True)
         ]
         return Value(torch.empty(sizes, dtype=value.dtype, device=_META), spans)
@@ -492,7 +463,7 @@ class _Follower:
 
     def _find_exits(self) -> None:
         cached = {node for site in self.boundary.sites for node in (site.key, site.value)}
-        hidden = _expressions(shape_of(self.boundary.hidden) or ())
+        hidden = expressions(shape_of(self.boundary.hidden) or ())
         for node, value in self.values.items():
             if node is self.boundary.hidden or not value.tracked:
                 continue
@@ -501,59 +472,15 @@ class _Follower:
                 readers = [user for user in readers if user.op != "output"]
             if not readers:
                 continue
-            if value.spans != (None, Span(), None) or _expressions(shape_of(node) or ()) != hidden:
+            if value.spans != (None, Span(), None) or expressions(shape_of(node) or ()) != hidden:
                 raise Lost(f"{layer_of(node)}: {node.name} is read behind the decoder layers ({readers[0].name})")
             self.followed.exits[node] = readers
-
-
-def regrouped(spans: Spans, before: list[sympy.Expr], after: list[sympy.Expr], tokens: sympy.Expr) -> Spans | None:
-    """Where the tokens are after a view from sizes `before` to `after`; None where a dimension splits them.
-
-    A dimension that follows entries of number `p` (the product of all sizes before it, and of `before` within it) holds
-    tokens in the result if its own prefix product divides `p`, and `p * tokens` divides the next.
-    """
-    found: list[Span | None] = [None] * len(after)
-    prefix = sympy.Integer(1)
-    for size, span in zip(before, spans, strict=True):
-        if span is not None:
-            start, reached = prefix * span.before, sympy.Integer(1)
-            for number, length in enumerate(after):
-                if _divides(reached, start) and _divides(start * tokens, reached * length):
-                    if found[number] is not None:
-                        return None
-                    found[number] = Span(start / reached, reached * length / (start * tokens))
-                    break
-                reached *= length
-            else:
-                return None
-        prefix *= size
-    return tuple(found)
-
-
-def _divides(divisor: sympy.Expr, number: sympy.Expr) -> bool:
-    return bool(sympy.fraction(sympy.cancel(number / divisor))[1] == 1)
-
-
-def _expression(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-
-
-def _expressions(sizes: Any) -> list[sympy.Expr]:
-    return [_expression(size) for size in sizes]
-
-
-def _hint(size: Any) -> int:
-    if isinstance(size, torch.SymInt):
-        if size.node.hint is None:
-            raise Lost(f"a size depends on the data ({size})")
-        return int(size.node.hint)
-    return int(size)
 
 
 def _hint_of(expression: sympy.Expr, node: Node, dim: int) -> int:
     shape = shape_of(node)
     assert shape is not None
-    return _hint(shape[dim])
+    return hint(shape[dim])
 
 
 def _dims(marker: Any) -> int:

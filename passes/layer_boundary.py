@@ -40,17 +40,21 @@ def _starts(site: Site) -> bool:
 
 
 def find_boundary(state: GraphState, sites: list[Site], layer: int) -> Boundary | str:
-    """The place in front of decoder layer number `layer`, or why there is none."""
-    found = {layer_number(layer_of(site.node)): site for site in sites}
-    if None in found or len(found) != len(sites):
-        return "the decoder layers are not numbered"
+    """The place in front of decoder layer number `layer`, or why there is none; sites: see `prompt_sites`."""
     stems = {_stem(layer_of(site.node)) for site in sites}
-    if len(stems) != 1:
-        return "the decoder layers are not in one list"
-    last = max(number for number in found if number is not None)
-    if layer not in found or layer - 1 not in found:
-        return f"there is no attention to cut between layers {layer - 1} and {layer}: the decoder has {last + 1} layers"
+    if len(stems) != 1 or any(layer_number(layer_of(site.node)) is None for site in sites):
+        return "the decoder layers are not numbered in one list"
     stem = stems.pop()
+    # Layers that keep no cache, or another one, are decoder layers too.
+    decoder = [site for site in state.sites if _stem(layer_of(site.node)) == stem]
+    found = {layer_number(layer_of(site.node)): site for site in decoder}
+    if len(found) != len(decoder):
+        return "a decoder layer has several attentions"
+    last = max(number for number in found if number is not None)
+    if layer > last:
+        return f"there is no layer {layer} to prune in front of: the decoder has {last + 1} layers"
+    if found.get(layer - 1) not in sites:
+        return f"layer {layer - 1} does not attend to the prompt alone"
     order = list(state.graph.nodes)
     inside = [number for number, node in enumerate(order) if _within(node, stem, layer)]
     end = max(number for number, node in enumerate(order) if _within(node, stem, last))
