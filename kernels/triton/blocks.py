@@ -1,0 +1,115 @@
+"""Packed parts as the kernels for coded segments take them: which block stands where, and in which form.
+
+A *form* is what is compiled in about a low-rank block: a tuple, since kernels' compiled-in arguments are numbers and
+tuples of them.
+
+    0 number      of its tensors among the kernel's arguments
+    1 bits        of the coefficient          2 basis bits          3 whether there are zero points
+    4 rank        5 rank padded to a tile
+    6 start       column in buffers of latent queries (of all blocks of keys) or results (of a segment's values)
+    7 first part  of the program that absorbs queries           8 parts, of equally many ranks
+    9 step        elements from one row of the coefficient to the next
+    10 shared     whether all samples have one basis             11 step of the basis
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attnpack_fx.kernels.parts import ASYMMETRIC, OWNED, ROWS, formats
+from attnpack_fx.kernels.triton.launch import block, cdiv
+
+#: Low-rank blocks of keys, and of values, that one launch takes.
+MOST_BLOCKS = 4
+#: Ranks that one program absorbs queries into.
+BASIS_ROWS = 64
+
+Form = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One block as operators get it: its kind (`parts.kind`), and its tensors."""
+
+    kind: int
+    coefficient: Tensor
+    basis: Tensor
+    scale: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """How many of the segment's first tokens it covers."""
+        return self.coefficient.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return int(self.coefficient.shape[2] if self.scale is None else self.scale.shape[2])
+
+    def form(self, number: int, start: int, first_part: int, dim: int) -> Form:
+        bits, basis_bits = formats(self.kind)
+        wide, steps = block(self.rank), (_step(self.rank, bits), _step(dim, basis_bits))
+        asymmetric, shared = int(bool(self.kind & ASYMMETRIC)), int(self.basis.shape[0] == 1)
+        parts = wide // min(wide, BASIS_ROWS)
+        return number, bits, basis_bits, asymmetric, self.rank, wide, start, first_part, parts, steps[0], shared, steps[1]
+
+
+def _step(size: int, bits: int) -> int:
+    """Elements of a row of `size` numbers: bytes, or with 0 bits numbers."""
+    return size if bits == 0 or bits >= 8 else cdiv(size * bits, 8)
+
+
+def stored(
+    coefficients: Sequence[Tensor], bases: Sequence[Tensor], scales: Sequence[Tensor], blocks: Sequence[int]
+) -> list[list[Stored]]:
+    """The blocks of each segment that hold tokens; segments without tokens are left out."""
+    found: list[tuple[int, Stored]] = []
+    remaining = iter(scales)
+    for number, (coefficient, basis) in enumerate(zip(coefficients, bases, strict=True)):
+        segment, kind = blocks[2 * number : 2 * number + 2] if blocks else (number, 0)
+        scale = next(remaining) if any(formats(kind)) else None
+        if coefficient.shape[1]:
+            found.append((segment, Stored(kind, coefficient.contiguous(), basis.contiguous(), scale)))
+    segments = dict.fromkeys(segment for segment, _ in found)
+    return [[each for segment, each in found if segment == number] for number in segments]
+
+
+def key_forms(segments: Sequence[Sequence[Stored]], dim: int) -> tuple[tuple[tuple[Form, ...], ...], int, int]:
+    """Forms of the blocks of keys, the width of latent queries, and how many parts absorb them."""
+    forms: list[tuple[Form, ...]] = []
+    number = start = part = 0
+    for blocks in segments:
+        alike = []
+        for each in blocks:
+            alike.append(each.form(number, start, part, dim))
+            number, start, part = number + 1, start + alike[-1][5], part + alike[-1][8]
+        forms.append(tuple(alike))
+    return tuple(forms), start, part
+
+
+def value_forms(segments: Sequence[Sequence[Stored]], dim: int) -> tuple[tuple[tuple[Form, ...], ...], int]:
+    """Forms of the blocks of values, and the width of latent results."""
+    forms: list[tuple[Form, ...]] = []
+    number = width = 0
+    for blocks in segments:
+        alike, start = [], 0
+        for each in blocks:
+            alike.append(each.form(number, start, 0, dim))
+            number, start = number + 1, start + alike[-1][5]
+        forms.append(tuple(alike))
+        width = max(width, start)
+    return tuple(forms), width
+
+
+def takes_blocks(segments: Sequence[Sequence[Stored]], query: Tensor) -> bool:
+    """Whether the kernels take these low-rank blocks of keys or of values."""
+    every = [each for blocks in segments for each in blocks]
+    whole = [
+        tensor for each in every for tensor, bits in zip((each.coefficient, each.basis), formats(each.kind), strict=True)
+        if not bits
+    ]  # fmt: skip
+    return (
+        len(every) <= MOST_BLOCKS
+        and not any(each.kind & (OWNED | ROWS) for each in every)
+        and all(tensor.dtype == query.dtype for tensor in whole)
+    )
