@@ -78,12 +78,12 @@ def absorb_coded_kernel(
     part = tl.program_id(2)
     if part < PARTS:
         bases, scales = (basis0, basis1, basis2, basis3), (scale0, scale1, scale2, scale3)
-        latent += (sample * all_rows + rows)[:, None] * KEY_WIDTH
-        shift += (part.to(tl.int64) * samples + sample) * all_rows + rows
+        cells = latent + (sample * all_rows + rows)[:, None] * KEY_WIDTH
+        shifts = shift + (part.to(tl.int64) * samples + sample) * all_rows + rows
         for segment in tl.static_range(len(KEYS)):
             for block in tl.static_range(len(KEYS[segment])):
                 absorb_block(
-                    q, valid, scale, bases, scales, latent, shift, part, sample, head, heads,
+                    q, valid, scale, bases, scales, cells, shifts, part, sample, head, heads,
                     KEYS[segment][block], DIM, BLOCK_D, PRECISION,
                 )  # fmt: skip
     else:
@@ -107,7 +107,7 @@ def absorb_coded_kernel(
 
 @triton.jit
 def absorb_block(
-    q, valid, scale, bases, scales, latent, shift, part, sample, head, heads,
+    q, valid, scale, bases, scales, cells, shifts, part, sample, head, heads,
     FORM: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Absorb q into one part of a block's basis, if that is this program's part."""
@@ -137,6 +137,6 @@ def absorb_block(
             if ASYMMETRIC:
                 sums = tl.sum(q.to(tl.float32), 1) * scale
                 absorbed += sums[:, None] * load_scale(lines, 3, number, RANK, 0)[None, :]
-                tl.store(shift, tl.sum(absorbed * load_scale(lines, 2, number, RANK, 0)[None, :], 1), mask=valid)
+                tl.store(shifts, tl.sum(absorbed * load_scale(lines, 2, number, RANK, 0)[None, :], 1), mask=valid)
             absorbed *= load_scale(lines, 0, number, RANK, BITS)[None, :]
-        tl.store(latent + START + number[None, :], absorbed.to(latent.dtype.element_ty), mask=valid[:, None])
+        tl.store(cells + START + number[None, :], absorbed.to(q.dtype), mask=valid[:, None])

@@ -29,8 +29,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.parts import ASYMMETRIC, E4M3, layout
 from attnpack_fx.kernels.triton.append import append_
-from attnpack_fx.kernels.triton.attend import attention
+from attnpack_fx.kernels.triton.attend import attention, takes
 from attnpack_fx.kernels.triton.gather import gather_tokens
 from attnpack_fx.kernels.triton.jacobi import left_singular_vectors
 
@@ -57,6 +58,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*i1",
@@ -68,6 +70,7 @@ class Shape:
     """A decode step. tokens: of each packed segment; rotated: dims rotated in the op, for keys before rotary.
 
     axes, positions: of multimodal rotary embedding; without axes, every token has cos and sin of its own.
+    blocks: of every segment, each of the whole rank: bits of coefficient and basis, whether they have zero points.
     """
 
     batch: int = 1
@@ -85,6 +88,7 @@ class Shape:
     positions: int = 0
     mask: bool = False
     weights: bool = False
+    blocks: tuple[tuple[int, int, bool], ...] = ()
 
 
 #: Shapes of the models the library is for, and the corners of what the kernels take.
@@ -106,6 +110,14 @@ SHAPES = {
     "un-rotated keys of Qwen2.5-VL-7B, M-RoPE": Shape(
         heads=28, kv_heads=4, tokens=(9216, 640), rank=64, rotated=128, axes=3, positions=200, mask=True
     ),
+    "LLaVA-1.5-7B, 4 bits": Shape(blocks=((4, 4, False),)),
+    "LLaVA-1.5-7B, 4 bits, batch 64": Shape(batch=64, blocks=((4, 4, False),)),
+    "Qwen3-VL-8B, 4 bits, two segments": Shape(heads=32, kv_heads=8, tokens=(9216, 640), blocks=((4, 4, False),)),
+    "Qwen3-VL-8B, 8 and 2 bits": Shape(
+        heads=32, kv_heads=8, tokens=(9216,), blocks=((8, 8, False), (2, 2, False)), mask=True, weights=True
+    ),
+    "E4M3 coefficients": Shape(tokens=(9216,), blocks=((E4M3, 0, False),)),
+    "rank 128, 4 bits with zero points": Shape(tokens=(9216,), rank=128, blocks=((4, 4, True),), dtype=torch.float16),
     "un-rotated keys, partial rotary": Shape(dim=80, tokens=(4096,), rank=32, rotated=32, interleaved=True),
 }
 
@@ -204,8 +216,15 @@ def decode_step(shape: Shape) -> list[Launch]:
             return torch.empty(size, dtype=dtype, device="cuda")
 
         batch, heads, dim = shape.batch, shape.kv_heads, shape.dim
-        coefficients = [new(batch, tokens, shape.rank) for tokens in shape.tokens]
-        bases = [new(batch, heads, shape.rank, dim) for _ in shape.tokens]
+        coefficients, bases, scales = [], [], []
+        for tokens in shape.tokens:
+            for bits, basis_bits, asymmetric in shape.blocks or ((0, 0, False),):
+                coefficients.append(_codes(new(batch, tokens, shape.rank), bits))
+                bases.append(_codes(new(batch, heads, shape.rank, dim), basis_bits))
+                if bits or basis_bits:
+                    scales.append(new(batch, 4 if asymmetric else 2, shape.rank, dtype=torch.float32))
+        kinds = [bits | (ASYMMETRIC if asymmetric else 0) | basis_bits << 8 for bits, basis_bits, asymmetric in shape.blocks]
+        blocks = layout([kinds for _ in shape.tokens]) if kinds else []
         tail, packed = new(shape.tail + 16, batch, heads, dim), sum(shape.tokens)
         index = new(batch, packed + shape.tail // 2, dtype=torch.int64)
         slots = packed + shape.tail
@@ -216,14 +235,21 @@ def decode_step(shape: Shape) -> list[Launch]:
         query = new(batch, shape.heads, shape.queries, dim)
         fresh = new(batch, heads, 1, dim)
 
-        def step(query, coefficients, bases, keys, values, key, value, index, mask, cos, sin, axes):
+        def step(query, coefficients, bases, scales, keys, values, key, value, index, mask, cos, sin, axes):
             append_([keys, values], [key, value], [shape.tail - 1, shape.tail - 1])
             arguments = (query, coefficients, bases, coefficients, bases, keys, values, shape.tail, index, mask)
             rotary = cos, sin, shape.interleaved, axes
-            return attention(*arguments, 0.1, shape.mask, *rotary, [], [], [], [], [], [], shape.weights)
+            given = (*arguments, 0.1, shape.mask, *rotary, blocks, blocks, scales, scales, [], [])
+            assert takes(*given), "a shape that the kernels refuse"
+            return attention(*given, shape.weights)
 
         tails = tail, tail.clone(), fresh, fresh.clone()
-        return launches(step, (query, coefficients, bases, *tails, index, mask, angles, angles, axes))
+        return launches(step, (query, coefficients, bases, scales, *tails, index, mask, angles, angles, axes))
+
+
+def _codes(x: Tensor, bits: int) -> Tensor:
+    """What a factor is stored as."""
+    return x if bits == 0 else x.new_empty((*x.shape[:-1], x.shape[-1] * min(bits, 8) // 8), dtype=torch.uint8)
 
 
 def packing(shape: Shape) -> list[Launch]:

@@ -75,7 +75,7 @@ def tokens_coded_kernel(
     index += sample * slots
     mask += sample * mask_sample
     scores_out += sample * (all_rows // queries) * all_slots
-    if (len(KEYS) == 1) | (split < splits0):
+    if len(KEYS) == 1 or split < splits0:
         attend_blocks(
             latent, shift, keys, values, partial, shares, log_sums, scores_out, index, mask, key_counts, value_counts,
             first_slot0, tokens0, split, split, tokens_per_split, sample, samples, rows, all_rows, queries, all_slots,
@@ -124,16 +124,11 @@ def attend_blocks(
         weights, top, total, shrink = step(scores, top, total)
         sums, covered = (), ()
         for block in tl.static_range(len(VALUES)):
-            FORM: tl.constexpr = VALUES[block]
-            reached = token < value_counts[FORM[0]]
-            tile = load_levels(
-                values[FORM[0]] + sample * value_counts[FORM[0]] * FORM[9], token, reached, 0,
-                FORM[4], FORM[5], FORM[9], FORM[1], not FORM[3],
-            ).to(q[0].dtype)  # fmt: skip
+            tile, reached = load_block(values, token, value_counts, sample, q[0].dtype, VALUES[block])
             given = weights if block == 0 else tl.where(reached[None, :], weights, 0.0)
             product = tl.dot(given.to(tile.dtype), tile, input_precision=PRECISION)
             sums = sums + (out[block] * shrink[:, None] + product,)
-            covered = covered + (held[block] * shrink + tl.sum(given, 1) if FORM[3] else held[block],)
+            covered = covered + (held[block] * shrink + tl.sum(given, 1) if VALUES[block][3] else held[block],)
         out, held = sums, covered
     place = (split.to(tl.int64) * samples + sample) * all_rows + rows
     for block in tl.static_range(len(VALUES)):
@@ -169,10 +164,18 @@ def load_latent(
 @triton.jit
 def block_scores(q, moved, keys, token, counts, sample, FORM: tl.constexpr, PRECISION: tl.constexpr):
     """Scores `[M, N]` of tokens by one block, zero where it does not cover them."""
-    reached = token < counts[FORM[0]]
-    tile = load_levels(
-        keys[FORM[0]] + sample * counts[FORM[0]] * FORM[9], token, reached, 0,
-        FORM[4], FORM[5], FORM[9], FORM[1], not FORM[3],
-    ).to(q.dtype)  # fmt: skip
+    tile, reached = load_block(keys, token, counts, sample, q.dtype, FORM)
     scores = tl.dot(q, tl.trans(tile), input_precision=PRECISION) + moved[:, None]
     return tl.where(reached[None, :], scores, 0.0)
+
+
+@triton.jit
+def load_block(codes, token, counts, sample, dtype: tl.constexpr, FORM: tl.constexpr):
+    """Levels of coefficients `[N, rank]`, and which tokens the block covers."""
+    BITS: tl.constexpr = FORM[1]
+    STEP: tl.constexpr = FORM[9]
+    count = counts[FORM[0]]
+    reached = token < count
+    first = codes[FORM[0]] + sample * count * STEP
+    tile = load_levels(first, token, reached, 0, FORM[4], FORM[5], STEP, BITS, not FORM[3])
+    return tile.to(dtype), reached
