@@ -51,7 +51,20 @@ class Stored:
         wide, steps = block(self.rank), (_step(self.rank, bits), _step(dim, basis_bits))
         asymmetric, shared = int(bool(self.kind & ASYMMETRIC)), int(self.basis.shape[0] == 1)
         parts = wide // min(wide, BASIS_ROWS)
-        return number, bits, basis_bits, asymmetric, self.rank, wide, start, first_part, parts, steps[0], shared, steps[1]
+        return (
+            number,
+            bits,
+            basis_bits,
+            asymmetric,
+            self.rank,
+            wide,
+            start,
+            first_part,
+            parts,
+            steps[0],
+            shared,
+            steps[1],
+        )
 
 
 def _step(size: int, bits: int) -> int:

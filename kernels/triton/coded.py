@@ -171,9 +171,7 @@ def _width(forms: Sequence[Form]) -> int:
     return sum(form[5] for form in forms)
 
 
-def _token_tile(
-    problem: Problem, keys: Sequence[Sequence[Form]], values: Sequence[Sequence[Form]]
-) -> tuple[int, int]:
+def _token_tile(problem: Problem, keys: Sequence[Sequence[Form]], values: Sequence[Sequence[Form]]) -> tuple[int, int]:
     """Query rows and tokens that a program of `tokens_coded` multiplies at a time."""
     wide = max(map(_width, (*keys, *values)))
     rows = min(block(problem.rows), 64) if problem.query.shape[2] == 1 else 64

@@ -223,7 +223,9 @@ def decode_step(shape: Shape) -> list[Launch]:
                 bases.append(_codes(new(batch, heads, shape.rank, dim), basis_bits))
                 if bits or basis_bits:
                     scales.append(new(batch, 4 if asymmetric else 2, shape.rank, dtype=torch.float32))
-        kinds = [bits | (ASYMMETRIC if asymmetric else 0) | basis_bits << 8 for bits, basis_bits, asymmetric in shape.blocks]
+        kinds = [
+            bits | (ASYMMETRIC if asymmetric else 0) | basis_bits << 8 for bits, basis_bits, asymmetric in shape.blocks
+        ]
         blocks = layout([kinds for _ in shape.tokens]) if kinds else []
         tail, packed = new(shape.tail + 16, batch, heads, dim), sum(shape.tokens)
         index = new(batch, packed + shape.tail // 2, dtype=torch.int64)
