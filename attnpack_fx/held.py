@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.kernels.parts import OWNED, Angles, AnglesForm, Block, Form, Segment, kind
+from attnpack_fx.kernels.parts import OWNED, Angles, AnglesForm, Block, Form, Segment, formats, kind
 from attnpack_fx.placement import Placement
 
 
@@ -274,12 +274,12 @@ def fake_parts(
         for stored, shared in zip(kinds_of, shared_of, strict=True):
             tokens, rank = next(remaining), next(remaining)
             packed += 0 if blocks else tokens
-            bits, samples, owner = stored & ~OWNED, 1 if shared else batch, None
+            (bits, basis_bits), samples, owner = formats(stored), 1 if shared else batch, None
             if stored & OWNED:
                 samples, owner = next(remaining), rows.new_empty((batch,), dtype=torch.int64)
             if bits:
                 codes = rows.new_empty((batch, tokens, -(-rank * bits // 8)), dtype=torch.uint8)
-                basis = rows.new_empty((samples, heads, rank, -(-dim * bits // 8)), dtype=torch.uint8)
+                basis = rows.new_empty((samples, heads, rank, -(-dim * basis_bits // 8)), dtype=torch.uint8)
                 scale = rows.new_empty((batch, 2, rank), dtype=torch.float32)
                 blocks.append(Block(codes, basis, scale, bits, owner))
             else:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from attnpack_fx.kernels import aten
 from attnpack_fx.kernels.aten.svd import sketch_size
-from attnpack_fx.kernels.parts import first_blocks
+from attnpack_fx.kernels.parts import ROWS, first_blocks
 
 if importlib.util.find_spec("triton") is not None:
     from attnpack_fx.kernels import triton
@@ -71,7 +71,8 @@ def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any])
     """
 
     def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if custom_triton_ops_decomposition_disabled() or _device(args).type != "cuda":
+        opaque = custom_triton_ops_decomposition_disabled() or _device(args).type != "cuda"
+        if opaque or _decodes_rows(operator, args):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return function(*args, **(kwargs or {}))
@@ -79,6 +80,13 @@ def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any])
     torch.library.register_torch_dispatch(operator, FunctionalTensorMode, decompose, lib=_LIBRARY)
     # So that keys of AOTAutograd's cache cover the kernels' source.
     triton_ops_to_kernels[operator._name] = list(triton.KERNELS)
+
+
+def _decodes_rows(operator: torch._ops.OpOverload, arguments: Sequence[Any]) -> bool:
+    """Whether a layout among the arguments holds blocks of `Rows`, which are read in loops over their tokens."""
+    named = zip(operator._schema.arguments, arguments, strict=False)
+    kinds = [kind for argument, value in named if argument.name.endswith("_blocks") for kind in value[1::2]]
+    return any(kind & ROWS for kind in kinds)
 
 
 def _implementation(tensor: Tensor) -> Any:
@@ -267,11 +275,13 @@ def decompress(
 ) -> Tensor:
     """The dense meaning: `[B, H, P + length - m, D]`, tokens in logical order, padding zero.
 
-    coefficients, bases: of every block, in order; tail, length, index, slot as in `parts.py`.
+    coefficients, bases: of every block, in order, of `Rows` codes and scale; tail, length, index, slot as in
+        `parts.py`.
     cos, sin, interleaved, axes: None, or the `Angles` of packed rows that are keys before rotary embedding, which are
         then rotated (first E dims). Tail rows never are.
-    blocks: segment number and kind of every block (`parts.layout`); empty: a segment each, as they are. scales: of the
-        blocks with bits; owners: of those that are `OWNED`.
+    blocks: segment number and kind of every block (`parts.layout`); empty: a segment each, as they are. scales: of
+        low-rank blocks with codes their scale, of `Rows` their extras (`parts.row_extras`); owners: of blocks that are
+        `OWNED`.
     """
     rotary = cos, sin, interleaved, axes
     return aten.decompress(coefficients, bases, tail, length, index, slot, *rotary, blocks, scales, owners)
@@ -312,8 +322,8 @@ def attention(
     """`softmax(scale * q K^T + mask) V` over packed segments and tail in one softmax, never decompressed.
 
     query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H; blocks and tails as in `parts.py`, keys and values may
-        differ in blocks, rank and head dim, and hold the same tokens in the same segments; the first `length` tail
-        rows count.
+        differ in segments, blocks, rank and head dim, and hold the same tokens in the same slots; of the key tail the
+        first `length` rows count, of the value tail as many as give the same number of slots.
     mask: None, or bool (True attends) or additive, broadcastable to `[B, Hq, Tq, T]`, tokens in logical order.
     ragged: whether `index` holds filler, which is then left out.
     cos, sin, interleaved, axes: as in `decompress`, for the keys; blocks, scales and owners too, of keys and values.

@@ -114,15 +114,16 @@ class Rows(Generic[T]):
 
     codes: `[B, n, H, w]`: uint8, `w = ceil(D bits / 8)`; with bits 0 the rows themselves, w = D.
     scale, zero: `[B, n, H, ceil(D / group)]` of a group of channels of one token, or with `form.channel` `[B, m, H, D]`
-        of every channel of a group of tokens; any float dtype.
+        of every channel of a group of tokens; any float dtype. With group 0 and no `form.channel` there is no scale:
+        `[B, n, H, 0]`.
     group_of: with `form.channel` int32 `[B, n]`, the group of tokens that each belongs to.
     codebook: fp32 `[2 ** bits]`, or `[1 or H, 2 ** bits]`: ascending.
     outliers, places: `[B, o]`, numbers kept as they are, and where: int32 `(t H + h) D + d`, ascending, -1 (first) for
-        none.
+        none; D bits is then a multiple of 8.
     left, right, part_of: `[B, n, H, rank]`, `[B, F, H, rank, D]`, int32 `[B, n]`: a low-rank residual per head, found
         for tokens in F parts.
     norm: `[B, n, H]`.
-    Filler rows hold anything finite.
+    Filler rows hold anything finite, and belong to some group and part.
     """
 
     form: RowForm

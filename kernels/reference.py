@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.svd import sketch_size
-from attnpack_fx.kernels.parts import OWNED, first_blocks
+from attnpack_fx.kernels.parts import (
+    ASYMMETRIC,
+    E4M3,
+    E5M2,
+    OWNED,
+    ROWS,
+    RowForm,
+    Rows,
+    first_blocks,
+    formats,
+    row_extras,
+)
 
 
 def plan(
@@ -204,39 +215,95 @@ def stored(
     scales: Sequence[Tensor],
     owners: Sequence[Tensor],
 ) -> Tensor:
-    """The dense rows in slot order, `[B, H, sum of N_s + length, D]`: of each segment the sum of its blocks."""
+    """The dense rows in slot order, `[B, H, sum of N_s + length, D]`: of each segment the sum of its blocks, or
+    its coded rows."""
     _, batch, heads, dim = tail.shape
     rows = tail[:length].double().permute(1, 2, 0, 3)
     packed: list[Tensor] = []
     firsts, remaining, owning = first_blocks(len(coefficients), blocks), iter(scales), iter(owners)
     for number, (c, b) in enumerate(zip(coefficients, bases, strict=True)):
         kind = blocks[2 * number + 1] if blocks else 0
-        bits = kind & ~OWNED
+        if kind & ROWS:
+            form = RowForm.of(kind)
+            extras = {name: next(remaining) for name in row_extras(form)}
+            packed.append(coded(Rows(form, c, b, **extras), dim).transpose(1, 2))
+            continue
+        bits, basis_bits = formats(kind)
         if kind & OWNED:
             b = torch.stack([b[owner] for owner in next(owning).tolist()])
-        if bits:
+        if bits or basis_bits:
             scale = next(remaining).double()
-            c = decoded(c, scale.shape[2], bits) * scale[:, 0, None]
-            b = decoded(b, dim, bits) * scale[:, 1, None, :, None]
+            zero = scale[:, 2:] if kind & ASYMMETRIC else torch.zeros_like(scale)
+            signed = not kind & ASYMMETRIC
+            if bits:
+                c = decoded(c, scale.shape[2], bits, signed) * scale[:, 0, None] + zero[:, 0, None]
+            if basis_bits:
+                b = decoded(b, dim, basis_bits, signed) * scale[:, 1, None, :, None] + zero[:, 1, None, :, None]
         if number in firsts:
             packed.append(rows.new_zeros((batch, heads, c.shape[1], dim)))
         packed[-1][:, :, : c.shape[1]] += c.double()[:, None] @ b.double()
-    low_rank = torch.cat([rows[:, :, :0], *packed], 2)
+    together = torch.cat([rows[:, :, :0], *packed], 2)
     if cos is not None and sin is not None:
         if axes is not None:
             cos, sin = (_summed(table.double(), axes) for table in (cos, sin))
-        low_rank = rotate(low_rank, cos.double(), sin.double(), interleaved)
-    return torch.cat([low_rank, rows], 2)
+        together = rotate(together, cos.double(), sin.double(), interleaved)
+    return torch.cat([together, rows], 2)
 
 
-def decoded(codes: Tensor, size: int, bits: int) -> Tensor:
-    """The levels behind codes of `bits` bits, `size` in the last dim, low bits of a byte first.
+def decoded(codes: Tensor, size: int, bits: int, signed: bool = True) -> Tensor:
+    """The levels behind codes of this format, `size` in the last dim, low bits of a byte first.
 
-    Fields are in two's complement; those of two bits stand half a level higher, so that they have no zero.
+    Signed fields are in two's complement; those of two bits stand half a level higher, so that they have no zero.
+    Floats have a sign, 4 or 5 bits of exponent with bias 7 or 15, and 3 or 2 of mantissa; exponent 0 is subnormal.
     """
-    fields = torch.stack([(codes.int() >> shift) % 2**bits for shift in range(0, 8, bits)], -1).flatten(-2)
-    signed = torch.where(fields < 2 ** (bits - 1), fields, fields - 2**bits)[..., :size]
-    return signed.double() + (0.5 if bits == 2 else 0.0)
+    if bits in (E4M3, E5M2):
+        mantissa_bits, bias = (3, 7) if bits == E4M3 else (2, 15)
+        whole = codes[..., :size].double()
+        magnitude = whole % 128
+        exponent = magnitude.div(2**mantissa_bits, rounding_mode="floor")
+        mantissa = magnitude % 2**mantissa_bits / 2**mantissa_bits
+        normal = (1 + mantissa) * 2 ** (exponent - bias)
+        return torch.where(exponent == 0, mantissa * 2 ** (1 - bias), normal) * torch.where(whole < 128, 1.0, -1.0)
+    fields = torch.stack([(codes.int() >> shift) % 2**bits for shift in range(0, 8, bits)], -1).flatten(-2)[..., :size]
+    if not signed:
+        return fields.double()
+    return torch.where(fields < 2 ** (bits - 1), fields, fields - 2**bits).double() + (0.5 if bits == 2 else 0.0)
+
+
+def coded(rows: Rows[Tensor], dim: int) -> Tensor:
+    """`x[t, h] = norm[t, h] (level(codes[t, h]) scale + zero)`, outliers put in, `+ left[t, h] right[part_of[t], h]`.
+
+    The dense tokens `[B, n, H, D]`.
+    """
+    form, (batch, tokens, heads) = rows.form, rows.codes.shape[:3]
+    level = decoded(rows.codes, dim, form.bits, signed=False) if form.bits else rows.codes.double()
+    if rows.codebook is not None:
+        books = rows.codebook.double().reshape(-1, 2**form.bits).expand(heads, -1)
+        level = torch.stack([books[h][level[:, :, h].long()] for h in range(heads)], 2)
+    x = level.contiguous().clone()
+    for b in range(batch):
+        for t in range(tokens):
+            if rows.group_of is not None:
+                group = int(rows.group_of[b, t])
+                scale, zero = rows.scale[b, group], None if rows.zero is None else rows.zero[b, group]
+            elif form.group:
+                of_channel = [channel // form.group for channel in range(dim)]
+                scale = rows.scale[b, t][:, of_channel]
+                zero = None if rows.zero is None else rows.zero[b, t][:, of_channel]
+            else:
+                scale, zero = torch.ones(()), None
+            x[b, t] = x[b, t] * scale.double() + (0 if zero is None else zero.double())
+            if rows.norm is not None:
+                x[b, t] *= rows.norm[b, t, :, None].double()
+        if rows.places is not None and rows.outliers is not None:
+            for place, outlier in zip(rows.places[b].tolist(), rows.outliers[b].tolist(), strict=True):
+                if place >= 0:
+                    x[b].view(-1)[place] = outlier
+        if rows.left is not None and rows.right is not None and rows.part_of is not None:
+            for t in range(tokens):
+                right = rows.right[b, int(rows.part_of[b, t])].double()
+                x[b, t] += (rows.left[b, t].double().unsqueeze(1) @ right).squeeze(1)
+    return x
 
 
 def _summed(table: Tensor, axes: Tensor) -> Tensor:
@@ -332,10 +399,10 @@ def attention_weights(
     """`attention`, and its softmax weights, averaged over heads and queries: `[B, slots]`."""
     rotary = cos, sin, interleaved, axes
     keys = stored(key_coefficients, key_bases, key_tail, length, *rotary, key_blocks, key_scales, key_owners)
-    unrotated = None, None, False, None
-    values = stored(
-        value_coefficients, value_bases, value_tail, length, *unrotated, value_blocks, value_scales, value_owners
-    )
+    # As many slots as the keys have, however many of them are packed.
+    packed = sum(value_coefficients[n].shape[1] for n in first_blocks(len(value_coefficients), value_blocks))
+    factors, rest = (value_coefficients, value_bases), (value_blocks, value_scales, value_owners)
+    values = stored(*factors, value_tail, keys.shape[2] - packed, None, None, False, None, *rest)
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = scale * query.double() @ keys.transpose(-1, -2)

@@ -7,7 +7,7 @@ Per KV head h, over the segments `K ~ C_k B_k`, `V ~ C_v B_v` and the dense tail
 
 Absorbed queries are `[B, Hq * Tq, R]`: the coefficients are read once for all heads, in one product per block. The
 query heads of a KV head (GQA) are rows of one product, and so are the samples that share a basis. Keys kept before
-rotary embedding: `unrotated.py`.
+rotary embedding: `unrotated.py`. Segments of `Rows`: `coded_attention.py`.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.blocks import Factors, by_segment, factors
+from attnpack_fx.kernels.aten import coded_attention
+from attnpack_fx.kernels.aten.blocks import Factors, Stored, segments, tokens
 from attnpack_fx.kernels.aten.rotary import Rotary
 from attnpack_fx.kernels.aten.unrotated import scores as unrotated_scores
+from attnpack_fx.kernels.parts import Rows
 
 #: Most bytes of one score buffer; longer queries are taken in tiles.
 SCORE_BYTES = 64 << 20
@@ -54,13 +56,14 @@ def attention(
     dtype = query.dtype
     # CPUs have no fast fp16 matrix products: convert what is read.
     work = torch.float32 if dtype == torch.float16 and query.device.type == "cpu" else dtype
-    keys = factors(key_coefficients, key_bases, key_scales, key_owners, key_blocks, key_dim, work)
-    values = factors(value_coefficients, value_bases, value_scales, value_owners, value_blocks, value_dim, work)
-    packed = sum(alike[0].coefficient.shape[1] for alike in by_segment(keys))
+    keys = segments(key_coefficients, key_bases, key_scales, key_owners, key_blocks, key_dim, work)
+    values = segments(value_coefficients, value_bases, value_scales, value_owners, value_blocks, value_dim, work)
+    packed = sum(map(tokens, keys))
     slots = packed + length
     if slots == 0:
         return query.new_zeros((batch, heads, queries, value_dim)), query.new_zeros((batch, 0), dtype=torch.float32)
-    key_rows, value_rows = _per_head(key_tail, length).to(work), _per_head(value_tail, length).to(work)
+    key_rows = _per_head(key_tail, length).to(work)
+    value_rows = _per_head(value_tail, slots - sum(map(tokens, values))).to(work)
     rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved, axes)
     bias = _bias(mask, index, packed, length, ragged, batch)
     tile = max(1, SCORE_BYTES // (4 * batch * heads * slots))
@@ -69,11 +72,10 @@ def attention(
         part = query if tile >= queries else query[:, :, start : start + tile]
         count = part.shape[2]
         q = (part * scale).to(work).reshape(batch * kv_heads, -1, key_dim)
-        scores = []
-        if rotary is not None and packed:
-            scores.append(unrotated_scores(q, [(s, c, b.flatten(0, 1)) for s, c, b in keys], rotary, batch))
-        elif packed:
-            scores += [_absorbed(q, alike) for alike in by_segment(keys)]
+        scores, first = [], 0
+        for segment in keys:
+            scores.append(_scores(q, segment, rotary, first, batch))
+            first += tokens(segment)
         if length:
             scores.append(torch.bmm(key_rows, q.mT).mT.reshape(batch, heads * count, length))
         p = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
@@ -97,11 +99,20 @@ def _per_head(tail: Tensor, length: int) -> Tensor:
     return tail[:length].flatten(1, 2).transpose(0, 1)
 
 
+def _scores(q: Tensor, segment: Stored, rotary: Rotary | None, first: int, batch: int) -> Tensor:
+    """Scores of the segment whose tokens are slots first, ...: q `[B * H, g * Tq, D]` -> `[B, Hq * Tq, N]`."""
+    if isinstance(segment, Rows):
+        return coded_attention.scores(q.unflatten(0, (batch, -1)), segment, rotary, first).flatten(1, 2).to(q.dtype)
+    if rotary is None:
+        return _absorbed(q, segment)
+    return unrotated_scores(q, [(0, c, basis.flatten(0, 1)) for c, basis in segment], rotary, batch, first)
+
+
 def _absorbed(q: Tensor, blocks: Sequence[Factors]) -> Tensor:
     """Scores of one segment: q `[B * H, g * Tq, D]` -> `[B, Hq * Tq, N]`."""
     scores = None
-    for _, coefficient, basis in blocks:
-        batch, tokens, rank = coefficient.shape
+    for coefficient, basis in blocks:
+        batch, covered, rank = coefficient.shape
         # The basis goes first: with few queries this is a matrix-vector product, which streams it twice as fast from
         # memory as the transposed product would.
         latent = torch.bmm(basis.flatten(0, 1), _rows_of(q, batch, basis).mT).mT
@@ -109,28 +120,42 @@ def _absorbed(q: Tensor, blocks: Sequence[Factors]) -> Tensor:
         if scores is None:
             scores = part
         else:
-            scores[:, :, :tokens] += part
+            scores[:, :, :covered] += part
     assert scores is not None
     return scores
 
 
-def _weighted_values(p: Tensor, values: Sequence[Factors], rows: Tensor) -> Tensor:
+def _weighted_values(p: Tensor, values: Sequence[Stored], rows: Tensor) -> Tensor:
     """p `[B, Hq * Tq, slots]` -> `[B * H, g * Tq, Dv]`, rows `[B * H, length, Dv]`."""
     out, start = None, 0
-    for alike in by_segment(values):
-        for _, coefficient, basis in alike:
-            batch, tokens, rank = coefficient.shape
-            latent = torch.bmm(p[:, :, start : start + tokens], coefficient).view(rows.shape[0], -1, rank)
-            if basis.shape[0] == batch:
-                flat = basis.flatten(0, 1)
-                out = torch.bmm(latent, flat) if out is None else torch.baddbmm(out, latent, flat)
-            else:
-                part = _rows_back(torch.bmm(_rows_of(latent, batch, basis), basis[0]), batch, basis)
-                out = part if out is None else out + part
-        start += alike[0].coefficient.shape[1]
+    for segment in values:
+        end = start + tokens(segment)
+        if isinstance(segment, Rows):
+            heads = segment.codes.shape[2]
+            weights = p[:, :, start:end].unflatten(1, (heads, -1))
+            part = coded_attention.weighted(weights, segment, rows.shape[2]).flatten(0, 1).to(p.dtype)
+            out = part if out is None else out + part
+        else:
+            out = _low_rank_values(out, p[:, :, start:end], segment, rows.shape[0])
+        start = end
     if rows.shape[1]:
         weights = p[:, :, start:].reshape(rows.shape[0], -1, rows.shape[1])
         out = torch.bmm(weights, rows) if out is None else torch.baddbmm(out, weights, rows)
+    assert out is not None
+    return out
+
+
+def _low_rank_values(out: Tensor | None, p: Tensor, blocks: Sequence[Factors], rows: int) -> Tensor:
+    """p `[B, Hq * Tq, N]` times the values of one segment, added to out `[B * H, g * Tq, Dv]`; rows: B * H."""
+    for coefficient, basis in blocks:
+        batch, covered, rank = coefficient.shape
+        latent = torch.bmm(p[:, :, :covered], coefficient).view(rows, -1, rank)
+        if basis.shape[0] == batch:
+            flat = basis.flatten(0, 1)
+            out = torch.bmm(latent, flat) if out is None else torch.baddbmm(out, latent, flat)
+        else:
+            part = _rows_back(torch.bmm(_rows_of(latent, batch, basis), basis[0]), batch, basis)
+            out = part if out is None else out + part
     assert out is not None
     return out
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.blocks import by_segment, factors
+from attnpack_fx.kernels.aten.blocks import segments
+from attnpack_fx.kernels.aten.coded_rows import decode
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot, rotate
+from attnpack_fx.kernels.parts import Rows
 
 
 def decompress(
@@ -27,9 +29,12 @@ def decompress(
     """See `ops.decompress`."""
     _, batch, heads, dim = tail.shape
     dense = []
-    for alike in by_segment(factors(coefficients, bases, scales, owners, blocks, dim, tail.dtype)):
-        total = alike[0].coefficient[:, None] @ alike[0].basis
-        for block in alike[1:]:
+    for segment in segments(coefficients, bases, scales, owners, blocks, dim, tail.dtype):
+        if isinstance(segment, Rows):
+            dense.append(decode(segment, dim).to(tail.dtype).transpose(1, 2))
+            continue
+        total = segment[0].coefficient[:, None] @ segment[0].basis
+        for block in segment[1:]:
             total[:, :, : block.coefficient.shape[1]] += block.coefficient[:, None] @ block.basis
         dense.append(total)
     packed = sum(part.shape[2] for part in dense)

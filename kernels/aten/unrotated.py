@@ -32,14 +32,14 @@ TILE_BYTES = 2 << 20
 _Blocks = list[tuple[Tensor, Tensor]]
 
 
-def scores(q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], rotary: Rotary, batch: int) -> Tensor:
+def scores(q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], rotary: Rotary, batch: int, first: int = 0) -> Tensor:
     """Scores of every slot, `[B, Hq * Tq, sum of N over segments]` in q's dtype, accumulated in fp32.
 
     q: `[B * H, g * Tq, D]`, scaled; the query rows of a KV head are neighbours.
     keys: (number of the segment, coefficient `[B, n, r]`, basis `[B * H or H, r, D]`), in slot order. Blocks of one
         segment follow each other and add up; the first covers its N tokens, further ones the first n of them.
         A basis with H rows while B > 1 is shared by the samples.
-    rotary: of all slots.
+    rotary: of all slots; those of these segments are first, first + 1, ...
     """
     heads = q.shape[0] // batch
     rows = q.float().view(batch, heads, *q.shape[1:])
@@ -47,20 +47,20 @@ def scores(q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], rotary: Rotary
     slots = sum(blocks[0][0].shape[1] for blocks in segments)
     out = rows.new_empty((batch, heads * q.shape[1], slots))
     turning = rotary.cos.shape[-1]
-    first = 0
+    start = 0
     for blocks in segments:
         tokens = blocks[0][0].shape[1]
-        part = out[:, :, first : first + tokens]
+        part = out[:, :, start : start + tokens]
         if turning:
             form = _form(rows, blocks, rotary)
-            form(part, *_pairs(rows, turning, rotary.interleaved), blocks, rotary, first)
+            form(part, *_pairs(rows, turning, rotary.interleaved), blocks, rotary, first + start)
         else:
             part.zero_()
         if turning < q.shape[2]:
             for coefficient, basis in blocks:
                 latent = torch.matmul(rows[..., turning:], basis[..., turning:].float().mT).flatten(1, 2)
                 part[:, :, : coefficient.shape[1]] += torch.bmm(latent, coefficient.float().mT)
-        first += tokens
+        start += tokens
     return out.to(q.dtype)
 
 

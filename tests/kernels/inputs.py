@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.quantize import quantize
-from attnpack_fx.kernels.parts import OWNED, layout
+from attnpack_fx.kernels.parts import E4M3, E5M2, Block, RowForm, Rows, kind, layout
 
 #: Largest relative root-mean-square error against the float64 reference on the same (rounded) inputs.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 2.5e-2}
@@ -42,8 +42,13 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = N
     assert error <= limit, f"relative error {error:.2e} over {limit:.1e}"
 
 
-#: Blocks of a segment: the share of its tokens that each covers, the first all, and in how many bits it is stored.
-Cuts = tuple[tuple[float, int], ...]
+#: Formats of coefficient and basis of a block, and whether fields have zero points.
+Formats = tuple[int, int, bool]
+#: Blocks of a segment: the share of its tokens that each covers, the first all, and how it is stored: an int stands for
+#: symmetric coefficients and basis of so many bits.
+Cuts = tuple[tuple[float, int | Formats], ...]
+#: Segments of rows: how many tokens each has, and in which form they are.
+Coded = tuple[tuple[int, RowForm], ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Shapes:
 
     key_cuts, value_cuts: of every segment; its columns are split among them as evenly as may be. shared: whether
     samples share the bases; owned: 0, or how many bases (as they are, no bits) samples choose from. axes: 0, or how
-    many rotary axes: cos and sin are then sums of rows of tables.
+    many rotary axes: cos and sin are then sums of rows of tables. key_rows, value_rows: segments of rows behind the
+    low-rank ones.
     """
 
     seed: int = 0
@@ -79,6 +85,17 @@ class Shapes:
     shared: bool = False
     owned: int = 0
     axes: int = 0
+    key_rows: Coded = ()
+    value_rows: Coded = ()
+
+    @property
+    def key_slots(self) -> int:
+        """Packed slots of the keys."""
+        return sum(self.segments) + sum(tokens for tokens, _ in self.key_rows)
+
+    @property
+    def value_slots(self) -> int:
+        return sum(self.segments) + sum(tokens for tokens, _ in self.value_rows)
 
 
 @st.composite
@@ -108,9 +125,38 @@ def shapes(draw: st.DrawFn, **fixed: Any) -> Shapes:
 
 
 @st.composite
+def formats_of_blocks(draw: st.DrawFn) -> Formats:
+    bits, basis_bits = (draw(st.sampled_from([0, 8, 4, 2, E4M3, E5M2])) for _ in range(2))
+    return bits, basis_bits, draw(st.booleans()) and bool({bits, basis_bits} & {8, 4, 2})
+
+
+@st.composite
 def cuts(draw: st.DrawFn) -> Cuts:
     further = draw(st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0]), max_size=2))
-    return tuple((share, draw(st.sampled_from([0, 0, 8, 4, 2]))) for share in [1.0, *sorted(further, reverse=True)])
+    stored = st.one_of(st.sampled_from([0, 0, 8, 4, 2]), formats_of_blocks())
+    return tuple((share, draw(stored)) for share in [1.0, *sorted(further, reverse=True)])
+
+
+@st.composite
+def row_forms(draw: st.DrawFn) -> RowForm:
+    """Forms of rows whose head dim is a multiple of 8."""
+    bits = draw(st.sampled_from([8, 4, 2, 4, 2, E4M3, E5M2, 0]))
+    channel = draw(st.booleans())
+    scaled = channel or bool(bits) or draw(st.booleans())
+    return RowForm(
+        bits,
+        channel=channel,
+        group=0 if channel or not scaled else draw(st.sampled_from([4, 8, 32, 64, 256])),
+        zero=scaled and draw(st.booleans()),
+        codebook=bits in (8, 4, 2) and draw(st.booleans()),
+        outliers=draw(st.sampled_from([False, False, True])),
+        rank=draw(st.sampled_from([0, 0, 1, 3])),
+        norm=draw(st.booleans()),
+    )
+
+
+#: Segments of rows of up to 80 tokens.
+coded_rows = st.lists(st.tuples(st.integers(0, 80), row_forms()), max_size=2).map(tuple)
 
 
 @st.composite
@@ -126,6 +172,8 @@ def stored_shapes(draw: st.DrawFn, **fixed: Any) -> Shapes:
         rotary=draw(st.sampled_from([0, plain.key_dim // 2, plain.key_dim])),
         interleaved=draw(st.booleans()),
         axes=draw(st.integers(0, 3)),
+        key_rows=draw(coded_rows),
+        value_rows=draw(coded_rows),
     )
     return dataclasses.replace(drawn, **fixed)
 
@@ -146,7 +194,9 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
         bases = [(normal(samples, shape.heads, r, dim) / max(r, 1) ** 0.5).to(shape.dtype) for r in ranks]
         return coefficients, bases
 
-    slots, length = sum(shape.segments) + shape.kept, shape.kept + shape.appended
+    most = max(shape.key_slots, shape.value_slots)
+    slots, length = most + shape.kept, most - shape.key_slots + shape.kept + shape.appended
+    value_length = most - shape.value_slots + shape.kept + shape.appended
     prompt = slots + shape.padding
     index = torch.stack([torch.randperm(prompt, generator=random)[:slots] for _ in range(shape.batch)])
     if shape.ragged:
@@ -154,20 +204,25 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
     tokens = prompt + shape.appended
     key_coefficients, key_bases = factors(shape.key_rank, shape.key_dim)
     value_coefficients, value_bases = factors(shape.value_rank, shape.value_dim)
-    rows = length + int(torch.randint(4, (), generator=random))
+    spare = int(torch.randint(4, (), generator=random))
     cos, sin, axes = _angles(shape, random)
     key_stored = _stored(key_coefficients, key_bases, shape.key_cuts, shape.owned > 0)
     value_stored = _stored(value_coefficients, value_bases, shape.value_cuts, shape.owned > 0)
+    for stored, coded, dim in (
+        (key_stored, shape.key_rows, shape.key_dim),
+        (value_stored, shape.value_rows, shape.value_dim),
+    ):
+        add_rows(stored, [make_rows(form, shape, tokens, dim, random) for tokens, form in coded])
     owner = torch.randint(max(shape.owned, 1), (shape.batch,), generator=random)
-    owners = [[owner] * len(stored[0]) if shape.owned else [] for stored in (key_stored, value_stored)]
+    owners = [[owner] * stored.owned for stored in (key_stored, value_stored)]
     return {
         "query": normal(shape.batch, shape.heads * shape.group, shape.queries, shape.key_dim),
-        "key_coefficients": key_stored[0],
-        "key_bases": key_stored[1],
-        "value_coefficients": value_stored[0],
-        "value_bases": value_stored[1],
-        "key_tail": normal(rows, shape.batch, shape.heads, shape.key_dim),
-        "value_tail": normal(rows, shape.batch, shape.heads, shape.value_dim),
+        "key_coefficients": key_stored.coefficients,
+        "key_bases": key_stored.bases,
+        "value_coefficients": value_stored.coefficients,
+        "value_bases": value_stored.bases,
+        "key_tail": normal(length + spare, shape.batch, shape.heads, shape.key_dim),
+        "value_tail": normal(value_length + spare, shape.batch, shape.heads, shape.value_dim),
         "length": length,
         "index": index,
         "mask": _mask(shape, tokens, random),
@@ -177,10 +232,10 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
         "sin": sin,
         "interleaved": shape.interleaved,
         "axes": axes,
-        "key_blocks": key_stored[3],
-        "value_blocks": value_stored[3],
-        "key_scales": key_stored[2],
-        "value_scales": value_stored[2],
+        "key_blocks": key_stored.layout,
+        "value_blocks": value_stored.layout,
+        "key_scales": key_stored.scales,
+        "value_scales": value_stored.scales,
         "key_owners": owners[0],
         "value_owners": owners[1],
     }
@@ -209,32 +264,111 @@ def decompress_arguments(shape: Shapes) -> dict[str, Any]:
     }
 
 
-def _stored(
-    coefficients: list[Tensor], bases: list[Tensor], cuts: Cuts, owned: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """Coefficients, bases, scales and layout of the blocks of all segments."""
-    stored: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
-    bits_of: list[list[int]] = []
+@dataclass
+class Stored:
+    """Blocks as operators take them, and of every segment their kinds; owned: how many have owners."""
+
+    coefficients: list[Tensor] = dataclasses.field(default_factory=list)
+    bases: list[Tensor] = dataclasses.field(default_factory=list)
+    scales: list[Tensor] = dataclasses.field(default_factory=list)
+    kinds: list[list[int]] = dataclasses.field(default_factory=list)
+    owned: int = 0
+
+    @property
+    def layout(self) -> list[int]:
+        return layout(self.kinds)
+
+
+def _stored(coefficients: list[Tensor], bases: list[Tensor], cuts: Cuts, owned: bool) -> Stored:
+    """The blocks of all low-rank segments; owned bases stay as they are."""
+    stored = Stored()
     for coefficient, basis in zip(coefficients, bases, strict=True):
         ends = [-(-coefficient.shape[2] * number // len(cuts)) for number in range(len(cuts) + 1)]
-        bits_of.append([])
-        for (share, bits), start, end in zip(cuts, ends, ends[1:], strict=False):
-            if start == end and bits_of[-1]:
+        stored.kinds.append([])
+        for (share, how), start, end in zip(cuts, ends, ends[1:], strict=False):
+            if start == end and stored.kinds[-1]:
                 continue
             covered = round(share * coefficient.shape[1])
-            block = coefficient[:, :covered, start:end].contiguous(), basis[:, :, start:end].contiguous()
-            if bits and not owned:
-                *block, scale = quantize(*block, bits)
-                stored[2].append(scale)
-            stored[0].append(block[0])
-            stored[1].append(block[1])
-            bits_of[-1].append(OWNED if owned else bits)
-    return *stored, layout(bits_of)
+            block: Block[Tensor] = Block(
+                coefficient[:, :covered, start:end].contiguous(),
+                basis[:, :, start:end].contiguous(),
+                owner=basis if owned else None,
+            )
+            bits, basis_bits, asymmetric = (how, how, False) if isinstance(how, int) else how
+            if owned:
+                basis_bits, asymmetric = 0, asymmetric and bits in (8, 4, 2)
+            if bits or basis_bits:
+                *codes, scale = quantize(block.coefficient, block.basis, bits, basis_bits, asymmetric)
+                block = Block(*codes, scale, bits, block.owner, basis_bits, asymmetric)
+                stored.scales.append(scale)
+            stored.coefficients.append(block.coefficient)
+            stored.bases.append(block.basis)
+            stored.kinds[-1].append(kind(block))
+            stored.owned += owned
+    return stored
+
+
+def add_rows(stored: Stored, segments: list[Rows[Tensor]]) -> None:
+    for rows in segments:
+        stored.coefficients.append(rows.codes)
+        stored.bases.append(rows.scale)
+        stored.scales += rows.extras.values()
+        stored.kinds.append([rows.form.kind])
+
+
+def make_rows(form: RowForm, shape: Shapes, tokens: int, dim: int, random: torch.Generator) -> Rows[Tensor]:
+    """Rows `[B, tokens, H, dim]` of this form, numbers of about unit scale; groups and parts as they might be."""
+    size = shape.batch, tokens, shape.heads
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=random).to(shape.dtype)
+
+    def uniform(*size: int) -> Tensor:
+        return (torch.rand(size, generator=random) + 0.5).to(shape.dtype)
+
+    if not form.bits:
+        codes, typical = normal(*size, dim), 1.0
+    elif form.bits in (E4M3, E5M2):
+        # Codes from 0 to 63 and from 128 to 191 are numbers of less than 2.
+        codes = torch.randint(64, (*size, dim), generator=random) + 128 * torch.randint(
+            2, (*size, dim), generator=random
+        )
+        codes, typical = codes.to(torch.uint8), 1.0
+    else:
+        codes = torch.randint(256, (*size, -(-dim * form.bits // 8)), generator=random).to(torch.uint8)
+        typical = 1.0 if form.codebook else 2.0**form.bits / 2
+    groups = 1 + int(torch.randint(4, (), generator=random))
+    shared = (shape.batch, groups, shape.heads, dim)
+    scaled = shared if form.channel else (*size, -(-dim // form.group) if form.group else 0)
+    found: dict[str, Tensor] = {"scale": uniform(*scaled) / typical}
+    if form.zero:
+        found["zero"] = -found["scale"] * typical
+    if form.channel:
+        group_of = torch.randint(groups, (shape.batch, tokens), generator=random)
+        # Neighbours in one group, as before any token was evicted, or not.
+        found["group_of"] = (group_of.sort(1).values if torch.rand((), generator=random) < 0.7 else group_of).int()
+    if form.codebook:
+        books = [(2**form.bits,), (1, 2**form.bits), (shape.heads, 2**form.bits)]
+        found["codebook"] = torch.randn(books[shape.seed % 3], generator=random).sort(-1).values
+    if form.outliers:
+        count, numbers = 5, tokens * shape.heads * dim
+        places = torch.full((shape.batch, count), -1)
+        for row in places:
+            there = int(torch.randint(count + 1, (), generator=random)) if numbers else 0
+            row[count - there :] = torch.randperm(numbers, generator=random)[:there].sort().values
+        found |= {"places": places.int(), "outliers": 5 * normal(shape.batch, count)}
+    if form.rank:
+        found["left"] = normal(*size, form.rank) / 4
+        found["right"] = normal(shape.batch, groups, shape.heads, form.rank, dim)
+        found["part_of"] = torch.randint(groups, (shape.batch, tokens), generator=random).int()
+    if form.norm:
+        found["norm"] = uniform(*size)
+    return Rows(form, codes, **found)
 
 
 def _angles(shape: Shapes, random: torch.Generator) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """cos, sin and axes of the packed slots; both dims of a pair have the same."""
-    slots, axes = sum(shape.segments), None
+    slots, axes = shape.key_slots, None
     if shape.axes:
         # A few positions along each axis; tables of every axis fill all dims, as a sum does not care.
         axes = torch.randint(4 * shape.axes, (shape.batch, shape.axes, slots), generator=random)

@@ -3,6 +3,7 @@ import torch
 from torch.library import opcheck
 
 from attnpack_fx.kernels import ops
+from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
 
 from .inputs import Shapes, assert_close, attention_arguments, decompress_arguments
 
@@ -30,6 +31,21 @@ SHAPES = {
         ragged=True,
         dtype=torch.bfloat16,
     ),
+    "coefficients or bases alone in codes": Shapes(
+        batch=2,
+        segments=(9, 5),
+        key_cuts=((1.0, (4, 0, True)), (0.5, (0, E4M3, False))),
+        value_cuts=((1.0, (E5M2, 8, True)),),
+    ),
+    "rows": Shapes(
+        batch=2,
+        segments=(9,),
+        rotary=16,
+        ragged=True,
+        key_rows=((12, RowForm(4, group=8, zero=True)), (5, RowForm(2, codebook=True, group=16, outliers=True))),
+        value_rows=((20, RowForm(2, channel=True, zero=True, rank=2, norm=True)),),
+    ),
+    "rows alone": Shapes(segments=(), dtype=torch.bfloat16, value_rows=((7, RowForm(E4M3, group=16)),)),
 }
 
 

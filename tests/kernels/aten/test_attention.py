@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpack_fx.kernels import reference
-from attnpack_fx.kernels.aten import unrotated
+from attnpack_fx.kernels.aten import coded_attention, unrotated
 from attnpack_fx.kernels.rotary_axes import tabulate
 
 from ..inputs import (
@@ -68,9 +68,10 @@ def test_keys_before_rotary_embedding_are_rotated(shape, partial, interleaved):
 def test_tiles_over_queries_and_keys_change_nothing(shape):
     arguments = attention_arguments(shape)
     with pytest.MonkeyPatch.context() as patch:
-        slots = sum(shape.segments) + arguments["length"]
+        slots = shape.key_slots + arguments["length"]
         patch.setattr(implementation, "SCORE_BYTES", 4 * 2 * shape.batch * shape.heads * shape.group * max(slots, 1))
         patch.setattr(unrotated, "TILE_BYTES", 4 * 5 * shape.batch * shape.heads * shape.key_dim)
+        patch.setattr(coded_attention, "TILE_BYTES", {"cpu": 4 * 9 * shape.batch * shape.heads * shape.key_dim})
         out = attention(**arguments)
     assert_close(out, reference.attention(**arguments), floor=ATTENTION_FLOOR)
 

@@ -33,7 +33,7 @@ def test_every_way_to_store_matches_the_reference(shape):
 def test_codes_mean_levels_times_scales(bits):
     arguments = decompress_arguments(Shapes(segments=(12,), kept=0, appended=0, key_cuts=((1.0, bits),)))
     (codes,), (basis,), (scale,) = (arguments[name] for name in ("coefficients", "bases", "scales"))
-    assert codes.dtype == basis.dtype == torch.uint8 and arguments["blocks"] == [0, bits]
+    assert codes.dtype == basis.dtype == torch.uint8 and arguments["blocks"] == [0, bits | bits << 8]
     coefficient, rows = reference.decoded(codes, 4, bits), reference.decoded(basis, 16, bits)
     expected = (coefficient * scale[:, :1]) @ (rows * scale[:, 1, None, :, None])[0]
     assert_close(decompress(**arguments)[0].gather(1, arguments["index"][0, None, :, None].expand(2, -1, 16)), expected)
