@@ -20,7 +20,7 @@ from torch.library import wrap_triton
 
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
-from attnpack_fx.kernels.triton.blocks import stored, takes_blocks
+from attnpack_fx.kernels.triton.blocks import contiguous, stored, takes_blocks
 from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
@@ -73,8 +73,8 @@ def takes(
 ) -> bool:
     """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads.
 
-    For ATen are also: bases that samples choose from, and shared ones of plain segments; keys before rotary embedding
-    in several blocks or in few bits; keys and values of unequally many packed tokens.
+    For ATen are also: bases that samples choose from; keys before rotary embedding in several blocks, in few bits or
+    with a shared basis; keys and values of unequally many packed tokens.
     """
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
@@ -91,11 +91,10 @@ def takes(
         return False
     if not all(k[0].tokens == v[0].tokens for k, v in zip(keys, values, strict=True)):
         return False
-    if key_blocks or value_blocks:
+    if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
         return cos is None and takes_blocks(keys, query) and takes_blocks(values, query)
-    same = all(tensor.dtype == query.dtype for tensor in [*key_coefficients, *value_coefficients])
-    bases = [*key_bases, *value_bases]
-    return same and all(basis.dtype == query.dtype and basis.shape[0] == query.shape[0] for basis in bases)
+    factors = [*key_coefficients, *value_coefficients, *key_bases, *value_bases]
+    return all(factor.dtype == query.dtype for factor in factors)
 
 
 def attention(
@@ -132,12 +131,11 @@ def attention(
     batch, heads, queries, _ = query.shape
     others = key_tail, value_tail, length, index, mask, scale, ragged
     problem: Problem
-    if key_blocks or value_blocks:
+    if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
         assert cos is None and not (key_owners or value_owners), "not what `takes` let through"
-        keys = stored(key_coefficients, key_bases, key_scales, key_blocks)
-        problem = CodedProblem(
-            query, [], *others, keys, stored(value_coefficients, value_bases, value_scales, value_blocks)
-        )
+        keys = contiguous(stored(key_coefficients, key_bases, key_scales, key_blocks))
+        values = contiguous(stored(value_coefficients, value_bases, value_scales, value_blocks))
+        problem = CodedProblem(query, [], *others, keys, values)
     else:
         factors = zip(key_coefficients, key_bases, value_coefficients, value_bases, strict=True)
         segments = [Segment(*(factor.contiguous() for factor in each)) for each in factors if each[0].shape[1]]
@@ -165,6 +163,11 @@ def attention(
     last = sums.view(batch, heads, queries).narrow(2, queries - 1, 1)
     # A row that saw no token has no weights; its log-sum-exp is -inf, as are its scores.
     return out, torch.exp(scores - last.clamp(min=torch.finfo(torch.float32).min)).mean(1)
+
+
+def _plain(query: Tensor, bases: Sequence[Tensor], key_blocks: Sequence[int], value_blocks: Sequence[int]) -> bool:
+    """Whether every segment is one block, as it is, with a basis for every sample."""
+    return not (key_blocks or value_blocks) and all(basis.shape[0] == query.shape[0] for basis in bases)
 
 
 def fits_fused(problem: Problem) -> bool:

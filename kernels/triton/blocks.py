@@ -82,9 +82,19 @@ def stored(
         segment, kind = blocks[2 * number : 2 * number + 2] if blocks else (number, 0)
         scale = next(remaining) if any(formats(kind)) else None
         if coefficient.shape[1]:
-            found.append((segment, Stored(kind, coefficient.contiguous(), basis.contiguous(), scale)))
+            found.append((segment, Stored(kind, coefficient, basis, scale)))
     segments = dict.fromkeys(segment for segment, _ in found)
     return [[each for segment, each in found if segment == number] for number in segments]
+
+
+def contiguous(segments: Sequence[Sequence[Stored]]) -> list[list[Stored]]:
+    return [
+        [
+            Stored(each.kind, each.coefficient.contiguous(), each.basis.contiguous(), None if each.scale is None else each.scale.contiguous())
+            for each in blocks
+        ]
+        for blocks in segments
+    ]
 
 
 def key_forms(segments: Sequence[Sequence[Stored]], dim: int) -> tuple[tuple[tuple[Form, ...], ...], int, int]:
@@ -125,4 +135,5 @@ def takes_blocks(segments: Sequence[Sequence[Stored]], query: Tensor) -> bool:
         len(every) <= MOST_BLOCKS
         and not any(each.kind & (OWNED | ROWS) for each in every)
         and all(tensor.dtype == query.dtype for tensor in whole)
+        and all(each.basis.shape[0] in (1, query.shape[0]) for each in every)
     )

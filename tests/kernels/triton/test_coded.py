@@ -2,18 +2,24 @@
 
 import dataclasses
 
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ..inputs import Cuts, Shapes, cuts, shapes
+from ..inputs import Shapes, attention_arguments, cuts, shapes
+from .interpreted import attend
 from .test_attend import QUICKLY, check
 
-FORMATS = [8, 4, 2]
+
+def fits(shape: Shapes) -> bool:
+    """Whether there are no more blocks than the kernels take."""
+    return attend.takes(**attention_arguments(shape))
 
 
 @given(shape=shapes(), keys=cuts(), values=cuts(), shared=st.booleans())
-@settings(QUICKLY, max_examples=60)
+@settings(QUICKLY, max_examples=40)
 def test_matches_the_reference(shape, keys, values, shared):
-    check(dataclasses.replace(shape, key_cuts=keys, value_cuts=values, shared=shared))
+    shape = dataclasses.replace(shape, key_cuts=keys, value_cuts=values, shared=shared)
+    if not fits(shape):
+        shape = dataclasses.replace(shape, segments=shape.segments[:1])
+    assert fits(shape)
+    check(shape)
