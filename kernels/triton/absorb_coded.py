@@ -1,4 +1,4 @@
-"""What coded segments want per KV head: queries absorbed into coded key bases, and attention to the dense tail.
+"""What coded segments want per KV head: queries absorbed into coded key bases, attention to coded rows and to the tail.
 
 With basis `w s_b + z_b` and coefficients `u s_c + z_c` of a component (levels, scales, zero points), of a block
 
@@ -6,12 +6,15 @@ With basis `w s_b + z_b` and coefficients `u s_c + z_c` of a component (levels, 
     latent[b, m] = a s_c                         one multiply a component: the codes themselves are attended to
     shift[part, b, m] = sum_r a z_c              of the ranks of one part
 
-One program takes the query rows of one KV head and some rows of a block's basis (a part), or a range of tail rows.
+Segments of `Rows` are attended to here as well, as they are. One program takes the query rows of one KV head and some
+rows of a block's basis (a part), or a range of coded rows, or of tail rows; the latter leave partial results, see
+`combine_coded.py`.
 """
 
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.coded_rows import attend_coded_rows
 from attnpack_fx.kernels.triton.codes import load_levels, load_scale
 from attnpack_fx.kernels.triton.softmax import attend_rows, load_query, store_partial
 
@@ -29,6 +32,18 @@ def absorb_coded_kernel(
     scale3,
     latent,  # [B, Hq * Tq, KEY_WIDTH]
     shift,  # [PARTS, B, Hq * Tq] fp32
+    key_codes,  # [B, n, H, w], and what else there is of rows
+    key_scale,
+    key_zero,
+    key_group_of,
+    key_codebook,
+    key_norm,
+    value_codes,
+    value_scale,
+    value_zero,
+    value_group_of,
+    value_codebook,
+    value_norm,
     key_tail,  # [rows, B, H, D]
     value_tail,
     partial,  # [splits, B, Hq * Tq, Dv] fp32
@@ -46,6 +61,12 @@ def absorb_coded_kernel(
     query_token,
     length,
     rows_per_split,
+    coded,  # coded rows
+    coded_per_split,
+    coded_splits,
+    coded_slot,  # their first slot
+    key_groups,  # groups of tokens that share scales
+    value_groups,
     packed,
     slots,
     mask_sample,
@@ -56,6 +77,8 @@ def absorb_coded_kernel(
     scale,
     KEYS: tl.constexpr,  # forms of the blocks of every segment (`blocks.py`)
     PARTS: tl.constexpr,
+    ROW_KEYS: tl.constexpr,  # form of coded rows (`coded_rows.py`), empty without
+    ROW_VALUES: tl.constexpr,
     DIM: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     MASK: tl.constexpr,
@@ -63,6 +86,7 @@ def absorb_coded_kernel(
     SCORES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,  # coded rows of one step
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,17 +112,34 @@ def absorb_coded_kernel(
                 )  # fmt: skip
     else:
         split = part - PARTS
-        first = split * rows_per_split
         top = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.full([BLOCK_G], 0.0, tl.float32)
         out = tl.full([BLOCK_G, BLOCK_DV], 0.0, tl.float32)
+        indices, masks = index + sample * slots, mask + sample * mask_sample
+        seen = scores_out + sample * heads * group * (packed + length)
+        tail_split = split
+        if len(ROW_KEYS) > 0:
+            tail_split -= coded_splits
+            first = split * coded_per_split
+            top, total, out = attend_coded_rows(
+                q, rows, valid, top, total, out,
+                (key_codes, key_scale, key_zero, key_group_of, key_codebook, key_norm),
+                (value_codes, value_scale, value_zero, value_group_of, value_codebook, value_norm),
+                key_groups, value_groups, coded, sample, head, heads,
+                first, tl.minimum(first + coded_per_split, coded), scale, indices + coded_slot, coded_slot,
+                masks, mask_head, mask_query, mask_token, queries, seen, packed + length,
+                ROW_KEYS, ROW_VALUES, MASK, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
+        first = tail_split * rows_per_split
+        last = tl.minimum(first + rows_per_split, length)
+        if len(ROW_KEYS) > 0:  # programs that took coded rows take none here
+            last = tl.where(tail_split < 0, first, last)
         top, total, out = attend_rows(
             q, rows, valid, top, total, out,
             key_tail + (sample * heads + head) * dim, value_tail + (sample * heads + head) * value_dim,
             samples * heads * dim, samples * heads * value_dim, dim, value_dim,
-            first, tl.minimum(first + rows_per_split, length), length, scale, index + sample * slots, packed, slots,
-            mask + sample * mask_sample, mask_head, mask_query, mask_token, mask_tokens, queries,
-            scores_out + sample * heads * group * (packed + length),
+            first, last, length, scale, indices, packed, slots,
+            masks, mask_head, mask_query, mask_token, mask_tokens, queries, seen,
             MASK, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         place = (split * samples + sample) * all_rows + rows

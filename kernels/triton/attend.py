@@ -20,7 +20,7 @@ from torch.library import wrap_triton
 
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
-from attnpack_fx.kernels.triton.blocks import contiguous, stored, takes_blocks
+from attnpack_fx.kernels.triton.blocks import contiguous, stored, takes_parts, tokens_of
 from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
@@ -89,10 +89,10 @@ def takes(
     # Offsets within a sample are 32-bit: they take half the registers.
     if not all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in [*key_coefficients, *value_coefficients]):
         return False
-    if not all(k[0].tokens == v[0].tokens for k, v in zip(keys, values, strict=True)):
+    if not all(tokens_of(k) == tokens_of(v) for k, v in zip(keys, values, strict=True)):
         return False
     if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
-        return cos is None and takes_blocks(keys, query) and takes_blocks(values, query)
+        return cos is None and takes_parts(keys, values, query)
     factors = [*key_coefficients, *value_coefficients, *key_bases, *value_bases]
     return all(factor.dtype == query.dtype for factor in factors)
 

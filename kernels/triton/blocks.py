@@ -12,12 +12,12 @@ tuples of them.
     10 shared     whether all samples have one basis             11 step of the basis
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnpack_fx.kernels.parts import ASYMMETRIC, OWNED, ROWS, formats
+from attnpack_fx.kernels.parts import ASYMMETRIC, OWNED, ROWS, RowForm, formats, row_extras
 from attnpack_fx.kernels.triton.launch import block, cdiv
 
 #: Low-rank blocks of keys, and of values, that one launch takes.
@@ -67,6 +67,35 @@ class Stored:
         )
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """A block of `parts.Rows` as operators get it."""
+
+    form: RowForm
+    codes: Tensor
+    scale: Tensor
+    extras: Mapping[str, Tensor]
+
+    @property
+    def tokens(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes, "scale": self.scale, **self.extras}
+
+    def compiled(self, dim: int) -> Form:
+        """Form of the rows, see `coded_rows.py`."""
+        form, book = self.form, self.extras.get("codebook")
+        books = 0 if book is None else 2 if book.dim() == 2 and book.shape[0] > 1 else 1
+        flags = int(form.channel), int(form.zero), books, int(form.norm)
+        return form.bits, form.group, *flags, _step(dim, form.bits), dim
+
+
+#: A segment: its low-rank blocks, or one block of rows.
+Part = list[Stored] | StoredRows
+
+
 def _step(size: int, bits: int) -> int:
     """Elements of a row of `size` numbers: bytes, or with 0 bits numbers."""
     return size if bits == 0 or bits >= 8 else cdiv(size * bits, 8)
@@ -74,26 +103,54 @@ def _step(size: int, bits: int) -> int:
 
 def stored(
     coefficients: Sequence[Tensor], bases: Sequence[Tensor], scales: Sequence[Tensor], blocks: Sequence[int]
-) -> list[list[Stored]]:
+) -> list[Part]:
     """The blocks of each segment that hold tokens; segments without tokens are left out."""
-    found: list[tuple[int, Stored]] = []
-    remaining = iter(scales)
+    found: list[Part] = []
+    remaining, before = iter(scales), -1
     for number, (coefficient, basis) in enumerate(zip(coefficients, bases, strict=True)):
         segment, kind = blocks[2 * number : 2 * number + 2] if blocks else (number, 0)
+        if kind & ROWS:
+            form = RowForm.of(kind)
+            extras = {name: next(remaining) for name in row_extras(form)}
+            if coefficient.shape[1]:
+                found.append(StoredRows(form, coefficient, basis, extras))
+            continue
         scale = next(remaining) if any(formats(kind)) else None
-        if coefficient.shape[1]:
-            found.append((segment, Stored(kind, coefficient, basis, scale)))
-    segments = dict.fromkeys(segment for segment, _ in found)
-    return [[each for segment, each in found if segment == number] for number in segments]
+        if not coefficient.shape[1]:
+            continue
+        block = Stored(kind, coefficient, basis, scale)
+        if segment == before and isinstance(found[-1], list):
+            found[-1].append(block)
+        else:
+            found.append([block])
+        before = segment
+    return found
 
 
-def contiguous(segments: Sequence[Sequence[Stored]]) -> list[list[Stored]]:
+def tokens_of(part: Part) -> int:
+    """How many tokens a segment holds: its first block covers all."""
+    return part.tokens if isinstance(part, StoredRows) else part[0].tokens
+
+
+def contiguous(parts: Sequence[Part]) -> list[Part]:
     return [
-        [
-            Stored(each.kind, each.coefficient.contiguous(), each.basis.contiguous(), None if each.scale is None else each.scale.contiguous())
-            for each in blocks
+        StoredRows(
+            part.form,
+            part.codes.contiguous(),
+            part.scale.contiguous(),
+            {name: tensor.contiguous() for name, tensor in part.extras.items()},
+        )
+        if isinstance(part, StoredRows)
+        else [
+            Stored(
+                each.kind,
+                each.coefficient.contiguous(),
+                each.basis.contiguous(),
+                None if each.scale is None else each.scale.contiguous(),
+            )
+            for each in part
         ]
-        for blocks in segments
+        for part in parts
     ]
 
 
@@ -124,16 +181,34 @@ def value_forms(segments: Sequence[Sequence[Stored]], dim: int) -> tuple[tuple[t
     return tuple(forms), width
 
 
-def takes_blocks(segments: Sequence[Sequence[Stored]], query: Tensor) -> bool:
-    """Whether the kernels take these low-rank blocks of keys or of values."""
-    every = [each for blocks in segments for each in blocks]
+def takes_parts(keys: Sequence[Part], values: Sequence[Part], query: Tensor) -> bool:
+    """Whether the kernels take these segments of keys and values, whose tokens are the same."""
+    kinds = [[isinstance(part, StoredRows) for part in parts] for parts in (keys, values)]
+    if kinds[0] != kinds[1] or sum(kinds[0]) > 1:
+        return False
+    return all(_takes_blocks(parts, query) and all(map(_takes_rows, parts)) for parts in (keys, values))
+
+
+def _takes_blocks(parts: Sequence[Part], query: Tensor) -> bool:
+    """Whether there are few enough low-rank blocks, and none with a basis that samples choose."""
+    every = [each for part in parts if not isinstance(part, StoredRows) for each in part]
     whole = [
-        tensor for each in every for tensor, bits in zip((each.coefficient, each.basis), formats(each.kind), strict=True)
+        factor
+        for each in every
+        for factor, bits in zip((each.coefficient, each.basis), formats(each.kind), strict=True)
         if not bits
-    ]  # fmt: skip
+    ]
     return (
         len(every) <= MOST_BLOCKS
-        and not any(each.kind & (OWNED | ROWS) for each in every)
-        and all(tensor.dtype == query.dtype for tensor in whole)
+        and not any(each.kind & OWNED for each in every)
         and all(each.basis.shape[0] in (1, query.shape[0]) for each in every)
+        and all(factor.dtype == query.dtype for factor in whole)
     )
+
+
+def _takes_rows(part: Part) -> bool:
+    """Whether rows are codes and scales alone, and offsets within a sample fit 32 bits."""
+    if not isinstance(part, StoredRows):
+        return True
+    sizes = [tensor.shape[1:].numel() for name, tensor in part.tensors.items() if name != "codebook"]
+    return not part.form.outliers and not part.form.rank and all(size < 2**31 for size in sizes)

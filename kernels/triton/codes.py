@@ -16,22 +16,30 @@ FLOAT_UNIT = tl.constexpr(256.0)
 
 
 @triton.jit
-def load_levels(
+def load_codes(
     codes,  # of row 0
     row,  # [N]
     there,  # [N] rows that exist
     first,  # column to begin with, a multiple of 16
     SIZE: tl.constexpr,  # numbers in a row
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # numbers to load
     STEP: tl.constexpr,  # elements from one row to the next
     BITS: tl.constexpr,
-    SIGNED: tl.constexpr,
 ):
-    """Levels `[N, BLOCK]` in fp32, or with 0 bits the numbers as they are. Beyond SIZE and in other rows: finite."""
+    """Bytes of codes `[N, w]`, or with 0 bits numbers `[N, BLOCK]`; zero beyond SIZE and in other rows."""
     TOGETHER: tl.constexpr = 1 if BITS == 0 or BITS >= 8 else 8 // BITS
     column = first // TOGETHER + tl.arange(0, BLOCK // TOGETHER)
     inside = there[:, None] & (column < (SIZE + TOGETHER - 1) // TOGETHER)[None, :]
-    found = tl.load(codes + row[:, None] * STEP + column[None, :], mask=inside, other=0)
+    return tl.load(codes + row[:, None] * STEP + column[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def load_levels(
+    codes, row, there, first, SIZE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
+    SIGNED: tl.constexpr,
+):  # fmt: skip
+    """Levels `[N, BLOCK]` in fp32, or with 0 bits the numbers as they are. Beyond SIZE and in other rows: finite."""
+    found = load_codes(codes, row, there, first, SIZE, BLOCK, STEP, BITS)
     if BITS != 0:
         found = levels(found, BITS, SIGNED)
     return found
