@@ -101,13 +101,14 @@ def attend_blocks(
 ):  # fmt: skip
     """Attention to one range of one segment's tokens: writes its partial result."""
     valid = rows < all_rows
+    rows = tl.minimum(rows, all_rows - 1)  # none whose mask is not there
     q, moved = load_latent(latent, shift, rows, valid, sample, samples, all_rows, KEYS, KEY_WIDTH, BLOCK_M)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
     out, held = (), ()
     for block in tl.static_range(len(VALUES)):
-        out = out + (tl.full([BLOCK_M, VALUES[block][5]], 0.0, tl.float32),)
-        held = held + (tl.full([BLOCK_M], 0.0, tl.float32),)
+        out += (tl.full([BLOCK_M, VALUES[block][5]], 0.0, tl.float32),)
+        held += (tl.full([BLOCK_M], 0.0, tl.float32),)
     begin = inner * tokens_per_split
     for start in range(begin, tl.minimum(begin + tokens_per_split, tokens), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
@@ -127,8 +128,8 @@ def attend_blocks(
             tile, reached = load_block(values, token, value_counts, sample, q[0].dtype, VALUES[block])
             given = weights if block == 0 else tl.where(reached[None, :], weights, 0.0)
             product = tl.dot(given.to(tile.dtype), tile, input_precision=PRECISION)
-            sums = sums + (out[block] * shrink[:, None] + product,)
-            covered = covered + (held[block] * shrink + tl.sum(given, 1) if VALUES[block][3] else held[block],)
+            sums += (out[block] * shrink[:, None] + product,)
+            covered += (held[block] * shrink + tl.sum(given, 1) if VALUES[block][3] else held[block],)
         out, held = sums, covered
     place = (split.to(tl.int64) * samples + sample) * all_rows + rows
     for block in tl.static_range(len(VALUES)):
@@ -151,13 +152,13 @@ def load_latent(
     for block in tl.static_range(len(KEYS)):
         cells = latent + (sample * all_rows + rows)[:, None] * KEY_WIDTH
         column = KEYS[block][6] + tl.arange(0, KEYS[block][5])
-        q = q + (tl.load(cells + column[None, :], mask=valid[:, None], other=0),)
+        q += (tl.load(cells + column[None, :], mask=valid[:, None], other=0),)
         shifted = tl.full([BLOCK_M], 0.0, tl.float32)
         if KEYS[block][3]:
             for part in tl.static_range(KEYS[block][8]):
                 line = (KEYS[block][7] + part) * samples + sample
                 shifted += tl.load(shift + line * all_rows + rows, mask=valid, other=0)
-        moved = moved + (shifted,)
+        moved += (shifted,)
     return q, moved
 
 
