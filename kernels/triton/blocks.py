@@ -12,6 +12,7 @@ tuples of them.
     10 shared     whether all samples have one basis             11 step of the basis
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -210,5 +211,6 @@ def _takes_rows(part: Part) -> bool:
     """Whether rows are codes and scales alone, and offsets within a sample fit 32 bits."""
     if not isinstance(part, StoredRows):
         return True
-    sizes = [tensor.shape[1:].numel() for name, tensor in part.tensors.items() if name != "codebook"]
+    # `Size.numel` would fix symbolic sizes.
+    sizes = [math.prod(tensor.shape[1:]) for name, tensor in part.tensors.items() if name != "codebook"]
     return not part.form.outliers and not part.form.rank and all(size < 2**31 for size in sizes)
