@@ -401,8 +401,10 @@ def attention_weights(
     keys = stored(key_coefficients, key_bases, key_tail, length, *rotary, key_blocks, key_scales, key_owners)
     # As many slots as the keys have, however many of them are packed.
     packed = sum(value_coefficients[n].shape[1] for n in first_blocks(len(value_coefficients), value_blocks))
-    factors, rest = (value_coefficients, value_bases), (value_blocks, value_scales, value_owners)
-    values = stored(*factors, value_tail, keys.shape[2] - packed, None, None, False, None, *rest)
+    length, rotary = keys.shape[2] - packed, (None, None, False, None)
+    values = stored(
+        value_coefficients, value_bases, value_tail, length, *rotary, value_blocks, value_scales, value_owners
+    )
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = scale * query.double() @ keys.transpose(-1, -2)

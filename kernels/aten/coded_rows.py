@@ -167,7 +167,7 @@ def _gathered(x: Tensor, index: Tensor) -> Tensor:
 
 def _ascending(places: Tensor, outliers: Tensor) -> dict[str, Tensor]:
     """Outliers in order, as many columns as the sample with the most has."""
-    places, order = places.sort(1, stable=True)
+    places, order = places.sort(dim=1, stable=True)
     count = int((places >= 0).sum(1).max()) if places.numel() else 0
     first = places.shape[1] - count
     return {"places": places[:, first:].contiguous(), "outliers": outliers.gather(1, order[:, first:])}

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpack_fx.kernels import reference
+from attnpack_fx.kernels.parts import RowForm, Rows
 
 from .inputs import Shapes, attention_arguments, decompress_arguments, relative_error
 
@@ -105,6 +106,49 @@ def test_every_code_is_a_level_of_its_own(bits, levels):
     low, high = {8: (-128, 127), 4: (-8, 7), 2: (-1.5, 1.5)}[bits]
     assert found.shape == (256, 8 // bits) and (found.min(), found.max()) == (low, high)
     assert len(found.unique()) == levels + (bits == 8)
+
+
+def test_rows_are_what_their_formula_says():
+    """One token, two heads, four channels of 2 bits in groups of two; an outlier, then the residual on top."""
+    fields = torch.tensor([[0, 1, 2, 3], [3, 3, 0, 0]])
+    codes = (fields << torch.tensor([0, 2, 4, 6])).sum(-1, keepdim=True).to(torch.uint8)[None, None]
+    scale = torch.tensor([[1.0, 10], [2, 0.5]])[None, None]
+    rows = Rows(
+        RowForm(2, group=2, zero=True, outliers=True, rank=1, norm=True),
+        codes,
+        scale,
+        zero=torch.tensor([[0.0, 1], [-1, 0]])[None, None],
+        outliers=torch.tensor([[99.0, 7]]),
+        places=torch.tensor([[-1, 4 + 3]], dtype=torch.int32),
+        left=torch.tensor([2.0, 1])[None, None, :, None],
+        right=torch.arange(8.0).view(1, 1, 2, 1, 4),
+        part_of=torch.zeros(1, 1, dtype=torch.int32),
+        norm=torch.tensor([1.0, 3])[None, None],
+    )
+    first = [0 + 0, 1 + 2, 21 + 4, 31 + 6]
+    second = [3 * 5 + 4, 3 * 5 + 5, 0 + 6, 7 + 7]
+    assert reference.coded(rows, 4)[0, 0].tolist() == [first, second]
+
+
+@pytest.mark.parametrize("more", ["keys", "values"])
+def test_keys_and_values_may_hold_different_numbers_of_slots_in_segments(more):
+    form = ((4, RowForm(0)),)
+    shape = Shapes(
+        batch=2, kept=5, key_rows=form if more == "keys" else (), value_rows=form if more == "values" else ()
+    )
+    given = attention_arguments(shape)
+    out = reference.attention(**given)
+    # The rows as the first of the tail: segments of rows stand right before it.
+    side = "key" if more == "keys" else "value"
+    rows, blocks = given[f"{side}_coefficients"][-1], given[f"{side}_blocks"]
+    moved = {
+        f"{side}_coefficients": given[f"{side}_coefficients"][:-1],
+        f"{side}_bases": given[f"{side}_bases"][:-1],
+        f"{side}_blocks": blocks[:-2],
+        f"{side}_tail": torch.cat([rows.transpose(0, 1), given[f"{side}_tail"]]),
+        "length": given["length"] + (4 if more == "keys" else 0),
+    }
+    assert torch.equal(out, reference.attention(**given | moved))
 
 
 def test_a_basis_of_the_batch_serves_every_sample():

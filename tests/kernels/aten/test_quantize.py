@@ -1,4 +1,4 @@
-"""The spec, in float64: fields of b bits in two's complement, plus an offset, times the scale of their component.
+"""The spec, in float64. Symmetric: fields of b bits in two's complement, plus an offset, times a component's scale.
 
 8 bits have -127 .. 127, 4 bits -8 .. 7, 2 bits -3/2, -1/2, 1/2, 3/2. A code is the nearest level of its scale, and
 scales are almost as good as the best of a fine search.
@@ -10,7 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten.quantize import dequantize_basis, dequantize_coefficient, quantize
+from attnpack_fx.kernels.parts import E4M3, E5M2
 
 from ..inputs import DTYPES, SEEDS, relative_error
 
@@ -191,3 +193,76 @@ def test_refuses_what_it_cannot_mean():
         dequantize_coefficient(codes, scale, 4, 8, torch.float32)
     with pytest.raises(ValueError, match="bits: got 0"):
         dequantize_basis(codes_b, scale, 8, 0, torch.float32)
+    with pytest.raises(ValueError, match="got 0 for coefficients and basis"):
+        quantize(coefficient, basis, 0)
+    with pytest.raises(ValueError, match="floats have no zero point"):
+        quantize(coefficient, basis, E4M3, 0, asymmetric=True)
+
+
+FORMATS = st.sampled_from([8, 4, 2, E4M3, E5M2, 0])
+
+
+@given(
+    seed=SEEDS,
+    batch=st.integers(1, 3),
+    n=st.integers(0, 30),
+    r=st.integers(0, 9),
+    dim=st.sampled_from([1, 7, 16]),
+    formats=st.tuples(FORMATS, FORMATS).filter(any),
+    asymmetric=st.booleans(),
+    dtype=DTYPES,
+    shared=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_pair_of_formats(seed, batch, n, r, dim, formats, asymmetric, dtype, shared):
+    """Every number is within half a step of its code: of fields with zero points, and of floats, whose step grows."""
+    coefficient, basis = factors(seed, batch, n, 2, r, dim, dtype, shared)
+    asymmetric = asymmetric and bool({*formats} & {8, 4, 2})
+    codes_c, codes_b, scale = quantize(coefficient, basis, *formats, asymmetric)
+    assert scale.shape == (batch, 4 if asymmetric else 2, r) and scale.dtype == torch.float32
+    rows = scale[: basis.shape[0], :, None, :, None]
+    for x, codes, bits, place in ((coefficient, codes_c, formats[0], 0), (basis, codes_b, formats[1], 1)):
+        by = scale[:, place, None] if place == 0 else rows[:, 1]
+        if not bits:
+            assert codes is x and by.eq(1).all() and (not asymmetric or scale[:, 2 + place].eq(0).all())
+            continue
+        back = (dequantize_coefficient, dequantize_basis)[place](codes, scale, x.shape[-1], bits, torch.float32)
+        assert back.shape == x.shape and codes.dtype == torch.uint8
+        signed, by = by, by.double().abs()
+        distance = (back.double() - x.double()).abs()
+        if bits in (E4M3, E5M2):
+            # Half a unit in the last place of a normal float, or of a subnormal one.
+            relative, least = {E4M3: (2**-4, 2**-10), E5M2: (2**-3, 2**-17)}[bits]
+            assert (distance <= torch.maximum(x.double().abs() * relative, by * least) * (1 + 1e-5)).all()
+        elif asymmetric:
+            zero = (scale[:, 2, None] if place == 0 else rows[:, 3]).double()
+            assert (distance <= by / 2 + 1e-6 * (zero.abs() + 256 * by)).all()
+            assert reference.decoded(codes, x.shape[-1], bits, signed=False).amax() < 2**bits if x.numel() else True
+        else:
+            assert (distance <= nearest(x, signed.expand_as(x), bits) + 1e-4 * by).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_zero_points_are_the_least_numbers_of_real_tokens(bits):
+    coefficient, basis = factors(0, 1, 12, 2, 4, 8)
+    coefficient = coefficient.abs() + 1
+    coefficient[..., 2] = 3
+    padded = torch.cat([coefficient, torch.zeros(1, 5, 4)], 1)
+    codes, _, scale = quantize(padded, basis, bits, 0, asymmetric=True)
+    assert torch.equal(scale[:, 2], coefficient.amin(1))
+    top = scale[:, 2] + (2**bits - 1) * scale[:, 0]
+    assert torch.allclose(top, coefficient.amax(1))
+    assert dequantize_coefficient(codes, scale, 4, bits, torch.float32)[:, :12, 2].eq(3).all()
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_extreme_magnitudes_of_floats_and_zero_points_stay_finite(dtype, asymmetric):
+    for magnitude in (torch.finfo(dtype).max, torch.finfo(dtype).tiny):
+        ends = (-0.4, 0.5) if asymmetric else (-0.9, 1.0)
+        x = torch.linspace(*ends, 9).mul(magnitude).to(dtype)[None, :, None]
+        for bits in (8, 4) if asymmetric else (E4M3, E5M2):
+            codes, _, scale = quantize(x, torch.ones(1, 1, 1, 1, dtype=dtype), bits, 0, asymmetric)
+            back = dequantize_coefficient(codes, scale, 1, bits, dtype)
+            assert back.isfinite().all()
+            assert relative_error(back.double() / magnitude, x.double() / magnitude) < 0.15

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.parts import RowForm
 
 from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, shapes
 from .interpreted import attend
@@ -202,6 +203,9 @@ def test_only_what_the_kernels_were_made_for_is_taken():
     assert takes() and takes(Shapes(segments=(0, 3, 4)))
     assert not takes(Shapes(segments=(2, 3, 4)))
     assert not takes(Shapes(key_dim=272))
+    assert not takes(Shapes(kept=5, value_rows=((1, RowForm(0)),)))
+    more = attention_arguments(Shapes(segments=(13,)))
+    assert not takes(value_coefficients=more["value_coefficients"])  # than there are keys in segments
     assert not takes(query=torch.randn(1, 2, 1, 16, dtype=torch.float16))
     for name in ("key_blocks", "value_blocks"):
         assert takes(**{name: []}) and not takes(**{name: [1]})
