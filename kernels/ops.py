@@ -72,7 +72,9 @@ def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any])
 
     def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
         opaque = custom_triton_ops_decomposition_disabled() or _device(args).type != "cuda"
-        if opaque or (_decodes_rows(operator, args) and not _has_kernels(*args, weights="weights" in operator.__name__)):
+        if opaque or (
+            _decodes_rows(operator, args) and not _has_kernels(*args, weights="weights" in operator.__name__)
+        ):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return function(*args, **(kwargs or {}))
