@@ -72,7 +72,9 @@ def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any])
 
     def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
         opaque = custom_triton_ops_decomposition_disabled() or _device(args).type != "cuda"
-        if opaque or _decodes_rows(operator, args):
+        if opaque or (
+            _decodes_rows(operator, args) and not _has_kernels(*args, weights="weights" in operator.__name__)
+        ):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return function(*args, **(kwargs or {}))
@@ -83,7 +85,7 @@ def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any])
 
 
 def _decodes_rows(operator: torch._ops.OpOverload, arguments: Sequence[Any]) -> bool:
-    """Whether a layout among the arguments holds blocks of `Rows`, which are read in loops over their tokens."""
+    """Whether a layout among the arguments holds blocks of `Rows`, which ATen reads in loops over their tokens."""
     named = zip(operator._schema.arguments, arguments, strict=False)
     kinds = [kind for argument, value in named if argument.name.endswith("_blocks") for kind in value[1::2]]
     return any(kind & ROWS for kind in kinds)
@@ -375,12 +377,14 @@ def attention_weights(
 
 
 def _attention(query: Tensor, *arguments: Any, weights: bool) -> tuple[Tensor, Tensor]:
-    implementation = _implementation(query)
-    # The kernels keep the weights of one query.
-    many = weights and query.shape[2] > 1
-    if implementation is triton and (many or not triton.takes(query, *arguments)):
-        implementation = aten
+    implementation = triton if _has_kernels(query, *arguments, weights=weights) else aten
     return implementation.attention(query, *arguments, weights)
+
+
+def _has_kernels(query: Tensor, *arguments: Any, weights: bool) -> bool:
+    """Whether kernels take these arguments of `attention`. They keep the weights of one query."""
+    fits = _implementation(query) is triton and not (weights and query.shape[2] > 1)
+    return fits and triton.takes(query, *arguments)
 
 
 @_fake("attention")

@@ -4,6 +4,7 @@
     decode step                    absorb, tokens, combine        3 launches
     keys before rotary embedding   rebuilt, combine               2 launches
       split by rotary axis         tables, split, combine         3 launches
+    several blocks, few bits       absorb_coded, tokens_coded, combine_coded (`coded.py`)   3 launches
 
 Splits of a segment and of the tail are partial results `[splits, B, Hq * Tq, ...]` that `combine` merges. Everything
 that depends on a number of tokens is an argument of the kernels; the choice between the first two ways guards on it
@@ -19,6 +20,8 @@ from torch.library import wrap_triton
 
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
+from attnpack_fx.kernels.triton.blocks import contiguous, stored, takes_parts, tokens_of
+from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
 from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, processors
@@ -70,24 +73,28 @@ def takes(
 ) -> bool:
     """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads.
 
-    Blocks of columns, scales, rows and bases that samples share are for ATen, and so are keys with more or fewer packed
-    slots than values.
+    For ATen are also: bases that samples choose from; keys before rotary embedding in several blocks, in few bits or
+    with a shared basis; keys and values of unequally many packed tokens.
     """
-    if key_blocks or value_blocks:
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
-    if sum(c.shape[1] for c in key_coefficients) != sum(c.shape[1] for c in value_coefficients):
+    if query.dtype != key_tail.dtype or query.dtype != value_tail.dtype:
         return False
-    bases = [*key_bases, *value_bases]
-    if any(basis.shape[0] != query.shape[0] for basis in bases):
+    if max(key_tail.shape[3], value_tail.shape[3]) > MOST_DIMS:
         return False
-    coefficients = [*key_coefficients, *value_coefficients]
-    same = all(tensor.dtype == query.dtype for tensor in [*coefficients, *bases, key_tail, value_tail])
-    narrow = max(key_tail.shape[3], value_tail.shape[3]) <= MOST_DIMS
-    full = [c for c in key_coefficients if c.shape[1]]
+    keys = stored(key_coefficients, key_bases, key_scales, key_blocks)
+    values = stored(value_coefficients, value_bases, value_scales, value_blocks)
+    if max(len(keys), len(values)) > MAX_SEGMENTS or len(keys) != len(values):
+        return False
     # Offsets within a sample are 32-bit: they take half the registers.
-    near = all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in coefficients)
-    kind = query.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return kind and same and narrow and near and len(full) <= MAX_SEGMENTS
+    if not all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in [*key_coefficients, *value_coefficients]):
+        return False
+    if not all(tokens_of(k) == tokens_of(v) for k, v in zip(keys, values, strict=True)):
+        return False
+    if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
+        return cos is None and takes_parts(keys, values, query)
+    factors = [*key_coefficients, *value_coefficients, *key_bases, *value_bases]
+    return all(factor.dtype == query.dtype for factor in factors)
 
 
 def attention(
@@ -116,21 +123,30 @@ def attention(
     weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""
-    assert not any((key_blocks, value_blocks, key_scales, value_scales)), "not what `takes` let through"
-    factors = zip(key_coefficients, key_bases, value_coefficients, value_bases, strict=True)
-    segments = [Segment(*(factor.contiguous() for factor in each)) for each in factors if each[0].shape[1]]
     if query.stride(3) != 1:
         query = query.contiguous()
     while mask is not None and mask.dim() < 4:
         mask = mask.unsqueeze(0)
     key_tail, value_tail, index = key_tail.contiguous(), value_tail.contiguous(), index.contiguous()
-    problem = Problem(query, segments, key_tail, value_tail, length, index, mask, scale, ragged)
     batch, heads, queries, _ = query.shape
+    others = key_tail, value_tail, length, index, mask, scale, ragged
+    problem: Problem
+    if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
+        assert cos is None and not (key_owners or value_owners), "not what `takes` let through"
+        keys = contiguous(stored(key_coefficients, key_bases, key_scales, key_blocks))
+        values = contiguous(stored(value_coefficients, value_bases, value_scales, value_blocks))
+        problem = CodedProblem(query, [], *others, keys, values)
+    else:
+        factors = zip(key_coefficients, key_bases, value_coefficients, value_bases, strict=True)
+        segments = [Segment(*(factor.contiguous() for factor in each)) for each in factors if each[0].shape[1]]
+        problem = Problem(query, segments, *others)
     out = query.new_empty((batch, heads, queries, value_tail.shape[3]))
-    if not segments and length == 0:
+    if not problem.tokens and length == 0:
         return out.zero_(), query.new_zeros((batch, 0), dtype=torch.float32)
     scores = query.new_empty((batch, heads, problem.packed + length), dtype=torch.float32) if weights else index
-    if cos is not None and sin is not None and segments:
+    if isinstance(problem, CodedProblem):
+        sums = attend_coded(problem, out, scores, weights)
+    elif cos is not None and sin is not None and problem.segments:
         if axes is not None and _fits_split(problem, cos, axes):
             sums = _split_by_axis(problem, out, cos, sin, interleaved, axes, scores, weights)
         else:
@@ -147,6 +163,11 @@ def attention(
     last = sums.view(batch, heads, queries).narrow(2, queries - 1, 1)
     # A row that saw no token has no weights; its log-sum-exp is -inf, as are its scores.
     return out, torch.exp(scores - last.clamp(min=torch.finfo(torch.float32).min)).mean(1)
+
+
+def _plain(query: Tensor, bases: Sequence[Tensor], key_blocks: Sequence[int], value_blocks: Sequence[int]) -> bool:
+    """Whether every segment is one block, as it is, with a basis for every sample."""
+    return not (key_blocks or value_blocks) and all(basis.shape[0] == query.shape[0] for basis in bases)
 
 
 def fits_fused(problem: Problem) -> bool:
@@ -196,8 +217,8 @@ def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tens
     query, segments = problem.query, problem.segments
     batch, device = query.shape[0], query.device
     blocks = cdiv(problem.group * query.shape[2], problem.block_g)
-    rows_per_split, tail_splits = _tail_splits(problem, blocks)
-    partial, partial_sums = _partials(problem, tail_splits, problem.value_tail.shape[3])
+    rows_per_split, tail_splits = problem.tail_splits(blocks)
+    partial, partial_sums = problem.partials(tail_splits, problem.value_tail.shape[3])
     latent_query = query.new_empty((len(segments), batch, problem.rows, problem.block_r))
     basis_rows = min(problem.block_r, BASIS_ROWS)
     (basis0, basis1), sizes = problem.pair("key_basis"), problem.segment_arguments()
@@ -214,7 +235,7 @@ def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tens
         rank1=sizes["key_rank1"],
         rows_per_split=rows_per_split,
         SCORES=weights,
-        BLOCK_N=_tail_tile(problem),
+        BLOCK_N=problem.tail_tile,
         BLOCK_BASIS=basis_rows,
         BLOCK_R=problem.block_r,
         num_warps=4,
@@ -225,7 +246,7 @@ def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tens
     row_blocks = cdiv(problem.rows, block_m)
     tokens_per_split = per_program(problem.packed, batch * row_blocks, tile, device)
     splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in segments]
-    latent, latent_sums = _partials(problem, sum(splits), problem.block_v)
+    latent, latent_sums = problem.partials(sum(splits), problem.block_v)
     if segments:
         (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
         arguments = problem.mask_arguments()
@@ -270,12 +291,12 @@ def _rebuilt(
     query = problem.query
     batch, device = query.shape[0], query.device
     blocks = cdiv(problem.group * query.shape[2], problem.block_g)
-    rows_per_split, tail_splits = _tail_splits(problem, blocks)
-    partial, partial_sums = _partials(problem, tail_splits, problem.value_tail.shape[3])
+    rows_per_split, tail_splits = problem.tail_splits(blocks)
+    partial, partial_sums = problem.partials(tail_splits, problem.value_tail.shape[3])
     tile = 32
     tokens_per_split = per_program(problem.packed, batch * problem.heads * blocks, tile, device)
     splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in problem.segments]
-    latent, latent_sums = _partials(problem, sum(splits), problem.block_v)
+    latent, latent_sums = problem.partials(sum(splits), problem.block_v)
     cos, sin = cos.contiguous(), sin.contiguous()
     rotated = cos.shape[2]
     rest = query.shape[3] - rotated
@@ -346,8 +367,8 @@ def _split_by_axis(
     query, segments = problem.query, problem.segments
     batch, device, positions = query.shape[0], query.device, cos.shape[1]
     blocks = cdiv(problem.group * query.shape[2], problem.block_g)
-    rows_per_split, tail_splits = _tail_splits(problem, blocks)
-    partial, partial_sums = _partials(problem, tail_splits, problem.value_tail.shape[3])
+    rows_per_split, tail_splits = problem.tail_splits(blocks)
+    partial, partial_sums = problem.partials(tail_splits, problem.value_tail.shape[3])
     tables = query.new_empty((len(segments), batch, positions, problem.rows, problem.block_r))
     basis_rows, position_rows = min(problem.block_r, BASIS_ROWS if problem.block_d <= 128 else 32), 16
     cos, sin, axes = cos.contiguous(), sin.contiguous(), axes.contiguous()
@@ -369,7 +390,7 @@ def _split_by_axis(
         rows_per_split=rows_per_split,
         INTERLEAVED=interleaved,
         SCORES=weights,
-        BLOCK_N=_tail_tile(problem),
+        BLOCK_N=problem.tail_tile,
         BLOCK_P=position_rows,
         BLOCK_BASIS=basis_rows,
         BLOCK_R=problem.block_r,
@@ -382,7 +403,7 @@ def _split_by_axis(
     row_blocks = cdiv(problem.rows, block_m)
     tokens_per_split = per_program(problem.packed, batch * row_blocks, tile, device)
     splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in segments]
-    latent, latent_sums = _partials(problem, sum(splits), problem.block_v)
+    latent, latent_sums = problem.partials(sum(splits), problem.block_v)
     (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
     arguments = problem.mask_arguments()
     del arguments["mask_tokens"]
@@ -481,20 +502,3 @@ def _token_tile(problem: Problem) -> tuple[int, int]:
     if wide > 128:
         rows = min(rows, 32)
     return rows, 64 if problem.query.dtype != torch.float32 and wide <= 128 else 32
-
-
-def _tail_tile(problem: Problem) -> int:
-    return 32 if problem.query.dtype != torch.float32 and max(problem.block_d, problem.block_dv) <= 128 else 16
-
-
-def _tail_splits(problem: Problem, blocks: Any) -> tuple[Any, Any]:
-    """Tail rows of one split, and the number of splits."""
-    programs = problem.query.shape[0] * problem.heads * blocks
-    rows = per_program(problem.length, programs, _tail_tile(problem), problem.query.device)
-    return rows, cdiv(problem.length, rows)
-
-
-def _partials(problem: Problem, splits: Any, width: int) -> tuple[Tensor, Tensor]:
-    shape = (splits, problem.query.shape[0], problem.rows)
-    new = problem.query.new_empty
-    return new((*shape, width), dtype=torch.float32), new(shape, dtype=torch.float32)

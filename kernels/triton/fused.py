@@ -66,7 +66,7 @@ def fused_kernel(
     samples = tl.num_programs(0) // heads
     member = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     valid = member < group * queries
-    rows = head * group * queries + member
+    rows = head * group * queries + tl.minimum(member, group * queries - 1)  # none whose mask is not there
     index += sample * slots
     mask += sample * mask_sample
     q = load_query(query + sample * query_sample, rows, valid, queries, query_head, query_token, dim, BLOCK_D)

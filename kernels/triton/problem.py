@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.triton.launch import block, precision, strides
+from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, strides
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,13 @@ class Problem:
         return self.query.shape[1] // self.heads
 
     @property
+    def tokens(self) -> list[int]:
+        """Of each segment."""
+        return [segment.key.shape[1] for segment in self.segments]
+
+    @property
     def packed(self) -> int:
-        return sum(segment.key.shape[1] for segment in self.segments)
+        return sum(self.tokens)
 
     @property
     def rows(self) -> int:
@@ -71,6 +76,23 @@ class Problem:
     @property
     def block_dv(self) -> int:
         return block(self.value_tail.shape[3])
+
+    @property
+    def tail_tile(self) -> int:
+        """Dense rows that a program takes at a time."""
+        return 32 if self.query.dtype != torch.float32 and max(self.block_d, self.block_dv) <= 128 else 16
+
+    def tail_splits(self, blocks: Any) -> tuple[Any, Any]:
+        """Tail rows of one split, and the number of splits; `blocks` programs share a KV head's query rows."""
+        programs = self.query.shape[0] * self.heads * blocks
+        rows = per_program(self.length, programs, self.tail_tile, self.query.device)
+        return rows, cdiv(self.length, rows)
+
+    def partials(self, splits: Any, width: int) -> tuple[Tensor, Tensor]:
+        """Room for partial results and their log-sum-exps, fp32."""
+        shape = (splits, self.query.shape[0], self.rows)
+        new = self.query.new_empty
+        return new((*shape, width), dtype=torch.float32), new(shape, dtype=torch.float32)
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """One factor of the first and the last segment; where there is none, a tensor that is not read."""

@@ -84,7 +84,7 @@ def rebuilt_kernel(
     samples = tl.num_programs(0) // heads
     member = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     valid = member < group * queries
-    rows = head * group * queries + member
+    rows = head * group * queries + tl.minimum(member, group * queries - 1)  # none whose mask is not there
     all_rows = heads * group * queries
     query += sample * query_sample
     index += sample * slots

@@ -29,10 +29,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.parts import ASYMMETRIC, E4M3, RowForm, layout, row_extras
 from attnpack_fx.kernels.triton.append import append_
-from attnpack_fx.kernels.triton.attend import attention
+from attnpack_fx.kernels.triton.attend import attention, takes
 from attnpack_fx.kernels.triton.gather import gather_tokens
 from attnpack_fx.kernels.triton.jacobi import left_singular_vectors
+from attnpack_fx.kernels.triton.launch import cdiv
 
 
 class Architecture(NamedTuple):
@@ -57,6 +59,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*i1",
@@ -68,6 +71,8 @@ class Shape:
     """A decode step. tokens: of each packed segment; rotated: dims rotated in the op, for keys before rotary.
 
     axes, positions: of multimodal rotary embedding; without axes, every token has cos and sin of its own.
+    blocks: of every segment, each of the whole rank: bits of coefficient and basis, whether they have zero points.
+    coded: tokens and forms, of keys and values, of a further segment of coded rows.
     """
 
     batch: int = 1
@@ -85,6 +90,8 @@ class Shape:
     positions: int = 0
     mask: bool = False
     weights: bool = False
+    blocks: tuple[tuple[int, int, bool], ...] = ()
+    coded: tuple[int, RowForm, RowForm] | None = None
 
 
 #: Shapes of the models the library is for, and the corners of what the kernels take.
@@ -105,6 +112,32 @@ SHAPES = {
     "un-rotated keys, rank 16, M-RoPE": Shape(tokens=(9216,), rank=16, rotated=128, axes=2, positions=192),
     "un-rotated keys of Qwen2.5-VL-7B, M-RoPE": Shape(
         heads=28, kv_heads=4, tokens=(9216, 640), rank=64, rotated=128, axes=3, positions=200, mask=True
+    ),
+    "LLaVA-1.5-7B, 4 bits": Shape(blocks=((4, 4, False),)),
+    "LLaVA-1.5-7B, 4 bits, batch 64": Shape(batch=64, blocks=((4, 4, False),)),
+    "Qwen3-VL-8B, 4 bits, two segments": Shape(heads=32, kv_heads=8, tokens=(9216, 640), blocks=((4, 4, False),)),
+    "Qwen3-VL-8B, 8 and 2 bits": Shape(
+        heads=32, kv_heads=8, tokens=(9216,), blocks=((8, 8, False), (2, 2, False)), mask=True, weights=True
+    ),
+    "E4M3 coefficients": Shape(tokens=(9216,), blocks=((E4M3, 0, False),)),
+    "rank 128, 4 bits with zero points": Shape(tokens=(9216,), rank=128, blocks=((4, 4, True),), dtype=torch.float16),
+    "LLaVA-1.5-7B, KIVI's rows in 2 bits": Shape(
+        tokens=(), coded=(9216, RowForm(2, channel=True, zero=True), RowForm(2, group=32, zero=True))
+    ),
+    "Qwen3-VL-8B, KIVI's rows in 4 bits": Shape(
+        heads=32,
+        kv_heads=8,
+        tokens=(),
+        coded=(9216, RowForm(4, channel=True, zero=True), RowForm(4, group=32, zero=True)),
+    ),
+    "Qwen3-VL-8B, 4 bits, coded rows of text": Shape(
+        heads=32,
+        kv_heads=8,
+        tokens=(9216,),
+        blocks=((4, 4, False),),
+        mask=True,
+        weights=True,
+        coded=(640, RowForm(4, channel=True, codebook=True, norm=True), RowForm(E4M3, group=128)),
     ),
     "un-rotated keys, partial rotary": Shape(dim=80, tokens=(4096,), rank=32, rotated=32, interleaved=True),
 }
@@ -204,9 +237,9 @@ def decode_step(shape: Shape) -> list[Launch]:
             return torch.empty(size, dtype=dtype, device="cuda")
 
         batch, heads, dim = shape.batch, shape.kv_heads, shape.dim
-        coefficients = [new(batch, tokens, shape.rank) for tokens in shape.tokens]
-        bases = [new(batch, heads, shape.rank, dim) for _ in shape.tokens]
-        tail, packed = new(shape.tail + 16, batch, heads, dim), sum(shape.tokens)
+        keys, values = (_packed(shape, side, new) for side in (1, 2))
+        tail = new(shape.tail + 16, batch, heads, dim)
+        packed = sum(shape.tokens) + (shape.coded[0] if shape.coded else 0)
         index = new(batch, packed + shape.tail // 2, dtype=torch.int64)
         slots = packed + shape.tail
         mask = new(batch, 1, 1, slots, dtype=torch.bool) if shape.mask else None
@@ -216,14 +249,58 @@ def decode_step(shape: Shape) -> list[Launch]:
         query = new(batch, shape.heads, shape.queries, dim)
         fresh = new(batch, heads, 1, dim)
 
-        def step(query, coefficients, bases, keys, values, key, value, index, mask, cos, sin, axes):
-            append_([keys, values], [key, value], [shape.tail - 1, shape.tail - 1])
-            arguments = (query, coefficients, bases, coefficients, bases, keys, values, shape.tail, index, mask)
+        def step(query, keys, values, key_tail, value_tail, key, value, index, mask, cos, sin, axes):
+            append_([key_tail, value_tail], [key, value], [shape.tail - 1, shape.tail - 1])
+            factors = *keys[:2], *values[:2]
+            arguments = query, *factors, key_tail, value_tail, shape.tail, index, mask, 0.1, shape.mask
             rotary = cos, sin, shape.interleaved, axes
-            return attention(*arguments, 0.1, shape.mask, *rotary, [], [], [], [], [], [], shape.weights)
+            blocks = _layout(shape, 1), _layout(shape, 2)
+            given = *arguments, *rotary, *blocks, keys[2], values[2], [], []
+            assert takes(*given), "a shape that the kernels refuse"
+            return attention(*given, shape.weights)
 
         tails = tail, tail.clone(), fresh, fresh.clone()
-        return launches(step, (query, coefficients, bases, *tails, index, mask, angles, angles, axes))
+        return launches(step, (query, keys, values, *tails, index, mask, angles, angles, axes))
+
+
+def _packed(shape: Shape, side: int, new: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Coefficients, bases and scales of keys (side 1) or values (2), as operators take them."""
+    coefficients, bases, scales = [], [], []
+    for tokens in shape.tokens:
+        for bits, basis_bits, asymmetric in shape.blocks or ((0, 0, False),):
+            coefficients.append(_codes(new(shape.batch, tokens, shape.rank), bits))
+            bases.append(_codes(new(shape.batch, shape.kv_heads, shape.rank, shape.dim), basis_bits))
+            if bits or basis_bits:
+                scales.append(new(shape.batch, 4 if asymmetric else 2, shape.rank, dtype=torch.float32))
+    if shape.coded:
+        tokens, form = shape.coded[0], shape.coded[side]
+        size = shape.batch, tokens, shape.kv_heads
+        shared = shape.batch, cdiv(tokens, 32), shape.kv_heads, shape.dim
+        scale = new(*shared) if form.channel else new(*size, cdiv(shape.dim, form.group))
+        extras = {
+            "zero": scale if form.zero else None,
+            "group_of": new(shape.batch, tokens, dtype=torch.int32) if form.channel else None,
+            "codebook": new(2**form.bits, dtype=torch.float32) if form.codebook else None,
+            "norm": new(*size) if form.norm else None,
+        }
+        coefficients.append(_codes(new(*size, shape.dim), form.bits))
+        bases.append(scale)
+        scales += [extra for name in row_extras(form) if (extra := extras[name]) is not None]
+    return coefficients, bases, scales
+
+
+def _layout(shape: Shape, side: int) -> list[int]:
+    """What operators take as `blocks`."""
+    kinds = [
+        bits | (ASYMMETRIC if asymmetric else 0) | basis_bits << 8 for bits, basis_bits, asymmetric in shape.blocks
+    ]
+    rows = [[shape.coded[side].kind]] if shape.coded else []
+    return layout([kinds or [0] for _ in shape.tokens] + rows)
+
+
+def _codes(x: Tensor, bits: int) -> Tensor:
+    """What a factor is stored as."""
+    return x if bits == 0 else x.new_empty((*x.shape[:-1], x.shape[-1] * min(bits, 8) // 8), dtype=torch.uint8)
 
 
 def packing(shape: Shape) -> list[Launch]:

@@ -60,6 +60,7 @@ def split_kernel(
     split, sample, samples = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < all_rows
+    rows = tl.minimum(rows, all_rows - 1)  # none whose mask is not there
     second = (split >= splits0) & (SEGMENTS == 2)
     key, value = tl.where(second, key1, key0), tl.where(second, value1, value0)
     tokens = tl.where(second, tokens1, tokens0)

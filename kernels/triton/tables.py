@@ -110,7 +110,7 @@ def tables_kernel(
     else:
         member = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
         valid = member < group * queries
-        rows = head * group * queries + member
+        rows = head * group * queries + tl.minimum(member, group * queries - 1)  # none whose mask is not there
         q = load_query(query, rows, valid, queries, query_head, query_token, dim, BLOCK_D)
         split = tl.program_id(2) - SEGMENTS * parts * blocks
         first_row = split * rows_per_split

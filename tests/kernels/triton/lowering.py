@@ -1,6 +1,6 @@
 """Prints the code Inductor would run on a GPU for a decode step's append and attention, made where there is none.
 
-    python lowering.py BATCH TOKENS
+    python lowering.py BATCH TOKENS [plain | 4 bits | rows]
 
 Sizes that change from step to step or prompt to prompt are symbolic. The process pretends to have a GPU and is of no
 other use: run it as one of its own.
@@ -8,6 +8,7 @@ other use: run it as one of its own.
 
 import contextlib
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -23,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from attnpack_fx.kernels import ops
+from attnpack_fx.kernels.parts import Block, RowForm, kind
 from attnpack_fx.kernels.triton.resources import targeting
 
 HEADS, RANK, DIM = 32, 64, 128
@@ -46,19 +48,37 @@ H200 = SimpleNamespace(
 )
 
 
-#: No rotary embedding, one block a segment, nothing quantised.
-PLAIN = (None, None, False, None, [], [], [], [], [], [])
+#: How the packed tokens are stored: layout, and what is added to a factor's dims. Rows: scales of channels and groups.
+ROWS = RowForm(4, channel=True, zero=True)
+BLOCKS = {"plain": [], "4 bits": [0, kind(Block(0, 0, 0, bits=4))], "rows": [0, ROWS.kind]}
 
 
 class LoweredError(Exception):
     """The code is printed; there is nothing to run it on."""
 
 
-def step(query, key_coefficient, key_basis, value_coefficient, value_basis, key_tail, value_tail, index, new, count):
+def step(
+    blocks,
+    query,
+    key_coefficient,
+    key_basis,
+    value_coefficient,
+    value_basis,
+    key_tail,
+    value_tail,
+    index,
+    new,
+    count,
+    *scales,
+):
     length = count.shape[0] - 2
     ops.append_([key_tail, value_tail], [new, new * 2], [length - 1, length - 1])
     factors = [key_coefficient], [key_basis], [value_coefficient], [value_basis]
-    return ops.attention(query * 2, *factors, key_tail, value_tail, length, index, None, 0.1, False, *PLAIN).relu()
+    unrotated, more = (None, None, False, None), (blocks, blocks, list(scales), list(scales), [], [])
+    attended = ops.attention(
+        query * 2, *factors, key_tail, value_tail, length, index, None, 0.1, False, *unrotated, *more
+    )
+    return attended.relu()
 
 
 def lower(graph_module, examples):
@@ -83,7 +103,7 @@ def lower(graph_module, examples):
     raise LoweredError
 
 
-def main(batch: int, tokens: int) -> None:
+def main(batch: int, tokens: int, stored: str) -> None:
     cuda = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -111,21 +131,37 @@ def main(batch: int, tokens: int) -> None:
             with mode:
                 return torch.empty(fake.shape, dtype=dtype, device="cuda")
 
+        def packed(name):
+            """Coefficient and basis, or codes and scale."""
+            if stored == "rows":
+                codes = new(f"{name}_codes", batch, tokens, HEADS, DIM // 2, dynamic=1, dtype=torch.uint8)
+                return codes, new(f"{name}_scale", batch, tokens // 32, HEADS, DIM, dynamic=1)
+            dtype, together = (torch.uint8, 2) if stored == "4 bits" else (torch.bfloat16, 1)
+            coefficient = new(f"{name}_coefficient", batch, tokens, RANK // together, dynamic=1, dtype=dtype)
+            return coefficient, new(f"{name}_basis", batch, HEADS, RANK, DIM // together, dtype=dtype)
+
+        scales = {
+            "plain": lambda: (),
+            "4 bits": lambda: (new("scale", batch, 2, RANK, dtype=torch.float32),),
+            "rows": lambda: (
+                new("zero", batch, tokens // 32, HEADS, DIM, dynamic=1),
+                new("group_of", batch, tokens, dynamic=1, dtype=torch.int32),
+            ),
+        }
         arguments = (
             new("query", batch, HEADS, 1, DIM),
-            new("key_coefficient", batch, tokens, RANK, dynamic=1),
-            new("key_basis", batch, HEADS, RANK, DIM),
-            new("value_coefficient", batch, tokens, RANK, dynamic=1),
-            new("value_basis", batch, HEADS, RANK, DIM),
+            *packed("key"),
+            *packed("value"),
             new("key_tail", 80, batch, HEADS, DIM, dynamic=0),
             new("value_tail", 80, batch, HEADS, DIM, dynamic=0),
             new("index", batch, tokens + 40, dynamic=1, dtype=torch.int64),
             new("new", batch, HEADS, 1, DIM),
             new("count", 53, dynamic=0, dtype=torch.uint8),
+            *scales[stored](),
         )
         with contextlib.suppress(LoweredError):
-            aot_function(step, fw_compiler=lower)(*arguments)
+            aot_function(partial(step, BLOCKS[stored]), fw_compiler=lower)(*arguments)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *(sys.argv[3:] or ["plain"]))

@@ -207,8 +207,32 @@ def test_only_what_the_kernels_were_made_for_is_taken():
     more = attention_arguments(Shapes(segments=(13,)))
     assert not takes(value_coefficients=more["value_coefficients"])  # than there are keys in segments
     assert not takes(query=torch.randn(1, 2, 1, 16, dtype=torch.float16))
-    for name in ("key_blocks", "value_blocks"):
-        assert takes(**{name: []}) and not takes(**{name: [1]})
     two = Shapes(batch=2)
     shared = [basis[:1] for basis in attention_arguments(two)["key_bases"]]
-    assert takes(two) and not takes(two, key_bases=shared) and not takes(two, value_bases=shared)
+    assert takes(two) and takes(two, key_bases=shared) and takes(two, value_bases=shared)
+    assert not takes(dataclasses.replace(two, rotary=16), key_bases=shared)
+
+
+def test_which_codes_are_taken():
+    def takes(**changes):
+        return attend.takes(**attention_arguments(dataclasses.replace(Shapes(), **changes)))
+
+    four = ((1.0, 4), (0.5, 0))
+    assert takes(key_cuts=four) and takes(value_cuts=four) and takes(segments=(5, 7), key_cuts=four, value_cuts=four)
+    assert not takes(segments=(5, 7), key_cuts=((1.0, 4),) * 3, key_rank=9)  # six blocks
+    assert not takes(key_cuts=four, rotary=16) and not takes(owned=1)
+    rows = ((9, RowForm(4, group=8)),)
+    assert takes(key_rows=rows, value_rows=rows) and takes(key_rows=rows, value_rows=rows, segments=())
+    assert not takes(key_rows=rows, value_rows=((8, RowForm(4, group=8)),))
+    assert not takes(key_rows=rows * 2, value_rows=rows * 2, segments=())
+    assert not takes(key_rows=rows, value_rows=rows, rotary=16)
+    for extra in ({"outliers": True}, {"rank": 2}):
+        other = ((9, RowForm(4, group=8, **extra)),)
+        assert not takes(key_rows=other, value_rows=rows) and not takes(key_rows=rows, value_rows=other)
+
+
+def test_rows_and_factors_are_not_taken_as_one_segment():
+    coded = attention_arguments(Shapes(segments=(), key_rows=((12, RowForm(0)),), value_rows=((12, RowForm(0)),)))
+    low_rank = attention_arguments(Shapes(kept=3))
+    names = [name for name in coded if name.startswith("key_")]
+    assert not attend.takes(**low_rank | {name: coded[name] for name in names})

@@ -10,8 +10,8 @@ from . import compiled
 SCRIPT = Path(__file__).with_name("lowering.py")
 
 
-def lowered(batch: int, tokens: int) -> tuple[str, list[str]]:
-    done = compiled.run(str(SCRIPT), str(batch), str(tokens))
+def lowered(batch: int, tokens: int, stored: str = "plain") -> tuple[str, list[str]]:
+    done = compiled.run(str(SCRIPT), str(batch), str(tokens), stored)
     assert done.returncode == 0 and "def call(" in done.stdout, done.stderr[-3000:]
     guards = [line.removeprefix("GUARD ") for line in done.stdout.splitlines() if line.startswith("GUARD ")]
     return done.stdout, guards
@@ -35,6 +35,28 @@ def test_kernels_are_launched_from_the_generated_code(batch, tokens, expected):
     # The tail's rows are written where they lie, and read from there.
     assert re.match(r"arg5_1, arg6_1, ", ours[0][1])
     assert "arg5_1, arg6_1" in ours[1][1]
-    # One guard chooses the way; none fixes a number of tokens.
-    assert not [guard for guard in guards if guard.startswith("Eq(")], guards
+    # One guard chooses the way.
     assert sum("393216" in guard for guard in guards) == 1
+    assert_no_number_fixed(guards)
+
+
+def assert_no_number_fixed(guards: list[str]) -> None:
+    """Whether there are as many packed keys as values decides whether kernels take them; how many does not."""
+    equal = [guard for guard in guards if guard.startswith("Eq(")]
+    assert all(re.fullmatch(r"Eq\(s\d+, s\d+\)", guard) for guard in equal) and len(equal) <= 1, guards
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ("4 bits", ["append_kernel", "absorb_coded_kernel", "tokens_coded_kernel", "combine_coded_kernel"]),
+        ("rows", ["append_kernel", "absorb_coded_kernel", "combine_coded_kernel"]),
+    ],
+)
+def test_codes_go_to_the_kernels_as_they_are(stored, expected):
+    code, guards = lowered(1, 9216, stored)
+    calls = re.findall(r"(\w+?)_\d+\.run\((.*)", code)
+    assert [name for name, _ in calls if name.endswith("_kernel")] == expected
+    assert [name for name, _ in calls if not name.endswith("_kernel")] == ["triton_poi_fused"] * 3
+    assert "clone" not in code and "extern_kernels" not in code and "torch.ops" not in code
+    assert_no_number_fixed(guards)

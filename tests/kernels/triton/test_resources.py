@@ -11,7 +11,16 @@ from attnpack_fx.kernels.triton import resources
 from . import compiled
 
 #: Kernels whose work is matrix products. `combine` has them too, where a KV head has several query rows.
-MATRIX = ("absorb_kernel", "fused_kernel", "rebuilt_kernel", "split_kernel", "tables_kernel", "tokens_kernel")
+MATRIX = (
+    "absorb_coded_kernel",
+    "absorb_kernel",
+    "fused_kernel",
+    "rebuilt_kernel",
+    "split_kernel",
+    "tables_kernel",
+    "tokens_coded_kernel",
+    "tokens_kernel",
+)
 
 #: Together they launch every kernel, the largest among them; the other architectures are compiled for them alone.
 EVERYWHERE = (
@@ -66,6 +75,9 @@ def test_launches_of_a_decode_step():
     launches = json.loads(done.stdout.splitlines()[-1])
     assert launches["LLaVA-1.5-7B"] == ["append_kernel", "fused_kernel"]
     assert launches["LLaVA-1.5-7B, batch 64"] == ["append_kernel", "absorb_kernel", "tokens_kernel", "combine_kernel"]
+    coded = ["append_kernel", "absorb_coded_kernel", "tokens_coded_kernel", "combine_coded_kernel"]
+    assert launches["LLaVA-1.5-7B, 4 bits"] == launches["Qwen3-VL-8B, 4 bits, coded rows of text"] == coded
+    assert launches["LLaVA-1.5-7B, KIVI's rows in 2 bits"] == [name for name in coded if name != "tokens_coded_kernel"]
     assert launches["un-rotated keys, rank 16"] == ["append_kernel", "rebuilt_kernel", "combine_kernel"]
     by_axis = ["append_kernel", "tables_kernel", "split_kernel", "combine_kernel"]
     assert launches["un-rotated keys, rank 16, M-RoPE"] == by_axis

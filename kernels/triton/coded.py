@@ -1,0 +1,271 @@
+"""Attention over segments of several blocks, in few bits or of coded rows, on a GPU: which kernels run.
+
+    absorb_coded, tokens_coded, combine_coded     3 launches; without low-rank segments the second is not needed
+
+Codes become numbers in registers and are never written. As in `attend.py`, whatever depends on a number of tokens is an
+argument of the kernels; formats, ranks and head dims are compiled in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+from attnpack_fx.kernels.triton.absorb_coded import absorb_coded_kernel
+from attnpack_fx.kernels.triton.blocks import (
+    MOST_BLOCKS,
+    Form,
+    Part,
+    Stored,
+    StoredRows,
+    key_forms,
+    tokens_of,
+    value_forms,
+)
+from attnpack_fx.kernels.triton.combine_coded import combine_coded_kernel
+from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision
+from attnpack_fx.kernels.triton.problem import Problem
+from attnpack_fx.kernels.triton.tokens_coded import tokens_coded_kernel
+
+_ROW_TENSORS = ("codes", "scale", "zero", "group_of", "codebook", "norm")
+
+
+@dataclass(frozen=True)
+class CodedProblem(Problem):
+    """A problem whose segments are blocks: of keys and of values, segment by segment, and no `segments`."""
+
+    keys: list[Part]
+    values: list[Part]
+
+    @property
+    def tokens(self) -> list[int]:
+        return list(map(tokens_of, self.keys))
+
+    @cached_property
+    def low_rank(self) -> "LowRank":
+        """The low-rank segments."""
+        slots = accumulate(self.tokens, initial=0)
+        found = [(slot, part) for slot, part in zip(slots, self.keys, strict=False) if not isinstance(part, StoredRows)]
+        values = [part for part in self.values if not isinstance(part, StoredRows)]
+        return LowRank([part for _, part in found], values, [slot for slot, _ in found], self)
+
+    @cached_property
+    def rows_of(self) -> tuple[StoredRows | None, StoredRows | None, int]:
+        """The coded rows of keys and values, and their first slot."""
+        slots = accumulate(self.tokens, initial=0)
+        for slot, key, value in zip(slots, self.keys, self.values, strict=False):
+            if isinstance(key, StoredRows) and isinstance(value, StoredRows):
+                return key, value, slot
+        return None, None, 0
+
+
+class LowRank:
+    """Low-rank segments as the kernels take them: tensors of all blocks in a row, and forms by segment."""
+
+    def __init__(
+        self, keys: list[list[Stored]], values: list[list[Stored]], first_slots: list[int], problem: Problem
+    ) -> None:
+        self.keys = [each for blocks in keys for each in blocks]
+        self.values = [each for blocks in values for each in blocks]
+        self.first_slots, self.tokens = first_slots, [blocks[0].tokens for blocks in keys]
+        self.key_forms, self.key_width, self.parts = key_forms(keys, problem.query.shape[3])
+        self.value_forms, self.value_width = value_forms(values, problem.value_tail.shape[3])
+
+    @property
+    def widest(self) -> int:
+        """Ranks of one segment, padded."""
+        return max((sum(form[5] for form in alike) for alike in (*self.key_forms, *self.value_forms)), default=16)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Partial results of splits: sums fp32 `[splits, B, Hq * Tq]`; shares: see `tokens_coded.py`."""
+
+    parts: Tensor
+    sums: Tensor
+    splits: list[Any]
+    shares: Tensor
+
+
+def attend_coded(problem: CodedProblem, out: Tensor, scores: Tensor, weights: bool) -> Tensor:
+    """Absorb, attend to coded tokens, combine; returns the log-sum-exps `[B, Hq * Tq]`."""
+    latent, shift, dense = _absorb(problem, scores, weights)
+    packed = Results(problem.index, problem.index, [], problem.index)
+    if problem.low_rank.keys:
+        packed = _tokens(problem, latent, shift, scores, weights)
+    return _combine(problem, out, packed, dense, weights)
+
+
+def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tensor, Tensor, Results]:
+    """Latent queries, what is added to their scores, and attention to coded rows and tail rows."""
+    query, low_rank = problem.query, problem.low_rank
+    batch, dim, value_dim = query.shape[0], query.shape[3], problem.value_tail.shape[3]
+    blocks = cdiv(problem.group * query.shape[2], problem.block_g)
+    latent = shift = problem.index
+    if low_rank.parts:
+        latent = query.new_empty((batch, problem.rows, low_rank.key_width))
+    if _asymmetric(low_rank.key_forms):
+        shift = query.new_empty((low_rank.parts, batch, problem.rows), dtype=torch.float32)
+    rows_per_split, tail_splits = problem.tail_splits(blocks)
+    keys, values, first_slot = problem.rows_of
+    coded, tile, forms = 0, problem.tail_tile, ((), ())
+    if keys is not None and values is not None:
+        coded, forms = keys.tokens, (keys.compiled(dim), values.compiled(value_dim))
+    coded_per_split = per_program(coded, batch * problem.heads * blocks, tile, query.device)
+    coded_splits = cdiv(coded, coded_per_split)
+    partial, partial_sums = problem.partials(coded_splits + tail_splits, value_dim)
+    arguments = problem.shared_arguments()
+    del arguments["SEGMENTS"]
+    wrap_triton(absorb_coded_kernel)[(batch * problem.heads, blocks, low_rank.parts + coded_splits + tail_splits)](
+        latent=latent,
+        shift=shift,
+        partial=partial,
+        log_sums=partial_sums,
+        scores_out=scores,
+        rows_per_split=rows_per_split,
+        coded=coded,
+        coded_per_split=coded_per_split,
+        coded_splits=coded_splits,
+        coded_slot=first_slot,
+        key_groups=0 if keys is None else keys.scale.shape[1],
+        value_groups=0 if values is None else values.scale.shape[1],
+        KEYS=low_rank.key_forms,
+        PARTS=low_rank.parts,
+        ROW_KEYS=forms[0],
+        ROW_VALUES=forms[1],
+        DIM=dim,
+        KEY_WIDTH=low_rank.key_width,
+        SCORES=weights,
+        BLOCK_N=tile,
+        BLOCK_ROWS=tile,
+        num_warps=4,
+        num_stages=2,
+        **_named("basis", [each.basis for each in low_rank.keys], problem.index),
+        **_named("scale", [each.scale for each in low_rank.keys], problem.index),
+        **_row_tensors("key", keys, problem.index),
+        **_row_tensors("value", values, problem.index),
+        **arguments,
+    )
+    return latent, shift, Results(partial, partial_sums, [coded_splits + tail_splits], problem.index)
+
+
+def _tokens(problem: CodedProblem, latent: Tensor, shift: Tensor, scores: Tensor, weights: bool) -> Results:
+    """Attention to low-rank segments by latent queries."""
+    query, low_rank = problem.query, problem.low_rank
+    batch, count = query.shape[0], len(low_rank.values)
+    block_m, tile = _token_tile(problem)
+    row_blocks = cdiv(problem.rows, block_m)
+    tokens_per_split = per_program(sum(low_rank.tokens), batch * row_blocks, tile, query.device)
+    splits = [cdiv(tokens, tokens_per_split) for tokens in low_rank.tokens]
+    partial, sums = problem.partials(sum(splits), low_rank.value_width)
+    shares = problem.index
+    if _asymmetric(low_rank.value_forms):
+        shares = query.new_empty((sum(splits), count, batch, problem.rows), dtype=torch.float32)
+    arguments = problem.mask_arguments()
+    del arguments["mask_tokens"]
+    wide = low_rank.widest * block_m > 64 * 64
+    wrap_triton(tokens_coded_kernel)[(sum(splits), batch, row_blocks)](
+        latent=latent,
+        shift=shift,
+        partial=partial,
+        shares=shares,
+        log_sums=sums,
+        scores_out=scores,
+        index=problem.index,
+        first_slot0=low_rank.first_slots[0],
+        first_slot1=low_rank.first_slots[-1],
+        tokens0=low_rank.tokens[0],
+        tokens1=low_rank.tokens[-1],
+        splits0=splits[0],
+        tokens_per_split=tokens_per_split,
+        all_rows=problem.rows,
+        queries=query.shape[2],
+        slots=problem.index.shape[1],
+        all_slots=problem.packed + problem.length,
+        KEYS=low_rank.key_forms,
+        VALUES=low_rank.value_forms,
+        KEY_WIDTH=low_rank.key_width,
+        VALUE_WIDTH=low_rank.value_width,
+        VALUE_BLOCKS=count,
+        RAGGED=problem.ragged,
+        SCORES=weights,
+        BLOCK_M=block_m,
+        BLOCK_N=tile,
+        PRECISION=precision(query.dtype),
+        num_warps=8 if wide else 4,
+        num_stages=2 if wide else 3,
+        **_named("key", [each.coefficient for each in low_rank.keys], problem.index),
+        **_named("value", [each.coefficient for each in low_rank.values], problem.index),
+        **_named("key_count", [each.tokens for each in low_rank.keys], 0),
+        **_named("value_count", [each.tokens for each in low_rank.values], 0),
+        **arguments,
+    )
+    return Results(partial, sums, splits, shares)
+
+
+def _combine(problem: CodedProblem, out: Tensor, packed: Results, dense: Results, weights: bool) -> Tensor:
+    query, low_rank, value_dim = problem.query, problem.low_rank, problem.value_tail.shape[3]
+    batch, members = query.shape[0], problem.group * query.shape[2]
+    sums = query.new_empty((batch, problem.rows), dtype=torch.float32) if weights else problem.index
+    # One query row wants no tensor core; more rows share the basis tile.
+    block_g = 1 if problem.group == 1 and query.shape[2] == 1 else 16
+    widest = max((form[5] for forms in low_rank.value_forms for form in forms), default=16)
+    block_d = min(problem.block_dv, 64 if widest <= 128 else 32)
+    splits = [*packed.splits, 0, 0]
+    wrap_triton(combine_coded_kernel)[(batch * problem.heads, cdiv(members, block_g), cdiv(value_dim, block_d))](
+        latent=packed.parts,
+        shares=packed.shares,
+        latent_sums=packed.sums,
+        partial=dense.parts,
+        partial_sums=dense.sums,
+        out=out,
+        log_sums=sums,
+        heads=problem.heads,
+        members=members,
+        splits0=splits[0],
+        splits1=splits[1],
+        dense_splits=dense.splits[0],
+        VALUES=low_rank.value_forms,
+        DIM=value_dim,
+        VALUE_WIDTH=low_rank.value_width,
+        VALUE_BLOCKS=len(low_rank.values),
+        SUMS=weights,
+        BLOCK_G=block_g,
+        BLOCK_S=max(1, 2048 // (block_g * max(widest, block_d))),
+        BLOCK_D=block_d,
+        PRECISION=precision(query.dtype),
+        num_warps=4,
+        num_stages=2,
+        **_named("basis", [each.basis for each in low_rank.values], problem.index),
+        **_named("scale", [each.scale for each in low_rank.values], problem.index),
+    )
+    return sums
+
+
+def _named(name: str, given: Sequence[Any], absent: Any) -> dict[str, Any]:
+    """Arguments `name0`, `name1`, ...; where there is none, one that is not read."""
+    filled = [absent if each is None else each for each in given]
+    return {f"{name}{number}": each for number, each in enumerate([*filled, *[absent] * (MOST_BLOCKS - len(filled))])}
+
+
+def _row_tensors(kind: str, rows: StoredRows | None, absent: Tensor) -> dict[str, Tensor]:
+    tensors = {} if rows is None else rows.tensors
+    return {f"{kind}_{name}": tensors.get(name, absent) for name in _ROW_TENSORS}
+
+
+def _asymmetric(forms: Sequence[Sequence[Form]]) -> bool:
+    return any(form[3] for alike in forms for form in alike)
+
+
+def _token_tile(problem: CodedProblem) -> tuple[int, int]:
+    """Query rows and tokens that a program of `tokens_coded` multiplies at a time."""
+    wide = problem.low_rank.widest
+    rows = min(block(problem.rows), 64) if problem.query.shape[2] == 1 else 64
+    if wide > 128:
+        rows = min(rows, 32)
+    return rows, 64 if problem.query.dtype != torch.float32 and wide <= 128 else 32
