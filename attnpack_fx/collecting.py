@@ -1,7 +1,6 @@
 """From the outputs of a compiled graph to what its caller gets: packed results are put together."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -81,7 +80,7 @@ class Collector:
         made = Held(tuple(segments), tuple(modalities), self._placements[spec.slot], angles, losses=tuple(losses))
         rows: Tensor = results[spec.tail]
         if spec.heads:
-            made, rows = _apart(made, spec.heads), rows.flatten(1, 2)[:, :, None]
+            made, rows = made.apart(spec.heads), rows.flatten(1, 2)[:, :, None]
         return PackedTensor(made, TailBuffer(rows).lease(rows.shape[0]))
 
     def _angles_of(self, spec: Packed, packed: int) -> SharedAngles:
@@ -93,9 +92,3 @@ class Collector:
             keep = keeps_angles(self._policy)
             self._angles[known] = SharedAngles.of_prompt(cos, sin, placement.index, packed, spec.interleaved, keep)
         return self._angles[known]
-
-
-def _apart(held: Held, heads: int) -> Held:
-    """What holds no factors, with every KV head a sample of its own."""
-    angles = None if held.angles is None else held.angles.apart(heads)
-    return replace(held, placement=held.placement.apart(heads), angles=angles, heads=heads)
