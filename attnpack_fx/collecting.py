@@ -74,7 +74,7 @@ class Collector:
             segments.append(segment)
             modalities.append(name)
             losses += [] if loss is None else [(name, loss)]
-        packed = sum(segment.blocks[0].coefficient.shape[1] for segment in segments)
+        packed = sum(segment.factors[0].coefficient.shape[1] for segment in segments)
         wanted = packed or keeps_angles(self._policy)
         angles = None if spec.angles is None or not wanted else self._angles_of(spec, packed)
         made = Held(tuple(segments), tuple(modalities), self._placements[spec.slot], angles, losses=tuple(losses))

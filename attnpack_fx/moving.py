@@ -14,7 +14,7 @@ from torch import Tensor
 from attnpack_fx.held import Held, tokens_of
 from attnpack_fx.kernels.aten import coded_rows
 from attnpack_fx.kernels.aten.plan import positions
-from attnpack_fx.kernels.parts import Rows, Segment
+from attnpack_fx.kernels.parts import Block, Rows, Segment
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.tail import allocate
 
@@ -82,7 +82,7 @@ def segments_of(held: Held, choice: Choice) -> tuple[Segment[Tensor], ...]:
     made, start = [], 0
     for segment, count in zip(held.segments, held.counts, strict=True):
         order = choice.between(start, start + count)
-        blocks = []
+        blocks: list[Block[Tensor] | Rows[Tensor]] = []
         for block in segment.blocks:
             if isinstance(block, Rows):
                 blocks.append(coded_rows.select(block, order))

@@ -117,7 +117,7 @@ class PackedTensor(torch.Tensor):
     def ranks(self) -> dict[str, int]:
         """Rank by modality, of what is low rank."""
         return {
-            name: sum(map(rank_of, segment.blocks))
+            name: sum(map(rank_of, segment.factors))
             for name, segment in zip(self.modalities, self.segments, strict=True)
             if name != ROW_SEGMENT
         }

@@ -180,7 +180,7 @@ def _moves(part: Part, columns: Columns, space: KeySpace) -> list[tuple[float, f
     """Small steps up from these columns: what they gain, what they cost (both > 0), and what comes out."""
     found = []
     error, size = part.error(columns, space), part.bytes(columns)
-    blocks = [(count, bits) for count, bits in columns.blocks if count != "full"]
+    blocks = [(count, bits) for count, bits in columns.blocks if count != "full" and isinstance(bits, int)]
     for place, (count, bits) in enumerate(blocks):
         unit = 8 // bits if 0 < bits < 8 else 1
         before, rest = blocks[:place], blocks[place + 1 :]
