@@ -25,7 +25,7 @@ from tests.passes.capture import capture, operations
 from tests.zoo import ZOO, _seeded
 from tests.zoo import prompt as zoo_prompt
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_inductor")
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 def compiled(model: Any, method: TokenPruning, reports: list[SiteReport]) -> Any:
