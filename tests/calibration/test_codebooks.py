@@ -15,7 +15,7 @@ from tests.zoo import ZOO
 
 
 @pytest.fixture(autouse=True)
-def one_graph_prefills(one_thread, without_inductor, monkeypatch):
+def one_graph_prefills(without_inductor, monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 
 
