@@ -16,8 +16,8 @@ from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.follow_tokens import Followed, follow
 from attnpack_fx.passes.layer_boundary import Boundary, find_boundary, prompt_sites
-from attnpack_fx.passes.plan_tokens import TokenPlanner
 from attnpack_fx.passes.patterns import value_of
+from attnpack_fx.passes.plan_tokens import TokenPlanner
 from attnpack_fx.passes.state import GraphState, Pruned, SiteReport
 from attnpack_fx.passes.token_pruning import Prompt, TokenPruning
 from attnpack_fx.passes.token_spans import Gathered, GatheredMask, Tokens
