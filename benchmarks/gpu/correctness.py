@@ -196,8 +196,8 @@ def _attention_problems(
         arguments = attention_arguments(shape)
         here = _on(machine, arguments)
         # Rows beyond the length are spare: what stands there must not matter.
-        for tail in (here["key_tail"], here["value_tail"]):
-            tail[here["length"] :] = torch.nan
+        here["key_tail"][here["length"] :] = torch.nan
+        here["value_tail"][here["length"] + shape.key_slots - shape.value_slots :] = torch.nan
         yield number, arguments, here, shape
 
 
