@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnpack_fx.kernels.aten.coded_exceptions import add_scores, add_values
 from attnpack_fx.kernels.aten.coded_rows import Decoder, codebook_table, levels
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot, rotate
+from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.parts import Rows
 
 #: Bytes of decoded numbers of one tile: on a CPU the L2 caches of two cores; elsewhere launches cost more than memory.
@@ -47,11 +47,11 @@ def scores(q: Tensor, rows: Rows[Tensor], rotary: Rotary | None, first: int) -> 
             return add_scores(out, q, rows)
     decoder, count = Decoder(rows, q.shape[3]), rows.codes.shape[1]
     out = q.new_empty((*q.shape[:3], count))
-    for start, end in _tiles(rows, q.shape[3]):
+    for start, end in _tiles(rows, q.shape[3], 2 * len(rows.codes)):
         x = decoder(start, end)
         if rotary is not None:
             cos, sin = per_slot(rotary, first + start, first + end)
-            x = rotate(x, cos[:, :, None].float(), sin[:, :, None].float(), rotary.interleaved)
+            x = _turned(x, cos.unsqueeze(2).float(), sin.unsqueeze(2).float(), rotary.interleaved)
         out[..., start:end] = torch.matmul(q, x.permute(0, 2, 3, 1))
     return out
 
@@ -63,15 +63,30 @@ def weighted(p: Tensor, rows: Rows[Tensor], dim: int) -> Tensor:
         return add_values(_plane_values(p, rows, dim), p, rows)
     decoder = Decoder(rows, dim)
     out = p.new_zeros((*p.shape[:3], dim))
-    for start, end in _tiles(rows, dim):
+    for start, end in _tiles(rows, dim, 2 * len(rows.codes)):
         out += torch.matmul(p[..., start:end], decoder(start, end).transpose(1, 2))
     return out
 
 
-def _tiles(rows: Rows[Tensor], dim: int) -> Iterator[tuple[int, int]]:
-    """Ranges of tokens that make a tile of one sample."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`rotate` with no copies but the result; x `[B, k, H, D]`, cos and sin `[B or 1, k, 1, E]`."""
+    out, turning = torch.empty_like(x), cos.shape[-1]
+    halves = (slice(0, turning, 2), slice(1, turning, 2)) if interleaved else _halves(turning)
+    a, b = (x[..., half] for half in halves)
+    for half, one, other, sign in ((halves[0], a, b, -1), (halves[1], b, a, 1)):
+        torch.mul(one, cos[..., half], out=out[..., half]).addcmul_(other, sin[..., half], value=sign)
+    out[..., turning:] = x[..., turning:]
+    return out
+
+
+def _halves(turning: int) -> tuple[slice, slice]:
+    return slice(0, turning // 2), slice(turning // 2, turning)
+
+
+def _tiles(rows: Rows[Tensor], dim: int, copies: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of tokens of which so many copies make a tile."""
     tokens, heads = rows.codes.shape[1:3]
-    size = max(8, TILE_BYTES.get(rows.codes.device.type, DEVICE_TILE_BYTES) // (4 * heads * dim))
+    size = max(8, TILE_BYTES.get(rows.codes.device.type, DEVICE_TILE_BYTES) // (4 * heads * dim * copies))
     for start in range(0, tokens, size):
         yield start, min(start + size, tokens)
 
