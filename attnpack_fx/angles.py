@@ -104,13 +104,10 @@ class SharedAngles:
         return self._memo.derive("dropped", count, 0, derive)
 
     def taken(self, packed: Tensor, tail: Tensor) -> "SharedAngles":
-        """Of some packed slots and some tail rows, int64 `[B, n]` each, -1 for filler; for one layer.
-
-        Slots beyond those that have angles, which are not rotated, have none in `packed` either.
+        """Of some of the first `slots` packed slots, and some tail rows, int64 `[B, n]` each, -1 for filler; for one
+        layer.
         """
-        known = self.slots
-        covered = packed if packed.shape[1] <= known else packed[:, : int((packed < known).all(0).sum())]
-        made = self.reordered(covered.clamp(min=0))
+        made = self.reordered(packed.clamp(min=0))
         if self.tail is None:
             return made
         rows = (_rows(each.expand(tail.shape[0], -1, -1), tail) for each in self.tail_rows())
