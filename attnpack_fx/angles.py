@@ -122,14 +122,26 @@ class SharedAngles:
             lambda: self._map(lambda each: each if each.shape[0] == 1 else each.repeat_interleave(heads, 0)),
         )
 
-    def woken(self, axes: Tensor | None, counts: Sequence[int], more: Sequence[int]) -> "SharedAngles":
-        """Of packed slots with resting ones behind those of each segment; axes: of the resting ones, in turn."""
+    def woken(
+        self,
+        axes: Tensor | None,
+        counts: Sequence[int],
+        more: Sequence[int],
+        turns: tuple[Tensor, Tensor] | None = None,
+    ) -> "SharedAngles":
+        """Of packed slots with resting ones behind those of each segment, and of more tail rows.
+
+        axes: of the resting ones, in turn; counts, more: slots of each segment, and resting ones, of the first ones that
+        have any; turns: cos and sin `[B, n, E]`.
+        """
         own = self.packed.axes
         assert own is not None and axes is not None
-        pairs = zip(own.split(list(counts), 2), axes.split(list(more[: len(counts)]), 2), strict=True)
+        rest = own.shape[2] - sum(counts)
+        pairs = zip(own.split([*counts, rest], 2), axes.split([*more[: len(counts)], 0], 2), strict=True)
         joined = torch.cat([each for pair in pairs for each in pair], 2)
         angles = Angles(self.packed.cos, self.packed.sin, joined, self.packed.interleaved)
-        return SharedAngles(angles, self.tail)
+        tail = None if self.tail is None or turns is None else (*self.tail, turns)
+        return SharedAngles(angles, tail)
 
     @property
     def slots(self) -> int:
