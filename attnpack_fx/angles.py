@@ -49,12 +49,20 @@ class SharedAngles:
         packed = [self.packed.cos, self.packed.sin, *([] if self.packed.axes is None else [self.packed.axes])]
         return [*packed, *(each for piece in self.tail or () for each in piece)]
 
-    def appended(self, cos: Tensor, sin: Tensor) -> "SharedAngles":
-        """With new rows in the tail; what the first layer asks for, the others of the call share."""
+    def appended(self, cos: Tensor, sin: Tensor, heads: int = 0) -> "SharedAngles":
+        """With new rows in the tail; what the first layer asks for, the others of the call share.
+
+        heads: as in `Held`, of which cos and sin know nothing.
+        """
         if self.tail is None:
             return self
         tail = self.tail
-        return self._memo.derive("appended", cos, 0, lambda: SharedAngles(self.packed, (*tail, (cos, sin))))
+
+        def derive() -> SharedAngles:
+            new = (each.repeat_interleave(heads, 0) if heads and each.shape[0] > 1 else each for each in (cos, sin))
+            return SharedAngles(self.packed, (*tail, tuple(new)))  # type: ignore[arg-type]
+
+        return self._memo.derive("appended", cos, 0, derive)
 
     def untracked(self) -> "SharedAngles":
         """Without those of the tail, which then has rows of unknown angles: it takes no folds."""
@@ -131,8 +139,8 @@ class SharedAngles:
     ) -> "SharedAngles":
         """Of packed slots with resting ones behind those of each segment, and of more tail rows.
 
-        axes: of the resting ones, in turn; counts, more: slots of each segment, and resting ones, of the first ones that
-        have any; turns: cos and sin `[B, n, E]`.
+        axes: of the resting ones, in turn; counts, more: slots, and resting ones, of each of the first segments; turns:
+        cos and sin `[B, n, E]`.
         """
         own = self.packed.axes
         assert own is not None and axes is not None
