@@ -63,7 +63,7 @@ def taken(key: PackedTensor, value: PackedTensor, choice: Choice) -> tuple[Packe
         moved = replace(
             held, segments=segments_of(held, choice), placement=placement, angles=angles, pinned=pinned, closed=True
         )
-        importance = packed.importance
+        importance = packed.scores
         if importance is not None:
             importance = gathered(importance, choice.order)
         lease = allocate(rows, rows.shape[0]).lease(rows.shape[0])

@@ -69,7 +69,7 @@ def _resting(packed: PackedTensor, index: Tensor, choice: Choice, started: int) 
         index,
         (*counts, tail.shape[0]),
         axes,
-        None if packed.importance is None else gathered(packed.importance, choice.order),
+        None if (scores := packed.scores) is None else gathered(scores, choice.order),
         started,
         turns,
     )
@@ -93,7 +93,7 @@ def wake(layer: CachedLayer) -> None:
     for packed in (layer.key, layer.value):
         held, rest = packed.held, packed.held.resting
         assert rest is not None
-        importance = packed.importance
+        importance = packed.scores
         if importance is not None and rest.importance is not None:
             importance = _behind(importance, counts, rest.importance, rest.counts)
         rows = torch.cat([packed.lease.buffer.rows[: packed.lease.length], rest.tail])
