@@ -44,7 +44,7 @@ class Collector:
         angles = packed.held.angles
         if angles is not None and spec.angles is not None:
             cos, sin = (self._results[number] for number in spec.angles)
-            packed = packed.turned(angles.appended(cos, sin))
+            packed = packed.turned(angles.appended(cos, sin, packed.held.heads))
         elif angles is not None and angles.tail is not None:
             packed = packed.turned(angles.untracked())
         return packed

@@ -58,12 +58,12 @@ def taken(key: PackedTensor, value: PackedTensor, choice: Choice) -> tuple[Packe
         rows = rows_of(packed, choice.between(tail, packed.slots))
         angles = held.angles
         if angles is not None:
-            angles = angles.taken(choice.between(0, tail), choice.between(tail, packed.slots))
+            angles = angles.taken(choice.between(0, angles.slots), choice.between(tail, packed.slots))
         pinned = choice.between(tail, tail + held.pinned).shape[1]
         moved = replace(
             held, segments=segments_of(held, choice), placement=placement, angles=angles, pinned=pinned, closed=True
         )
-        importance = packed.importance
+        importance = packed.scores
         if importance is not None:
             importance = gathered(importance, choice.order)
         lease = allocate(rows, rows.shape[0]).lease(rows.shape[0])

@@ -5,7 +5,6 @@ At prefill `attnpack::observe` tells it of the whole prompt; after every decode 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnpack_fx.cached_layer import CachedLayer
@@ -46,9 +45,8 @@ def _of_prompt(layer: CachedLayer, observed: Tensor) -> Tensor:
 
 
 def _updated(layer: CachedLayer, weights: Tensor, asked: Observation) -> Tensor:
-    positions, old = layer.key.positions, layer.key.importance
+    positions, old = layer.key.positions, layer.key.scores
     assert old is not None
-    old = F.pad(old[:, : layer.slots], (0, max(0, layer.slots - old.shape[1])))
     made = _after(asked.kind, old, weights, layer.added, positions)
     if asked.text is not None and asked.text != asked.kind:
         text = _after(asked.text, old, weights, layer.added, positions)
