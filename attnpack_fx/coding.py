@@ -17,7 +17,7 @@ from attnpack_fx.tail import allocate
 def code(layer: CachedLayer, method: RowCoding) -> None:
     """Code what the method says is due of keys and of values."""
     counts = due(layer, method)
-    if any(counts) or layer.prefill:  # a prompt with nothing to code gets an empty segment: later the form is known
+    if any(counts):
         place_all(layer)
         layer.key = _coded(layer.key, counts[0], "key", layer, method)
         layer.value = _coded(layer.value, counts[1], "value", layer, method)
@@ -43,8 +43,8 @@ def place_all(layer: CachedLayer) -> None:
 
 
 def _coded(packed: PackedTensor, count: int, kind: Kind, layer: CachedLayer, method: RowCoding) -> PackedTensor:
-    """With the oldest `count` tail rows coded; of none, with a segment that is empty."""
-    if not count and not layer.prefill:
+    """With the oldest `count` tail rows coded."""
+    if not count:
         return packed
     rows, angles = oldest(packed, count), packed.held.angles
     if method.unrotated and kind == "key" and angles is not None:

@@ -38,15 +38,15 @@ class Placement:
 
     @classmethod
     def from_plan(
-        cls, indices: list[Tensor], slot: Tensor, vision: Tensor | None = None, *, evicts: bool = False
+        cls, indices: list[Tensor], slot: Tensor, vision: Tensor | None = None, *, moves: bool = False
     ) -> "Placement":
         """From the index of each segment and of the dense prompt tokens, in slot order.
 
-        evicts: whether tokens may leave later, and leave filler where samples differ.
+        moves: whether tokens may leave or change places later, and leave filler where samples differ.
         """
         index = torch.cat(indices, dim=1) if len(indices) > 1 else indices[0]
-        differ = evicts and index.shape[0] > 1
-        return cls(index, slot, differ or _has_filler(index), vision, (slot < 0).sum(1) if evicts else None)
+        differ = moves and index.shape[0] > 1
+        return cls(index, slot, differ or _has_filler(index), vision, (slot < 0).sum(1) if moves else None)
 
     @property
     def tensors(self) -> list[Tensor]:
