@@ -264,9 +264,9 @@ class _Follower:
         given, named = map_aggregate(args, fake), map_aggregate(kwargs, fake)
         try:
             if node.op == "call_method":
-                made = getattr(given[0], str(node.target))(*given[1:], **named)  # type: ignore[index]
+                made = getattr(given[0], str(node.target))(*given[1:], **named)
             else:
-                made = node.target(*given, **named)  # type: ignore[operator, misc]
+                made = node.target(*given, **named)  # type: ignore[operator]
         except _FAILURES:
             return None
         return self._matched(node, made)
