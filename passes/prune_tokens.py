@@ -118,7 +118,10 @@ class _Writer:
             case GatheredMask(node):
                 assert node is not None
                 made = graph.call_function(torch.ops.attnpack.gather_mask.default, (node, self.rows))
-                made.meta["example_value"] = value_of(node)
+                value = value_of(node)
+                assert value is not None
+                value = value if value.dim() == 4 else value[None, None]
+                made.meta["example_value"] = value.expand(self.batch, *value.shape[1:])
                 return made
             case Gathered(node, dims, rank):
                 value = value_of(node)
