@@ -604,7 +604,8 @@ def kept_rows(scores: Tensor, vision: Tensor, mask: Tensor | None, share: float)
     """Which rows stay when of every sample's N vision tokens the `round(share N)` of highest score do.
 
     scores: fp32 `[B, T]`, among equals earlier tokens win; vision: bool `[B or 1, T]`; mask: as in `last_row_scores`.
-    All other tokens stay, padding goes. Returns rows, int64 `[B, T']`; T' depends on the data.
+    All other tokens stay, so does the last one whatever it is; padding goes. Returns rows, int64 `[B, T']`; T' depends
+    on the data.
     """
     return aten.kept_rows(scores, vision, mask, share)
 
