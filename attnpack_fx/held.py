@@ -127,12 +127,12 @@ class Held:
         """What varies: slots, placed tokens, tokens and rank of every block, rows of angles. `fake_parts` reads it."""
         blocks = [size for block in self.blocks for size in _sizes(block)]
         rows = [] if self.angles is None else [self.angles.packed.cos.shape[1]]
-        return self.placement.index.shape[1], self.placement.slot.shape[1], *blocks, *rows
+        return self.placement.index.shape[1], self.placement.tokens, *blocks, *rows
 
     @cached_property
     def named(self) -> dict[str, Tensor]:
-        """The tensors a compiled graph takes, by name."""
-        found = {"index": self.placement.index, "slot": self.placement.slot}
+        """The tensors a compiled graph takes, by name, but for `slot`, which is found when it is asked for."""
+        found = {"index": self.placement.index}
         for number, block in enumerate(self.blocks):
             if isinstance(block, Rows):
                 found[f"coefficient_{number}"], found[f"basis_{number}"] = block.codes, block.scale
@@ -359,8 +359,8 @@ def rank_of(block: Block[Tensor]) -> int:
 
 def fake_parts(
     form: Form, rows: Tensor, sizes: Sequence[int]
-) -> tuple[tuple[Segment[Tensor], ...], Tensor, Tensor, Angles[Tensor] | None]:
-    """Segments, index, slot and angles as tensors of these forms and sizes, for tracing.
+) -> tuple[tuple[Segment[Tensor], ...], Tensor, int, Angles[Tensor] | None]:
+    """Segments, index, number of placed tokens, and angles as tensors of these forms and sizes, for tracing.
 
     rows: a tail `[rows, B, H, D]`; sizes: `Held.sizes`.
     """
@@ -380,7 +380,7 @@ def fake_parts(
             packed += 0 if blocks else tokens_of(block)
             blocks.append(block)
         segments.append(Segment(tuple(blocks)))
-    index, slot = (rows.new_empty((batch, size), dtype=torch.int64) for size in (slots, placed))
+    index = rows.new_empty((batch, slots), dtype=torch.int64)
     angles = None
     if form.angles is not None:
         own, size = form.angles, next(remaining)
@@ -390,7 +390,7 @@ def fake_parts(
         if own.axes:
             axes = rows.new_empty((batch if own.own_axes else 1, own.axes, packed), dtype=torch.int64)
         angles = Angles(cos, sin, axes, own.interleaved)
-    return tuple(segments), index, slot, angles
+    return tuple(segments), index, placed, angles
 
 
 def _fake_factors(stored: int, shared: bool, rows: Tensor, remaining: Iterator[int]) -> Block[Tensor]:

@@ -63,7 +63,7 @@ class PackedTensor(torch.Tensor):
             _, batch, heads, dim = rows.shape
             if held.heads:
                 batch, heads = batch // held.heads, held.heads
-            size = batch, heads, held.placement.slot.shape[1] + lease.length - held.kept, dim
+            size = batch, heads, held.placement.tokens + lease.length - held.kept, dim
         else:
             size = traced[1]
         return torch.Tensor._make_wrapper_subclass(cls, size, dtype=rows.dtype, device=rows.device, requires_grad=False)
@@ -191,7 +191,7 @@ class PackedTensor(torch.Tensor):
 
     def crop(self, tokens: int) -> "PackedTensor":
         """Only the first `tokens` tokens."""
-        placed, length = self.slot.shape[1], self.held.kept
+        placed, length = self.placement.tokens, self.held.kept
         held = self.held
         if tokens < placed:
             held = replace(held, placement=held.placement.crop(tokens))
@@ -239,9 +239,9 @@ class PackedTensor(torch.Tensor):
                 "`torch.save`."
             )
         _, count, *varying = sizes.shape
-        segments, index, slot, angles = fake_parts(context, rows, varying)
+        segments, index, placed, angles = fake_parts(context, rows, varying)
         shared = None if angles is None else SharedAngles(angles)
-        held = Held(segments, context.modalities, Placement(index, slot, context.ragged), shared, heads=context.heads)
+        held = Held(segments, context.modalities, Placement(index, placed, context.ragged), shared, heads=context.heads)
         # Only whether there is one matters to a graph.
         importance = rows.new_empty((), dtype=torch.float32) if context.weighed else None
         lease = TailBuffer(rows).lease(count - SPARE_ROWS)
@@ -366,7 +366,7 @@ def _join(tensors):
     if any(not isinstance(tensor, PackedTensor) for tensor in tensors):
         return NotImplemented
     first = tensors[0]
-    kinds = {(t.shape[1:], t.slot.shape[1], t.dtype, t.device, t.importance is None) for t in tensors}
+    kinds = {(t.shape[1:], t.placement.tokens, t.dtype, t.device, t.importance is None) for t in tensors}
     held = first.held.join([tensor.held for tensor in tensors[1:]])
     if len(kinds) > 1 or held is None:
         return NotImplemented
