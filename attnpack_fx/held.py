@@ -1,6 +1,6 @@
 """What a packed tensor holds besides its tail: segments, where their tokens are, and what reading them takes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from attnpack_fx.kernels.parts import (
 )
 from attnpack_fx.placement import Placement
 from attnpack_fx.resting import Resting
+from attnpack_fx.shared import copies
 
 #: What a segment of `Rows` is called among the modalities: it holds tokens of any.
 ROW_SEGMENT = "rows"
@@ -157,12 +158,15 @@ class Held:
         return [*self.named.values(), *self.placement.tensors, *angles, *self.reserve, *losses, *resting]
 
     def select(self, rows: Tensor) -> "Held":
-        """The samples `rows` (int64 `[B']`) of the batch, copied; what samples share they go on sharing."""
+        """The samples `rows` (int64 `[B']`) of the batch, copied; what samples or layers share they go on sharing."""
         shared = self.forms[0].shared
+
+        def of_rows(part: Tensor) -> Tensor:
+            return copies.of(part, rows, lambda: part.index_select(0, rows))
 
         def chosen(block: Block[Tensor] | Rows[Tensor], alike: bool) -> Block[Tensor] | Rows[Tensor]:
             if isinstance(block, Rows):
-                return map_rows(block, lambda name, part: part if name == "codebook" else part.index_select(0, rows))
+                return map_rows(block, lambda name, part: part if name == "codebook" else of_rows(part))
             owner = None if block.owner is None else block.owner.index_select(0, rows)
             basis = block.basis if alike or owner is not None else block.basis.index_select(0, rows)
             scale = None if block.scale is None else block.scale.index_select(0, rows)
@@ -184,8 +188,13 @@ class Held:
             resting=None if self.resting is None else self.resting.select(rows),
         )
 
-    def map(self, function: Callable[[Tensor], Tensor], to: torch.device | None = None) -> "Held":
-        """Apply a shape-preserving `function` that copies to every floating factor; `to`: where to move the rest."""
+    def map(
+        self, function: Callable[[Tensor], Tensor], to: torch.device | None = None, name: Hashable = None
+    ) -> "Held":
+        """Apply a shape-preserving `function` that copies to every floating factor; `to`: where to move the rest.
+
+        name: the same for what does the same; layers then go on sharing what they share. None: the function itself.
+        """
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor if to is None else tensor.to(to)
@@ -196,7 +205,11 @@ class Held:
 
         def applied(block: Block[Tensor] | Rows[Tensor]) -> Block[Tensor] | Rows[Tensor]:
             if isinstance(block, Rows):
-                return map_rows(block, lambda name, part: copied(name, part, block.form.bits))
+                bits = block.form.bits
+                return map_rows(
+                    block,
+                    lambda part, tensor: copies.of(tensor, (name or function, to), lambda: copied(part, tensor, bits)),
+                )
             owner = None if block.owner is None else moved(block.owner)
             scale = None if block.scale is None else moved(block.scale).clone()
             bits, basis_bits = formats(kind(block))

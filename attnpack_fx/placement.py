@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad as _pad
 
 from attnpack_fx.kernels.aten.plan import slots
-from attnpack_fx.shared import Memo
+from attnpack_fx.shared import Memo, copies, version_of
 
 
 @dataclass(eq=False)
@@ -88,9 +88,9 @@ class Placement:
         """The samples `rows` (int64 `[B']`) of the batch."""
 
         def derive() -> Placement:
-            return self._map(lambda each: each.index_select(0, rows))
+            return self._map(lambda each: copies.of(each, rows, lambda: each.index_select(0, rows)))
 
-        return self._memo.derive("select", rows, rows._version, derive)
+        return self._memo.derive("select", rows, version_of(rows), derive)
 
     def crop(self, tokens: int) -> "Placement":
         """Only the first `tokens` logical prompt positions; their slots keep their numbers."""
@@ -157,7 +157,7 @@ class Placement:
             return self
 
         def derive() -> Placement:
-            return self._map(lambda each: each.to(device, non_blocking=non_blocking))
+            return self._map(lambda each: copies.of(each, device, lambda: each.to(device, non_blocking=non_blocking)))
 
         return self._memo.derive("to", device, 0, derive)
 
