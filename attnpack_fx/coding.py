@@ -26,10 +26,14 @@ def code(layer: CachedLayer, method: RowCoding) -> None:
 def due(layer: CachedLayer, method: RowCoding) -> tuple[int, int]:
     """How many of the oldest tail rows of keys and of values are to be coded now; rows that are pinned do not count."""
     key, value = layer.key, layer.value
-    return (
-        method.due("key", key.lease.length - key.held.pinned, layer.prefill),
-        method.due("value", value.lease.length - value.held.pinned, layer.prefill),
+    keys, values = (
+        method.due(kind, packed.lease.length - packed.held.pinned, layer.prefill)
+        for kind, packed in (("key", key), ("value", value))
     )
+    angles = key.held.angles
+    if method.unrotated and angles is not None and angles.tail is None:
+        keys = 0  # they cannot be turned back
+    return keys, values
 
 
 def place_all(layer: CachedLayer) -> None:

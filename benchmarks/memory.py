@@ -203,7 +203,7 @@ def _besides(row: Row, cache: Cache) -> dict[str, float]:
     key, value = cache[0]
     assert isinstance(key, PackedTensor) and isinstance(value, PackedTensor)
     layers, scales = row.model.layers, [*key.parts.scales, *value.parts.scales]
-    found: dict[str, float] = {"placement": cache_bytes([key.index, key.slot])}
+    found: dict[str, float] = {"placement": cache_bytes(key.index)}
     if scales:
         found["scales"] = layers * cache_bytes(scales)
     if row.text_bits:

@@ -23,7 +23,7 @@ from attnpack_fx.passes.token_pruning import TokenPruning
 from tests.decoder import IMAGE, Decoder, close, next_ids, prompt
 from tests.passes.capture import capture, operations
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_inductor")
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 def compiled(model: Any, method: TokenPruning, reports: list[SiteReport]) -> Any:

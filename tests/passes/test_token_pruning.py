@@ -13,7 +13,7 @@ from attnpack_fx.passes.random_prune import RandomPrune
 from tests.decoder import IMAGE, Decoder, close, prompt
 from tests.passes.test_prune_tokens import compiled, of_tokens
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_inductor")
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 WRONG = [
     (FastV, {"layer": 0}, "layer: got 0"),
