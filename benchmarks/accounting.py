@@ -8,7 +8,7 @@ from attnpack_fx import PackedTensor, cache_bytes
 from attnpack_fx.kernels.parts import Block, Rows
 
 #: Kinds that stand for numbers of keys and values; all others are kept to read these.
-NUMBERS = ("coefficients", "bases", "text coefficients", "text bases", "codes", "dense")
+NUMBERS = ("coefficients", "bases", "text coefficients", "text bases", "codes", "dense", "retained")
 
 _ROWS = {
     "codes": "codes",
@@ -30,7 +30,7 @@ def by_kind(tensors: Iterable[Tensor]) -> dict[str, int]:
 
     coefficients, bases: of vision tokens, "text coefficients" and "text bases" of all others; codes: of coded rows, or
     rows themselves where a merged pair shares them; dense: tail rows that hold tokens, resting ones too, and tensors
-    that are not packed; spare: tail rows that hold none yet. placement: which token is where; observed: attention of
+    that are not packed; retained: tail rows that merged layers keep as they are; spare: tail rows that hold none yet. placement: which token is where; observed: attention of
     stored tokens.
     """
     found: dict[str, int] = {}
@@ -44,8 +44,10 @@ def by_kind(tensors: Iterable[Tensor]) -> dict[str, int]:
             seen.add(storage.data_ptr())
             used = storage.nbytes()
             if isinstance(tensor, PackedTensor) and part is tensor.lease.buffer.rows:
-                used = part[: tensor.lease.length].nbytes
+                used, retained = part[: tensor.lease.length].nbytes, part[: tensor.held.pinned].nbytes
+                found["retained"] = found.get("retained", 0) + retained
                 found["spare"] = found.get("spare", 0) + storage.nbytes() - used
+                used -= retained
             found[kind] = found.get(kind, 0) + used
     assert sum(found.values()) == cache_bytes(tensors), "a part of a packed tensor has no name here"
     return {kind: size for kind, size in found.items() if size}

@@ -37,8 +37,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _HIDDEN = 160
 _IMAGE, _VOCABULARY = 1, 32
 
-#: Kinds of bytes that `closed_form` knows. That of text in codes is of `Tt H D` numbers, the basis, without coefficients.
-_IN_CLOSED_FORM = ("coefficients", "bases", "text bases", "codes", "dense")
+#: Kinds of bytes that `closed_form` knows: of packed text the basis alone, which has the `Tt H D` numbers it counts.
+_IN_CLOSED_FORM = ("coefficients", "bases", "text bases", "codes", "dense", "retained")
 
 Cache = list[tuple[Tensor, Tensor]]
 

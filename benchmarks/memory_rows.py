@@ -1,4 +1,4 @@
-"""The caches whose bytes `benchmarks/memory.py` counts, what is published of them, and the bytes that follow from it."""
+"""The caches that `benchmarks/memory.py` counts, what is published of them, and the bytes that follow from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,10 +156,7 @@ METHOD_ROWS = (
     Row("KIVI 4 bit", LLAVA, 576, 50, None, methods=(KIVI(4),), budget=_kivi),
     Row(
         "GEAR 2 bit",
-        LLAVA,
-        576,
-        50,
-        None,
+        *(LLAVA, 576, 50, None),
         methods=(GEAR(2),),
         budget=lambda row: _dense(row, row.tokens, row.tokens, 2),
     ),
@@ -172,14 +169,21 @@ METHOD_ROWS = (
         budget=lambda row: _merged(row, 4),
     ),
     Row(
-        "H2O 20 %", LLAVA, 576, 50, None, methods=(H2O(),), paper=5.0, budget=lambda row: _kept(row, share_of(0.2, 626))
+        "H2O 20 %",
+        LLAVA,
+        576,
+        50,
+        None,
+        methods=(H2O(),),
+        paper=5.0,
+        budget=lambda row: _kept(row, share_of(0.2, row.tokens)),
     ),
     Row(
         "H2O 20 %, heads together",
         *(LLAVA, 576, 50, None),
         methods=(H2O(heads="together"),),
         paper=5.0,
-        budget=lambda row: _kept(row, share_of(0.2, 626)),
+        budget=lambda row: _kept(row, share_of(0.2, row.tokens)),
     ),
     Row("StreamingLLM 4 + 512", LLAVA, 576, 50, None, methods=(StreamingLLM(),), budget=lambda row: _kept(row, 516)),
     Row("A-VL", LLAVA, 576, 50, None, methods=(AVL(),), paper=2.0, budget=lambda row: _kept(row, 288 + 50)),
