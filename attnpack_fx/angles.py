@@ -49,12 +49,20 @@ class SharedAngles:
         packed = [self.packed.cos, self.packed.sin, *([] if self.packed.axes is None else [self.packed.axes])]
         return [*packed, *(each for piece in self.tail or () for each in piece)]
 
-    def appended(self, cos: Tensor, sin: Tensor) -> "SharedAngles":
-        """With new rows in the tail; what the first layer asks for, the others of the call share."""
+    def appended(self, cos: Tensor, sin: Tensor, heads: int = 0) -> "SharedAngles":
+        """With new rows in the tail; what the first layer asks for, the others of the call share.
+
+        heads: as in `Held`, of which cos and sin know nothing.
+        """
         if self.tail is None:
             return self
         tail = self.tail
-        return self._memo.derive("appended", cos, 0, lambda: SharedAngles(self.packed, (*tail, (cos, sin))))
+
+        def derive() -> SharedAngles:
+            new = (each.repeat_interleave(heads, 0) if heads and each.shape[0] > 1 else each for each in (cos, sin))
+            return SharedAngles(self.packed, (*tail, tuple(new)))  # type: ignore[arg-type]
+
+        return self._memo.derive("appended", cos, 0, derive)
 
     def untracked(self) -> "SharedAngles":
         """Without those of the tail, which then has rows of unknown angles: it takes no folds."""
@@ -104,13 +112,10 @@ class SharedAngles:
         return self._memo.derive("dropped", count, 0, derive)
 
     def taken(self, packed: Tensor, tail: Tensor) -> "SharedAngles":
-        """Of some packed slots and some tail rows, int64 `[B, n]` each, -1 for filler; for one layer.
-
-        Slots beyond those that have angles, which are not rotated, have none in `packed` either.
+        """Of some of the first `slots` packed slots, and some tail rows, int64 `[B, n]` each, -1 for filler; for one
+        layer.
         """
-        known = self.slots
-        covered = packed if packed.shape[1] <= known else packed[:, : int((packed < known).all(0).sum())]
-        made = self.reordered(covered.clamp(min=0))
+        made = self.reordered(packed.clamp(min=0))
         if self.tail is None:
             return made
         rows = (_rows(each.expand(tail.shape[0], -1, -1), tail) for each in self.tail_rows())
@@ -125,14 +130,26 @@ class SharedAngles:
             lambda: self._map(lambda each: each if each.shape[0] == 1 else each.repeat_interleave(heads, 0)),
         )
 
-    def woken(self, axes: Tensor | None, counts: Sequence[int], more: Sequence[int]) -> "SharedAngles":
-        """Of packed slots with resting ones behind those of each segment; axes: of the resting ones, in turn."""
+    def woken(
+        self,
+        axes: Tensor | None,
+        counts: Sequence[int],
+        more: Sequence[int],
+        turns: tuple[Tensor, Tensor] | None = None,
+    ) -> "SharedAngles":
+        """Of packed slots with resting ones behind those of each segment, and of more tail rows.
+
+        axes: of the resting ones, in turn; counts, more: slots, and resting ones, of each of the first segments; turns:
+        cos and sin `[B, n, E]`.
+        """
         own = self.packed.axes
         assert own is not None and axes is not None
-        pairs = zip(own.split(list(counts), 2), axes.split(list(more[: len(counts)]), 2), strict=True)
+        rest = own.shape[2] - sum(counts)
+        pairs = zip(own.split([*counts, rest], 2), axes.split([*more[: len(counts)], 0], 2), strict=True)
         joined = torch.cat([each for pair in pairs for each in pair], 2)
         angles = Angles(self.packed.cos, self.packed.sin, joined, self.packed.interleaved)
-        return SharedAngles(angles, self.tail)
+        tail = None if self.tail is None or turns is None else (*self.tail, turns)
+        return SharedAngles(angles, tail)
 
     @property
     def slots(self) -> int:

@@ -1,7 +1,6 @@
 """From the outputs of a compiled graph to what its caller gets: packed results are put together."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +44,7 @@ class Collector:
         angles = packed.held.angles
         if angles is not None and spec.angles is not None:
             cos, sin = (self._results[number] for number in spec.angles)
-            packed = packed.turned(angles.appended(cos, sin))
+            packed = packed.turned(angles.appended(cos, sin, packed.held.heads))
         elif angles is not None and angles.tail is not None:
             packed = packed.turned(angles.untracked())
         return packed
@@ -75,13 +74,13 @@ class Collector:
             segments.append(segment)
             modalities.append(name)
             losses += [] if loss is None else [(name, loss)]
-        packed = sum(segment.blocks[0].coefficient.shape[1] for segment in segments)
+        packed = sum(segment.factors[0].coefficient.shape[1] for segment in segments)
         wanted = packed or keeps_angles(self._policy)
         angles = None if spec.angles is None or not wanted else self._angles_of(spec, packed)
         made = Held(tuple(segments), tuple(modalities), self._placements[spec.slot], angles, losses=tuple(losses))
         rows: Tensor = results[spec.tail]
         if spec.heads:
-            made, rows = _apart(made, spec.heads), rows.flatten(1, 2)[:, :, None]
+            made, rows = made.apart(spec.heads), rows.flatten(1, 2)[:, :, None]
         return PackedTensor(made, TailBuffer(rows).lease(rows.shape[0]))
 
     def _angles_of(self, spec: Packed, packed: int) -> SharedAngles:
@@ -93,9 +92,3 @@ class Collector:
             keep = keeps_angles(self._policy)
             self._angles[known] = SharedAngles.of_prompt(cos, sin, placement.index, packed, spec.interleaved, keep)
         return self._angles[known]
-
-
-def _apart(held: Held, heads: int) -> Held:
-    """What holds no factors, with every KV head a sample of its own."""
-    angles = None if held.angles is None else held.angles.apart(heads)
-    return replace(held, placement=held.placement.apart(heads), angles=angles, heads=heads)

@@ -12,7 +12,7 @@ def tokens(layer: CachedLayer) -> Tokens:
     assert placement.absent is not None
     return Tokens(
         position=position,
-        score=layer.key.importance,
+        score=layer.key.scores,
         vision=placement.is_vision(position),
         seen=layer.key.shape[2],
         real=layer.key.shape[2] - placement.absent,

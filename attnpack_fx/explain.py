@@ -118,7 +118,7 @@ def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tens
     }
     if isinstance(key, PackedTensor) and isinstance(value, PackedTensor):
         report |= {
-            "tokens": key.tokens,
+            "tokens": key.tokens | _left(key),
             "key_rank": key.ranks,
             "value_rank": value.ranks,
             "key_error": _relative_error(key, dense[0]),
@@ -129,6 +129,17 @@ def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tens
     return report
 
 
+def _left(key: PackedTensor) -> dict[str, int]:
+    """How many tokens, of the sample with most, are not read, and how many are gone."""
+    counts, absent = {}, key.placement.absent
+    if key.held.resting is not None and key.held.resting.index.shape[1]:
+        counts["resting"] = key.held.resting.index.shape[1]
+    if absent is not None:
+        stored = (key.positions >= 0).sum(1) + counts.get("resting", 0)
+        counts["evicted"] = int((key.shape[2] - absent - stored).max())
+    return counts
+
+
 def _fold_error(key: PackedTensor, value: PackedTensor) -> float | None:
     """The larger bound of keys and values."""
     bounds = [loss.relative for packed in (key, value) for name, loss in packed.held.losses if name == TEXT]
@@ -137,8 +148,9 @@ def _fold_error(key: PackedTensor, value: PackedTensor) -> float | None:
 
 def _relative_error(packed: PackedTensor, dense: Tensor) -> float:
     """Frobenius error over the stored prompt tokens: later tokens may differ because the text does."""
-    prompt = packed.slot.shape[1]
-    stored = (packed.slot >= 0)[:, None, :, None]
+    prompt = dense.shape[2] - _DECODE_STEPS if packed.lease.length else packed.slot.shape[1]
+    stored = packed.stored[:, :, :prompt, None]
+    prompt = stored.shape[2]
     reference = dense[:, :, :prompt].float() * stored
     difference = packed.dense()[:, :, :prompt].float() - reference
     return float(difference.norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))

@@ -214,6 +214,11 @@ class Held:
             resting=None if self.resting is None else self.resting.map(function, to),
         )
 
+    def apart(self, heads: int) -> "Held":
+        """Of a tensor that holds no segment, with every KV head a sample of its own."""
+        angles = None if self.angles is None else self.angles.apart(heads)
+        return replace(self, placement=self.placement.apart(heads), angles=angles, heads=heads)
+
     def join(self, others: Sequence["Held"]) -> "Held | None":
         """The samples of self, then those of the others, where they have the same segments; else None.
 
@@ -316,7 +321,7 @@ def tokens_of(block: Block[Tensor] | Rows[Tensor]) -> int:
 
 def map_rows(block: Rows[Tensor], function: Callable[[str, Tensor], Tensor]) -> Rows[Tensor]:
     """Rows with another tensor for every one, by its name."""
-    return replace(block, **{name: function(name, tensor) for name, tensor in block.tensors.items()})
+    return Rows(block.form, **{name: function(name, tensor) for name, tensor in block.tensors.items()})
 
 
 def is_shared(block: Block[Tensor] | Rows[Tensor]) -> bool:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnpack_fx.maintenance import maintain
 from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.packing import pack
+from attnpack_fx.packing import fresh_layer
 from attnpack_fx.policy import PackPolicy
 
 
@@ -43,6 +44,7 @@ def pack_cache(
 
     Sliding-window layers stay as they are: what they keep changes with every token.
     """
+    packed = []
     for number, layer in enumerate(self_attention_layers(past_key_values)):
         key = getattr(layer, "keys", None)
         if (
@@ -51,7 +53,11 @@ def pack_cache(
             and not isinstance(key, PackedTensor)
             and not getattr(layer, "is_sliding", False)
         ):
-            layer.keys, layer.values = pack(key, layer.values, policy, modality=modality, real=real, layer=number)
+            fresh = fresh_layer(key, layer.values, policy, modality=modality, real=real, layer=number)
+            packed.append((layer, fresh))
+    maintain([fresh for _, fresh in packed], policy)
+    for layer, fresh in packed:
+        layer.keys, layer.values = fresh.key, fresh.value
     return past_key_values
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnpack_fx.held import Held, tokens_of
 from attnpack_fx.kernels.aten import coded_rows
 from attnpack_fx.kernels.aten.plan import positions
-from attnpack_fx.kernels.parts import Rows, Segment
+from attnpack_fx.kernels.parts import Block, Rows, Segment
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.tail import exact
 
@@ -58,12 +58,12 @@ def taken(key: PackedTensor, value: PackedTensor, choice: Choice) -> tuple[Packe
         rows = rows_of(packed, choice.between(tail, packed.slots))
         angles = held.angles
         if angles is not None:
-            angles = angles.taken(choice.between(0, tail), choice.between(tail, packed.slots))
+            angles = angles.taken(choice.between(0, angles.slots), choice.between(tail, packed.slots))
         pinned = choice.between(tail, tail + held.pinned).shape[1]
         moved = replace(
             held, segments=segments_of(held, choice), placement=placement, angles=angles, pinned=pinned, closed=True
         )
-        importance = packed.importance
+        importance = packed.scores
         if importance is not None:
             importance = gathered(importance, choice.order)
         made.append(PackedTensor(moved, exact(rows), importance))
@@ -81,7 +81,7 @@ def segments_of(held: Held, choice: Choice) -> tuple[Segment[Tensor], ...]:
     made, start = [], 0
     for segment, count in zip(held.segments, held.counts, strict=True):
         order = choice.between(start, start + count)
-        blocks = []
+        blocks: list[Block[Tensor] | Rows[Tensor]] = []
         for block in segment.blocks:
             if isinstance(block, Rows):
                 blocks.append(coded_rows.select(block, order))

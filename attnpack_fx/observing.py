@@ -5,7 +5,6 @@ At prefill `attnpack::observe` tells it of the whole prompt; after every decode 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnpack_fx.cached_layer import CachedLayer
@@ -39,15 +38,15 @@ def _moving_average(layer: CachedLayer, weights: Tensor, partial: Partial) -> Te
 def _of_prompt(layer: CachedLayer, observed: Tensor) -> Tensor:
     """From logical positions to slots."""
     positions = layer.key.positions
-    kinds = [each.gather(1, positions.clamp(min=0)) for each in observed]
-    made = kinds[0] if len(kinds) == 1 else torch.where(_vision(layer, positions), *kinds)
+    made, *text = (each.gather(1, positions.clamp(min=0)) for each in observed)
+    if text:
+        made = torch.where(_vision(layer, positions), made, text[0])
     return made.masked_fill(positions < 0, 0)
 
 
 def _updated(layer: CachedLayer, weights: Tensor, asked: Observation) -> Tensor:
-    positions, old = layer.key.positions, layer.key.importance
+    positions, old = layer.key.positions, layer.key.scores
     assert old is not None
-    old = F.pad(old[:, : layer.slots], (0, max(0, layer.slots - old.shape[1])))
     made = _after(asked.kind, old, weights, layer.added, positions)
     if asked.text is not None and asked.text != asked.kind:
         text = _after(asked.text, old, weights, layer.added, positions)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import pad as _pad
 from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.angles import SharedAngles
@@ -117,7 +118,7 @@ class PackedTensor(torch.Tensor):
     def ranks(self) -> dict[str, int]:
         """Rank by modality, of what is low rank."""
         return {
-            name: sum(map(rank_of, segment.blocks))
+            name: sum(map(rank_of, segment.factors))
             for name, segment in zip(self.modalities, self.segments, strict=True)
             if name != ROW_SEGMENT
         }
@@ -142,6 +143,15 @@ class PackedTensor(torch.Tensor):
     def positions(self) -> Tensor:
         """Logical position of every slot, int64 `[B, slots]`, -1 for filler."""
         return self.placed.index
+
+    @property
+    def scores(self) -> Tensor | None:
+        """The importance of every slot, fp32 `[B, slots]`; 0 of tokens that came after it was found."""
+        known = self.importance
+        if known is None or known.shape[1] == self.slots:
+            return known
+        known = known[:, : self.slots]
+        return _pad(known, (0, self.slots - known.shape[1]))
 
     @property
     def stored(self) -> Tensor:

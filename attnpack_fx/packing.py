@@ -2,9 +2,13 @@
 
 from torch import Tensor
 
+from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.held import Held
 from attnpack_fx.kernels import ops
+from attnpack_fx.maintenance import maintain
 from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.passes.asks import acting, asks_for_modality, heads_apart, observation
+from attnpack_fx.passes.method import Stage
 from attnpack_fx.passes.plan_tokens import asks_for_loss, gain, share_basis
 from attnpack_fx.passes.state import TEXT, VISION
 from attnpack_fx.placement import Placement
@@ -28,8 +32,24 @@ def pack(
     key, value: `[B, H, T, D]`, head dims may differ; modality: bool `[B or 1, T]`, True for vision, None for all text;
     real: bool `[B or 1, T]`, False for padding, None for none; layer: its number, for policies that ask.
 
-    Raises ValueError for ranks the heads cannot have, and for NaN or Inf in what is packed.
+    Of the policy's methods those act that need no queries and no other layer. Raises ValueError for ranks the heads
+    cannot have, and for NaN or Inf in what is packed; NotImplementedError for methods that go by attention.
     """
+    fresh = fresh_layer(key, value, policy, modality=modality, real=real, layer=layer)
+    maintain([fresh], policy)
+    return fresh.key, fresh.value
+
+
+def fresh_layer(
+    key: Tensor, value: Tensor, policy: PackPolicy, *, modality: Tensor | None, real: Tensor | None, layer: int | None
+) -> CachedLayer:
+    """One layer packed, before methods act on it; arguments and errors as in `pack`."""
+    if observation(policy) is not None:
+        names = ", ".join(method.name for method in policy.passes if method.observes)
+        raise NotImplementedError(
+            f"pack: got a policy with {names}, which goes by what queries attend to, and there are none here; "
+            "compile the model with the policy, or use StreamingLLM or RandomEviction"
+        )
     widths = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
     plan = policy.layer(layer, policy.layer_count, *widths, vision=modality is not None)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
@@ -37,7 +57,10 @@ def pack(
     known = modality if VISION in stored else None
     *indices, slot = ops.plan(known, real, key, TEXT in stored, gains.get(VISION, []), gains.get(TEXT, []))
     index = {name: found for name, found in zip((VISION, TEXT), indices, strict=False) if name in stored}
-    placement = Placement.from_plan([*index.values(), indices[2]], slot)
+    vision = modality.expand(slot.shape) & (slot >= 0) if modality is not None and asks_for_modality(policy) else None
+    evicts = bool(acting(policy.passes, Stage.EVICT))
+    placement = Placement.from_plan([*index.values(), indices[2]], slot, vision, evicts=evicts)
+    heads = key.shape[1] if heads_apart(policy, bool(stored)) else 0
     packed = []
     for kind, dense in (("key", key.detach()), ("value", value.detach())):
         squares = dense.float().square().sum((1, 3)) if asks_for_loss(policy, stored.values()) else None
@@ -53,10 +76,13 @@ def pack(
                 total = None if squares is None else squares_of(squares, index[name])
                 segments[name], loss = store(*factors[:2], columns, total, factors[2])
                 losses += [] if loss is None else [(name, loss)]
-        lease = TailBuffer(ops.take_rows(dense, indices[2], 0)).lease(indices[2].shape[1])
+        rows = ops.take_rows(dense, indices[2], 0)
         held = Held(tuple(segments.values()), tuple(segments), placement, losses=tuple(losses))
-        packed.append(PackedTensor(held, lease))
-    return weighed(packed[0], policy), packed[1]
+        if heads:
+            held, rows = held.apart(heads), rows.flatten(1, 2)[:, :, None]
+        packed.append(PackedTensor(held, TailBuffer(rows).lease(rows.shape[0])))
+    skipped = bool(policy.passes) and policy.skips(layer, policy.layer_count)
+    return CachedLayer(layer, weighed(packed[0], policy), packed[1], key.shape[2], prefill=True, skipped=skipped)
 
 
 def _together(

@@ -154,8 +154,8 @@ class Placement:
         return self._memo.derive("to", device, 0, derive)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Placement":
-        more = (None if each is None else function(each) for each in (self.vision, self.absent))
-        return Placement(function(self.index), function(self.slot), self.ragged, *more)
+        vision, absent = (None if each is None else function(each) for each in (self.vision, self.absent))
+        return Placement(function(self.index), function(self.slot), self.ragged, vision, absent)
 
     def same_as(self, other: "Placement") -> bool:
         """Whether both place every token alike (compares contents only when the objects differ)."""

@@ -14,8 +14,9 @@ class Resting:
     coefficients: of every low-rank block, `[B, n_s, r]` with n_s resting tokens of its segment.
     tail: dense rows `[n, B, H, D]`.
     index: int64 `[B, N]`, logical positions: of every segment's resting tokens in turn, then of the tail's; -1 filler.
-    counts: n_s of every segment, then n.
+    counts: n_s of every low-rank segment, then n.
     axes: int64 `[B, A, n_s of all]`, the rows of packed tokens in tables of angles; importance: of keys, fp32 `[B, N]`.
+    turns: cos and sin `[B, n, E]` of the tail, where those of tail rows are kept.
     started: how many logical tokens the prompt had.
     """
 
@@ -26,12 +27,13 @@ class Resting:
     axes: Tensor | None
     importance: Tensor | None
     started: int
+    turns: tuple[Tensor, Tensor] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes memory."""
         more = (each for each in (self.axes, self.importance) if each is not None)
-        return [*self.coefficients, self.tail, self.index, *more]
+        return [*self.coefficients, self.tail, self.index, *more, *(self.turns or ())]
 
     def select(self, rows: Tensor) -> "Resting":
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
@@ -43,6 +45,7 @@ class Resting:
             None if self.axes is None else self.axes.index_select(0, rows),
             None if self.importance is None else self.importance.index_select(0, rows),
             self.started,
+            self._turned(lambda each: each.index_select(0, rows)),
         )
 
     def map(self, function: Callable[[Tensor], Tensor], to: torch.device | None = None) -> "Resting":
@@ -60,8 +63,12 @@ class Resting:
             None if self.axes is None else moved(self.axes),
             None if self.importance is None else moved(self.importance),
             self.started,
+            self._turned(moved),
         )
 
     def crop(self, tokens: int) -> "Resting":
         """Without those at logical positions from `tokens` on."""
         return replace(self, index=self.index.masked_fill(self.index >= tokens, -1))
+
+    def _turned(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+        return None if self.turns is None else (function(self.turns[0]), function(self.turns[1]))

@@ -1,7 +1,8 @@
 """Selective reading: vision tokens that attention does not turn to rest, and steps read the others.
 
 Resting tokens are kept apart, as rows or coefficients of their own, so that what a step reads is contiguous and nothing
-is masked. From time to time one step reads all, and attention says anew which tokens are of interest.
+is masked. From time to time one step reads all, and attention says anew which tokens are of interest. Tokens in coded
+rows, whose scales are not theirs alone, do not rest.
 """
 
 from dataclasses import replace
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.evicting import tokens
-from attnpack_fx.held import Held
-from attnpack_fx.kernels.parts import Block, Segment
+from attnpack_fx.held import ROW_SEGMENT, Held
+from attnpack_fx.kernels.parts import Block, Rows, Segment
 from attnpack_fx.moving import Choice, choose, chosen_positions, gathered, rows_of, segments_of, taken
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.selection import Selection
@@ -35,9 +36,13 @@ def select(layer: CachedLayer, method: Selection) -> None:
 
 def _rest(layer: CachedLayer, method: Selection, started: int) -> None:
     shown = tokens(layer)
-    read = method.core_of(shown)
     stored = shown.position >= 0
-    core, other = choose(layer.key, layer.value, read & stored), choose(layer.key, layer.value, ~read & stored)
+    first, end = sum(_low_rank(layer.key.held)), max(layer.key.held.packed, layer.value.held.packed)
+    rests = stored & ~method.core_of(shown)
+    rests[:, first:end] = False
+    if not bool(rests.any()):
+        return
+    core, other = (choose(layer.key, layer.value, each) for each in (stored & ~rests, rests))
     index = chosen_positions(layer.key, other)
     resting = [_resting(packed, index, other, started) for packed in (layer.key, layer.value)]
     pair = taken(layer.key, layer.value, core)
@@ -50,20 +55,29 @@ def _rest(layer: CachedLayer, method: Selection, started: int) -> None:
 def _resting(packed: PackedTensor, index: Tensor, choice: Choice, started: int) -> Resting:
     held = packed.held
     blocks = [block for segment in segments_of(held, choice) for block in segment.blocks]
-    assert all(isinstance(block, Block) for block in blocks), "coded rows do not rest"
-    ends = accumulate(held.counts, initial=0)
+    ends = accumulate(_low_rank(held), initial=0)
     counts = [choice.between(first, end).shape[1] for first, end in pairwise(ends)]
-    tail = rows_of(packed, choice.between(held.packed, packed.slots))
-    angles = held.angles
+    order = choice.between(held.packed, packed.slots)
+    tail = rows_of(packed, order)
+    angles, axes, turns = held.angles, None, None
+    if angles is not None:
+        angles = angles.taken(choice.between(0, angles.slots), order)
+        axes, turns = angles.packed.axes, None if angles.tail is None else angles.tail_rows()
     return Resting(
         tuple(block.coefficient for block in blocks if isinstance(block, Block)),
         tail,
         index,
         (*counts, tail.shape[0]),
-        None if angles is None else angles.reordered(choice.between(0, held.packed).clamp(min=0)).packed.axes,
-        None if packed.importance is None else gathered(packed.importance, choice.order),
+        axes,
+        None if (scores := packed.scores) is None else gathered(scores, choice.order),
         started,
+        turns,
     )
+
+
+def _low_rank(held: Held) -> tuple[int, ...]:
+    """Slots of the low-rank segments, which come first."""
+    return tuple(count for name, count in zip(held.modalities, held.counts, strict=True) if name != ROW_SEGMENT)
 
 
 def wake(layer: CachedLayer) -> None:
@@ -71,14 +85,15 @@ def wake(layer: CachedLayer) -> None:
     resting = layer.key.held.resting
     assert resting is not None
     key = layer.key
-    counts = (*key.held.counts, key.lease.length)
+    low = _low_rank(key.held)
+    counts = (*low, key.slots - sum(low))
     index = _behind(key.positions, counts, resting.index, resting.counts)
     placement = key.placed.moved(index)
     made = []
     for packed in (layer.key, layer.value):
         held, rest = packed.held, packed.held.resting
         assert rest is not None
-        importance = packed.importance
+        importance = packed.scores
         if importance is not None and rest.importance is not None:
             importance = _behind(importance, counts, rest.importance, rest.counts)
         rows = torch.cat([packed.lease.buffer.rows[: packed.lease.length], rest.tail])
@@ -86,7 +101,7 @@ def wake(layer: CachedLayer) -> None:
             held,
             segments=_joined(held, rest),
             placement=placement,
-            angles=None if held.angles is None else held.angles.woken(rest.axes, held.counts, rest.counts),
+            angles=None if held.angles is None else held.angles.woken(rest.axes, low, rest.counts, rest.turns),
             resting=_none(rest),
         )
         made.append(PackedTensor(woken, exact(rows), importance))
@@ -95,16 +110,13 @@ def wake(layer: CachedLayer) -> None:
 
 def _joined(held: Held, rest: Resting) -> tuple[Segment[Tensor], ...]:
     remaining = iter(rest.coefficients)
-    return tuple(
-        Segment(
-            tuple(
-                replace(block, coefficient=torch.cat([block.coefficient, next(remaining)], 1))
-                for block in segment.blocks
-                if isinstance(block, Block)
-            )
-        )
-        for segment in held.segments
-    )
+
+    def joined(block: Block[Tensor] | Rows[Tensor]) -> Block[Tensor] | Rows[Tensor]:
+        if isinstance(block, Rows):
+            return block
+        return replace(block, coefficient=torch.cat([block.coefficient, next(remaining)], 1))
+
+    return tuple(Segment(tuple(map(joined, segment.blocks))) for segment in held.segments)
 
 
 def _behind(read: Tensor, counts: tuple[int, ...], rest: Tensor, more: tuple[int, ...]) -> Tensor:

@@ -690,7 +690,7 @@ def merged_rows(
     """ASAP's choice of tokens: best by attention, similar ones merged (eq. 6), as many others salvaged.
 
     hidden: `[B, T, C]`; attention, raw: as `bidirectional_scores` returns them; vision, mask: as in `kept_rows`;
-    most: how many vision tokens stay; threshold: the cosine above which a kept token absorbs another of no larger weight.
+    most: how many vision tokens stay; threshold: the cosine above which one absorbs another of no larger weight.
     Returns rows int64 `[B, T']`, group int64 `[B, T]` and weight fp32 `[B, T]`, as `merge_tokens` takes them. T'
     depends on the data.
     """

@@ -169,6 +169,11 @@ class Segment(Generic[T]):
 
     blocks: tuple[Block[T] | Rows[T], ...]
 
+    @property
+    def factors(self) -> tuple[Block[T], ...]:
+        """The low-rank blocks: all, or none where tokens are `Rows`."""
+        return tuple(block for block in self.blocks if isinstance(block, Block))
+
 
 @dataclass(frozen=True)
 class Angles(Generic[T]):

@@ -68,37 +68,11 @@ def follow(state: GraphState, boundary: Boundary) -> Followed | str:
 
 
 #: Operations that pick rows by number: on fewer rows the numbers mean others.
-_POSITIONAL = frozenset(
-    [
-        "index_select",
-        "gather",
-        "take",
-        "take_along_dim",
-        "narrow",
-        "select",
-        "index_copy",
-        "index_copy_",
-        "index_put",
-        "index_put_",
-        "index_add",
-        "index_add_",
-        "scatter",
-        "scatter_",
-        "scatter_add",
-        "scatter_add_",
-        "masked_scatter",
-        "masked_scatter_",
-        "setitem",
-        "roll",
-        "flip",
-        "split",
-        "chunk",
-        "tensor_split",
-        "unbind",
-        "topk",
-        "sort",
-        "argsort",
-    ]
+_POSITIONAL = (
+    *("index_select", "gather", "take", "take_along_dim", "narrow", "select", "setitem", "masked_scatter"),
+    *("index_copy", "index_put", "index_add", "scatter", "scatter_add", "index_copy_", "index_put_", "index_add_"),
+    *("scatter_", "scatter_add_", "masked_scatter_", "roll", "flip", "split", "chunk", "tensor_split", "unbind"),
+    *("topk", "sort", "argsort"),
 )
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.kernels import ops, reference
+from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.part import Part, Result, Run, WrongResultError, left_out, markdown, measured
 from tests.kernels.inputs import ATTENTION_FLOOR, TOLERANCE, Shapes, attention_arguments, relative_error
@@ -83,6 +84,22 @@ def attention_shapes(dry: bool) -> list[Shapes]:
         {"ragged": True, "mask": "bool", "padding": 3},
         *({"rotary": size, "interleaved": pairs} for size in (64, 32) for pairs in (False, True)),
         {"rotary": 64, "segments": (33, 29), "group": 4, "queries": 3, "mask": "bool", "ragged": True},
+        *({"key_cuts": ((1.0, how),), "value_cuts": ((1.0, how),)} for how in _FORMATS),
+        {"key_cuts": ((1.0, 8), (0.5, 4)), "value_cuts": ((1.0, 0), (0.3, 2)), "segments": (33, 29), "group": 4},
+        {"key_cuts": ((1.0, 4),), "shared": True, "queries": 3, "mask": "bool", "ragged": True},
+        *(
+            {"segments": (), "key_rows": ((70, keys),), "value_rows": ((70, values),), "group": group}
+            for group, (keys, values) in zip((1, 4, 1, 4), _ROWS, strict=True)
+        ),
+        {
+            **{"key_cuts": ((1.0, 4),), "value_cuts": ((1.0, 4),), "mask": "additive", "ragged": True},
+            **{"key_rows": ((50, _ROWS[0][0]),), "value_rows": ((50, _ROWS[0][1]),)},
+        },
+        {"key_rows": ((60, RowForm(4, group=32, rank=2)),), "value_rows": ((50, RowForm(2, group=32, outliers=True)),)},
+        {
+            **{"batch": 4, "heads": 8, "group": 4, "segments": (2100,), "key_dim": 128, "value_dim": 128},
+            **{"key_rank": 64, "value_rank": 64, "key_cuts": ((1.0, 4),), "value_cuts": ((1.0, 4),)},
+        },
         {"batch": 1, "heads": 8, "group": 4, "segments": (2100,), "key_dim": 128, "value_dim": 128, "key_rank": 64},
         {
             "batch": 5,
@@ -96,6 +113,16 @@ def attention_shapes(dry: bool) -> list[Shapes]:
     ]
     return [replace(base, **variant) for variant in (variants[::6] if dry else variants)]
 
+
+#: Of coefficients and bases: symmetric, one factor alone, floats, with zero points.
+_FORMATS = (8, 4, 2, (4, 0, False), (0, 8, False), (E4M3, E4M3, False), (E5M2, 0, False), (4, 2, True), (8, 8, True))
+#: Of keys and values: as KIVI's, floats, codebooks, numbers as they are.
+_ROWS = (
+    (RowForm(2, channel=True, zero=True), RowForm(2, group=32, zero=True)),
+    (RowForm(E4M3, group=256), RowForm(E5M2, group=8, norm=True)),
+    (RowForm(4, channel=True, codebook=True), RowForm(4, group=64, codebook=True, norm=True)),
+    (RowForm(0), RowForm(8, group=24, zero=True)),
+)
 
 _MASK_SHAPES = (
     (True, True, True, True),
@@ -169,8 +196,8 @@ def _attention_problems(
         arguments = attention_arguments(shape)
         here = _on(machine, arguments)
         # Rows beyond the length are spare: what stands there must not matter.
-        for tail in (here["key_tail"], here["value_tail"]):
-            tail[here["length"] :] = torch.nan
+        here["key_tail"][here["length"] :] = torch.nan
+        here["value_tail"][here["length"] + shape.key_slots - shape.value_slots :] = torch.nan
         yield number, arguments, here, shape
 
 
@@ -190,7 +217,8 @@ def check_decompress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[st
         names = ("key_coefficients", "key_bases", "key_tail", "length", "index")
         parts = [arguments[name] for name in names]
         slot = _slots(arguments["index"], shape.padding)
-        turn = (arguments["cos"], arguments["sin"], shape.interleaved, None, [], [], [])
+        stored = (arguments[name] for name in ("key_blocks", "key_scales", "key_owners"))
+        turn = (arguments["cos"], arguments["sin"], shape.interleaved, None, *stored)
         expected = reference.decompress(*parts, slot, *turn)
         here = _on(machine, (*parts, slot, *turn))
         poison(machine)

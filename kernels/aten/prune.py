@@ -1,7 +1,7 @@
 """Fewer tokens from a decoder layer on: which rows stay, and moving them out of and back into all rows.
 
-`rows` is int64 `[B, T']`, logical positions in ascending order, filled up at the end of a row with -1. A filler row is a
-copy of its sample's last row: finite, behind every real row, so that causal attention does not see it.
+`rows` is int64 `[B, T']`, logical positions in ascending order, filled up at the end of a row with -1. A filler row is
+a copy of its sample's last row: finite, behind every real row, so that causal attention does not see it.
 """
 
 import torch

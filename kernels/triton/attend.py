@@ -20,7 +20,7 @@ from torch.library import wrap_triton
 
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
-from attnpack_fx.kernels.triton.blocks import contiguous, stored, takes_parts, tokens_of
+from attnpack_fx.kernels.triton.blocks import alike, contiguous, low_rank, stored, takes_parts
 from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
@@ -74,7 +74,7 @@ def takes(
     """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads.
 
     For ATen are also: bases that samples choose from; keys before rotary embedding in several blocks, in few bits or
-    with a shared basis; keys and values of unequally many packed tokens.
+    with a shared basis; keys and values in unlike segments, or of unequally many tokens but for coded rows at the end.
     """
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
@@ -84,12 +84,10 @@ def takes(
         return False
     keys = stored(key_coefficients, key_bases, key_scales, key_blocks)
     values = stored(value_coefficients, value_bases, value_scales, value_blocks)
-    if max(len(keys), len(values)) > MAX_SEGMENTS or len(keys) != len(values):
+    if len(low_rank(keys)) > MAX_SEGMENTS or not alike(keys, values):
         return False
     # Offsets within a sample are 32-bit: they take half the registers.
     if not all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in [*key_coefficients, *value_coefficients]):
-        return False
-    if not all(tokens_of(k) == tokens_of(v) for k, v in zip(keys, values, strict=True)):
         return False
     if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
         return cos is None and takes_parts(keys, values, query)

@@ -24,6 +24,7 @@ from attnpack_fx.kernels.triton.blocks import (
     Stored,
     StoredRows,
     key_forms,
+    low_rank,
     tokens_of,
     value_forms,
 )
@@ -50,9 +51,8 @@ class CodedProblem(Problem):
     def low_rank(self) -> "LowRank":
         """The low-rank segments."""
         slots = accumulate(self.tokens, initial=0)
-        found = [(slot, part) for slot, part in zip(slots, self.keys, strict=False) if not isinstance(part, StoredRows)]
-        values = [part for part in self.values if not isinstance(part, StoredRows)]
-        return LowRank([part for _, part in found], values, [slot for slot, _ in found], self)
+        first_slots = [slot for slot, part in zip(slots, self.keys, strict=False) if not isinstance(part, StoredRows)]
+        return LowRank(low_rank(self.keys), low_rank(self.values), first_slots, self)
 
     @cached_property
     def rows_of(self) -> tuple[StoredRows | None, StoredRows | None, int]:
@@ -111,27 +111,32 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
         latent = query.new_empty((batch, problem.rows, low_rank.key_width))
     if _asymmetric(low_rank.key_forms):
         shift = query.new_empty((low_rank.parts, batch, problem.rows), dtype=torch.float32)
-    rows_per_split, tail_splits = problem.tail_splits(blocks)
     keys, values, first_slot = problem.rows_of
-    coded, tile, forms = 0, problem.tail_tile, ((), ())
+    key_count, value_count, forms = 0, 0, ((), ())
     if keys is not None and values is not None:
-        coded, forms = keys.tokens, (keys.compiled(dim), values.compiled(value_dim))
-    coded_per_split = per_program(coded, batch * problem.heads * blocks, tile, query.device)
-    coded_splits = cdiv(coded, coded_per_split)
-    partial, partial_sums = problem.partials(coded_splits + tail_splits, value_dim)
+        key_count, value_count, forms = keys.tokens, values.tokens, (keys.compiled(dim), values.compiled(value_dim))
+    both, most = torch.sym_min(key_count, value_count), torch.sym_max(key_count, value_count)
+    programs, tile = batch * problem.heads * blocks, problem.tail_tile
+    counts = both, most - both, problem.length - (most - key_count)
+    per_split = [per_program(count, programs, tile, query.device) for count in counts]
+    splits = [cdiv(count, each) for count, each in zip(counts, per_split, strict=True)]
+    partial, partial_sums = problem.partials(sum(splits), value_dim)
     arguments = problem.shared_arguments()
     del arguments["SEGMENTS"]
-    wrap_triton(absorb_coded_kernel)[(batch * problem.heads, blocks, low_rank.parts + coded_splits + tail_splits)](
+    wrap_triton(absorb_coded_kernel)[(batch * problem.heads, blocks, low_rank.parts + sum(splits))](
         latent=latent,
         shift=shift,
         partial=partial,
         log_sums=partial_sums,
         scores_out=scores,
-        rows_per_split=rows_per_split,
-        coded=coded,
-        coded_per_split=coded_per_split,
-        coded_splits=coded_splits,
+        key_count=key_count,
+        value_count=value_count,
         coded_slot=first_slot,
+        coded_per_split=per_split[0],
+        coded_splits=splits[0],
+        mixed_per_split=per_split[1],
+        mixed_splits=splits[1],
+        rows_per_split=per_split[2],
         key_groups=0 if keys is None else keys.scale.shape[1],
         value_groups=0 if values is None else values.scale.shape[1],
         KEYS=low_rank.key_forms,
@@ -151,7 +156,7 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
         **_row_tensors("value", values, problem.index),
         **arguments,
     )
-    return latent, shift, Results(partial, partial_sums, [coded_splits + tail_splits], problem.index)
+    return latent, shift, Results(partial, partial_sums, [sum(splits)], problem.index)
 
 
 def _tokens(problem: CodedProblem, latent: Tensor, shift: Tensor, scores: Tensor, weights: bool) -> Results:

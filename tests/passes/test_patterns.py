@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from attnpack_fx.passes.patterns import argument, is_call, layer_of, strip_repeat_kv, through_no_ops
+from attnpack_fx.passes.patterns import argument, is_call, layer_number, layer_of, strip_repeat_kv, through_no_ops
 from tests.passes.capture import capture
 
 KV = torch.randn(2, 2, 5, 4)
@@ -104,6 +104,13 @@ def test_a_node_is_named_after_its_module():
 
     node, _ = result_of(Outer(), KV)
     assert layer_of(node).endswith("inner")
+
+
+def test_the_model_among_the_arguments_of_a_decorator_is_no_layer():
+    node, _ = result_of(lambda x: x.neg(), KV)
+    node.meta["nn_module_stack"] = {"1": ("L['args'][0].model.layers.3.self_attn", nn.Module)}
+    assert layer_of(node) == "model.layers.3.self_attn"
+    assert layer_number(layer_of(node)) == 3
 
 
 def test_a_node_outside_any_module_is_named_after_itself():

@@ -25,7 +25,7 @@ from tests.passes.capture import capture, operations
 from tests.zoo import ZOO, _seeded
 from tests.zoo import prompt as zoo_prompt
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_inductor")
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 def compiled(model: Any, method: TokenPruning, reports: list[SiteReport]) -> Any:
@@ -346,7 +346,8 @@ def test_fastv_of_transformers_models(name, batch, padding, attention, monkeypat
     assert of_tokens(reports) == [("pruned", "FastV")]
     close(out.logits[0], torch.cat(expected), 1e-5)
     # Padding leaves too: the longest sample decides how many rows there are.
-    assert out.past_key_values.layers[1].keys.shape[2] == seen[0]
+    keys = out.past_key_values.layers[1].keys
+    assert keys.slots == seen[0] and keys.shape[2] == inputs["input_ids"].shape[1]
 
 
 def test_images_of_different_number_with_padding(monkeypatch):
@@ -367,4 +368,4 @@ def test_images_of_different_number_with_padding(monkeypatch):
         )
     assert of_tokens(reports) == [("pruned", "FastV")]
     close(out.logits[0], expected, 1e-5)
-    assert out.past_key_values.layers[1].keys.shape[2] == 28  # 24 of text and 4 of 16, more than 12 and 8 of 32
+    assert out.past_key_values.layers[1].keys.slots == 28  # 24 of text and 4 of 16, more than 12 and 8 of 32

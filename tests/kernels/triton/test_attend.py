@@ -223,7 +223,7 @@ def test_which_codes_are_taken():
     assert not takes(key_cuts=four, rotary=16) and not takes(owned=1)
     rows = ((9, RowForm(4, group=8)),)
     assert takes(key_rows=rows, value_rows=rows) and takes(key_rows=rows, value_rows=rows, segments=())
-    assert not takes(key_rows=rows, value_rows=((8, RowForm(4, group=8)),))
+    assert takes(key_rows=rows, value_rows=((8, RowForm(4, group=8)),)) and not takes(key_rows=rows)
     assert not takes(key_rows=rows * 2, value_rows=rows * 2, segments=())
     assert not takes(key_rows=rows, value_rows=rows, rotary=16)
     for extra in ({"outliers": True}, {"rank": 2}):
