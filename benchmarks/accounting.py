@@ -28,10 +28,10 @@ _ROWS = {
 def by_kind(tensors: Iterable[Tensor]) -> dict[str, int]:
     """Bytes of keys and values by what they are, every storage once; they add up to `cache_bytes`.
 
-    coefficients, bases: of vision tokens, "text coefficients" and "text bases" of all others; codes: of coded rows, or
-    rows themselves where a merged pair shares them; dense: tail rows that hold tokens, resting ones too, and tensors
-    that are not packed; retained: tail rows that merged layers keep as they are; spare: tail rows that hold none yet. placement: which token is where; observed: attention of
-    stored tokens.
+    coefficients, bases: of vision tokens, "text coefficients" and "text bases" of all others. codes: of coded rows, or
+    rows themselves where a merged pair shares them. dense: tail rows that hold tokens, resting ones too, and tensors
+    that are not packed; retained: tail rows that merged layers keep as they are; spare: tail rows that hold none yet.
+    placement: which token is where. observed: attention of stored tokens.
     """
     found: dict[str, int] = {}
     seen: set[int] = set()

@@ -35,10 +35,9 @@ def run(subject: Subject, members: Composition) -> dict[str, Any]:
 
 
 def grid(models: Sequence[str], number: int) -> Iterator[tuple[str, Composition]]:
-    """Singles and pairs on every model, then triples on models in turn."""
-    for model, count in itertools.product(models, (1, 2)):
-        yield from ((model, members) for members in legal(count))
-    found = list(zip(itertools.cycle(models), triples(number), strict=False))
+    """Singles and pairs on every model, and triples on models in turn; what is of one model follows one another."""
+    alone = ((model, members) for model in models for count in (1, 2) for members in legal(count))
+    found = [*alone, *zip(itertools.cycle(models), triples(number), strict=False)]
     yield from sorted(found, key=lambda each: models.index(each[0]))
 
 
