@@ -11,7 +11,7 @@ from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.kernels.parts import Rows, Segment
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.row_coding import Kind, RowCoding
-from attnpack_fx.tail import allocate
+from attnpack_fx.tail import exact
 
 
 def code(layer: CachedLayer, method: RowCoding) -> None:
@@ -86,5 +86,5 @@ def with_rows(packed: PackedTensor, made: Rows[Tensor], left: Tensor) -> PackedT
         segments = (*segments[:-1], Segment((coded_rows.extend(block, made),)))
     else:
         segments, modalities = (*segments, Segment((made,))), (*modalities, ROW_SEGMENT)
-    lease = allocate(left, left.shape[0]).lease(left.shape[0])
-    return PackedTensor(replace(held, segments=segments, modalities=modalities, closed=True), lease, packed.importance)
+    kept = exact(left.clone())  # not a view that keeps the coded rows alive
+    return PackedTensor(replace(held, segments=segments, modalities=modalities, closed=True), kept, packed.importance)

@@ -16,7 +16,7 @@ from attnpack_fx.kernels.aten import coded_rows
 from attnpack_fx.kernels.aten.plan import positions
 from attnpack_fx.kernels.parts import Block, Rows, Segment
 from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.tail import allocate
+from attnpack_fx.tail import exact
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def taken(key: PackedTensor, value: PackedTensor, choice: Choice) -> tuple[Packe
         importance = packed.scores
         if importance is not None:
             importance = gathered(importance, choice.order)
-        lease = allocate(rows, rows.shape[0]).lease(rows.shape[0])
-        made.append(PackedTensor(moved, lease, importance))
+        made.append(PackedTensor(moved, exact(rows), importance))
     return made[0], made[1]
 
 

@@ -19,7 +19,7 @@ from attnpack_fx.moving import Choice, choose, chosen_positions, gathered, rows_
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.selection import Selection
 from attnpack_fx.resting import Resting
-from attnpack_fx.tail import allocate
+from attnpack_fx.tail import exact
 
 
 def select(layer: CachedLayer, method: Selection) -> None:
@@ -104,7 +104,7 @@ def wake(layer: CachedLayer) -> None:
             angles=None if held.angles is None else held.angles.woken(rest.axes, low, rest.counts, rest.turns),
             resting=_none(rest),
         )
-        made.append(PackedTensor(woken, allocate(rows, rows.shape[0]).lease(rows.shape[0]), importance))
+        made.append(PackedTensor(woken, exact(rows), importance))
     layer.key, layer.value = made
 
 

@@ -86,6 +86,14 @@ def allocate(rows: Tensor, needed: int) -> TailBuffer:
     return TailBuffer(grown)
 
 
+def exact(rows: Tensor) -> TailLease:
+    """All of `rows`, which are nobody else's, without room to grow: the next append makes it, and copies them anyway.
+
+    So what a method leaves takes no more memory than it holds.
+    """
+    return TailBuffer(rows.contiguous()).lease(rows.shape[0])
+
+
 def _alias(rows: Tensor, count: int) -> Tensor:
     """The first `count` rows sharing memory, but not a view: Dynamo would trace a view's base too, capacity and all."""
     alias = torch.empty(0, dtype=rows.dtype, device=rows.device)

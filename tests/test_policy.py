@@ -109,7 +109,6 @@ def test_defaults_are_the_papers_setting():
         "passes": [],
         "layer_count": None,
         "strict": False,
-        "passes": [],
     }
 
 
