@@ -616,7 +616,7 @@ class TestFromOptions:
         ],
     )
     def test_unknown_option_names_what_is_allowed_and_what_was_meant(self, typo, meant):
-        allowed = "vision_rank, text_rank, .*, strict, passes, policy, mode or any torch._inductor.config key"
+        allowed = "vision_rank, text_rank, .*, strict, policy, mode or any torch._inductor.config key"
         with pytest.raises(ValueError, match=rf"got '{typo}', expected one of {allowed}; did you mean '{meant}'\?"):
             PackPolicy.from_options({typo: 1})
 
