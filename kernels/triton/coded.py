@@ -164,7 +164,7 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
         KEY_WIDTH=low_rank.key_width,
         SCORES=weights,
         BLOCK_N=tile,
-        BLOCK_ROWS=tile,
+        BLOCK_ROWS=16,  # more would spill
         num_warps=4,
         num_stages=2,
         **_named("basis", [each.basis for each in low_rank.keys], problem.index),
@@ -215,8 +215,8 @@ def _rebuild(problem: CodedProblem, scores: Tensor, weights: bool, rotary: Rotar
         BLOCK_ROWS=16,
         BLOCK_E=block(rotated // 2),
         BLOCK_REST=block(dim - rotated) if dim > rotated else 0,
-        num_warps=4,
-        num_stages=2,
+        num_warps=4 if rotary.axes is None else 8,
+        num_stages=2 if rotary.axes is None else 1,  # staging gathered rows in shared memory would take all of it
         **_named("basis", [each.basis for each in low_rank.keys], problem.index),
         **_named("scale", [each.scale for each in low_rank.keys], problem.index),
         **_token_arguments(problem, packed),
