@@ -25,12 +25,9 @@ def code(layer: CachedLayer, method: RowCoding) -> None:
 
 def due(layer: CachedLayer, method: RowCoding) -> tuple[int, int]:
     """How many of the oldest tail rows of keys and of values are to be coded now; rows that are pinned do not count."""
-    key, value = layer.key, layer.value
-    keys, values = (
-        method.due(kind, packed.lease.length - packed.held.pinned, layer.prefill)
-        for kind, packed in (("key", key), ("value", value))
-    )
-    angles = key.held.angles
+    rows = [packed.lease.length - packed.held.pinned for packed in (layer.key, layer.value)]
+    keys, values = method.due("key", rows[0], layer.prefill), method.due("value", rows[1], layer.prefill)
+    angles = layer.key.held.angles
     if method.unrotated and angles is not None and angles.tail is None:
         keys = 0  # they cannot be turned back
     return keys, values
@@ -52,7 +49,7 @@ def _coded(packed: PackedTensor, count: int, kind: Kind, layer: CachedLayer, met
         return packed
     rows, angles = oldest(packed, count), packed.held.angles
     if method.unrotated and kind == "key" and angles is not None:
-        rows, angles = turned_back(rows, packed), angles.folded(count)
+        rows, angles = turned_back(rows, packed).to(rows.dtype), angles.folded(count)
     elif angles is not None:
         angles = angles.dropped(count)
     made = method.encode(rows.permute(1, 0, 2, 3), kind, layer.number, layer.prefill)
