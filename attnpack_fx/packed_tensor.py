@@ -78,7 +78,7 @@ class PackedTensor(torch.Tensor):
             self.rows, self.sizes = lease.buffer.rows, traced[0]
             return
         self.rows = lease.buffer.template
-        self._dynamo_weak_dynamic_indices = {2}
+        self._dynamo_weak_dynamic_indices, self._dynamo_static_indices = {2}, {1, 3}
         self.sizes = _shape(*(size + SPARE_ROWS for size in (lease.length, *held.sizes)))
 
     @property
@@ -163,6 +163,8 @@ class PackedTensor(torch.Tensor):
 
     def dense(self) -> Tensor:
         """The dense `[B, H, T, D]` tensor this stands for; padding and what is not read any more is zero."""
+        if _is_fake(self):  # only shapes matter while tracing, and they are to be those that Dynamo gave
+            return self.rows.new_empty(self.shape)
         parts = self.parts
         stored = parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot
         dense = ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales, parts.owners)

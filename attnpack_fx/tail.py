@@ -34,7 +34,10 @@ class TailBuffer:
 
     @cached_property
     def template(self) -> Tensor:
-        return _alias(self.rows, 0)
+        template = _alias(self.rows, 0)
+        # Heads and head dims never vary, also where another policy's or model's differ: a graph is made for each.
+        template._dynamo_static_indices = {2, 3}  # type: ignore[attr-defined]
+        return template
 
     @property
     def capacity(self) -> int:

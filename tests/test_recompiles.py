@@ -1,5 +1,7 @@
 """What methods do between calls changes sizes, never graphs: nothing is compiled per step, and once per policy."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -18,6 +20,7 @@ from attnpack_fx import (
     StreamingLLM,
     attnpack_backend,
 )
+from attnpack_fx.passes.state import SiteReport
 from tests.decoder import Decoder, next_ids, prompt
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
@@ -73,3 +76,21 @@ def test_a_policy_change_recompiles_once():
                 _, cache = step(*prompt(seed=seed))
                 steps(step, cache, 6, 1)
         assert graphs() - before == 2  # a prefill and a step
+
+
+def test_a_policy_whose_heads_differ_is_not_decompressed():
+    """Sizes that vary from call to call become symbolic; heads must not, whatever ran before."""
+    reports: list[SiteReport] = []
+    model = Decoder()
+    for policy in (
+        PackPolicy(vision_rank=4),
+        PackPolicy(vision_rank=None, passes=(H2O(12),)),
+        PackPolicy(vision_rank=4),
+    ):
+        backend = partial(attnpack_backend, options={"policy": policy}, observer=reports.extend)
+        step = torch.compile(model, backend=backend)
+        with torch.no_grad():
+            for batch in (1, 2):
+                _, cache = step(*prompt(batch=batch))
+                steps(step, cache, 3, batch)
+    assert {report.action for report in reports} == {"compressed", "packed"}
