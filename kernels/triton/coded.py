@@ -129,7 +129,8 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
     if _asymmetric(low_rank.key_forms):
         shift = query.new_empty((low_rank.parts, batch, problem.rows), dtype=torch.float32)
     keys, values, first_slot = problem.rows_of
-    key_count, value_count, forms = 0, 0, ((), ())
+    key_count, value_count = 0, 0
+    forms: tuple[Form, Form] = ((), ())
     if keys is not None and values is not None:
         key_count, value_count, forms = keys.tokens, values.tokens, (keys.compiled(dim), values.compiled(value_dim))
     both, most = torch.sym_min(key_count, value_count), torch.sym_max(key_count, value_count)

@@ -134,8 +134,8 @@ def no_values(VALUES: tl.constexpr, BLOCK_M: tl.constexpr):
     """Of each block of values, sums of its levels `[M, rank]` and of the weights of its tokens `[M]`: none yet."""
     out, held = (), ()
     for block in tl.static_range(len(VALUES)):
-        out += (tl.full([BLOCK_M, VALUES[block][5]], 0.0, tl.float32),)
-        held += (tl.full([BLOCK_M], 0.0, tl.float32),)
+        out += (tl.full([BLOCK_M, VALUES[block][5]], 0.0, tl.float32),)  # type: ignore[assignment]
+        held += (tl.full([BLOCK_M], 0.0, tl.float32),)  # type: ignore[assignment]
     return out, held
 
 
@@ -150,8 +150,8 @@ def add_values(
         tile, reached = load_block(values, token, counts, sample, dtype, VALUES[block])
         given = weights if block == 0 else tl.where(reached[None, :], weights, 0.0)
         product = tl.dot(given.to(dtype), tile, input_precision=PRECISION)
-        sums += (out[block] * shrink[:, None] + product,)
-        covered += (held[block] * shrink + tl.sum(given, 1) if VALUES[block][3] else held[block],)
+        sums += (out[block] * shrink[:, None] + product,)  # type: ignore[assignment]
+        covered += (held[block] * shrink + tl.sum(given, 1) if VALUES[block][3] else held[block],)  # type: ignore[assignment]
     return sums, covered
 
 
@@ -182,13 +182,13 @@ def load_latent(
     for block in tl.static_range(len(KEYS)):
         cells = latent + (sample * all_rows + rows)[:, None] * KEY_WIDTH
         column = KEYS[block][6] + tl.arange(0, KEYS[block][5])
-        q += (tl.load(cells + column[None, :], mask=valid[:, None], other=0),)
+        q += (tl.load(cells + column[None, :], mask=valid[:, None], other=0),)  # type: ignore[assignment]
         shifted = tl.full([BLOCK_M], 0.0, tl.float32)
         if KEYS[block][3]:
             for part in tl.static_range(KEYS[block][8]):
                 line = (KEYS[block][7] + part) * samples + sample
                 shifted += tl.load(shift + line * all_rows + rows, mask=valid, other=0)
-        moved += (shifted,)
+        moved += (shifted,)  # type: ignore[assignment]
     return q, moved
 
 
