@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from attnpack_fx.cached_layer import CachedLayer
-from attnpack_fx.held import ROW_SEGMENT
+from attnpack_fx.held import ROW_SEGMENT, map_rows
 from attnpack_fx.kernels.aten import coded_rows
 from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.kernels.parts import Rows, Segment
@@ -53,8 +54,16 @@ def _coded(packed: PackedTensor, count: int, kind: Kind, layer: CachedLayer, met
     elif angles is not None:
         angles = angles.dropped(count)
     made = method.encode(rows.permute(1, 0, 2, 3), kind, layer.number, layer.prefill)
+    made = _of_two_groups(made) if layer.prefill else made
     result = with_rows(packed, made, packed.lease.buffer.rows[count : packed.lease.length])
     return result if angles is None else result.turned(angles)
+
+
+def _of_two_groups(rows: Rows[Tensor]) -> Rows[Tensor]:
+    """With a second group and part, of no token, where there is but one: of a single one Dynamo makes a graph apart."""
+    names = ["right", *(("scale", "zero") if rows.form.channel else ())]
+    single = {name: rows.tensors[name] for name in names if name in rows.tensors and rows.tensors[name].shape[1] == 1}
+    return replace(rows, **{name: torch.cat([tensor, tensor], 1) for name, tensor in single.items()})
 
 
 def oldest(packed: PackedTensor, count: int, first: int = 0) -> Tensor:
@@ -80,8 +89,13 @@ def with_rows(packed: PackedTensor, made: Rows[Tensor], left: Tensor) -> PackedT
     if modalities[-1:] == (ROW_SEGMENT,):
         (block,) = segments[-1].blocks
         assert isinstance(block, Rows)
-        segments = (*segments[:-1], Segment((coded_rows.extend(block, made),)))
+        segments = (*segments[:-1], Segment((_dense_in_memory(coded_rows.extend(block, made)),)))
     else:
-        segments, modalities = (*segments, Segment((made,))), (*modalities, ROW_SEGMENT)
+        segments, modalities = (*segments, Segment((_dense_in_memory(made),))), (*modalities, ROW_SEGMENT)
     kept = exact(left.clone())  # not a view that keeps the coded rows alive
     return PackedTensor(replace(held, segments=segments, modalities=modalities, closed=True), kept, packed.importance)
+
+
+def _dense_in_memory(rows: Rows[Tensor]) -> Rows[Tensor]:
+    """With the strides that compiled graphs expect: a code may come from rows turned round."""
+    return map_rows(rows, lambda _, tensor: tensor.contiguous())

@@ -9,13 +9,12 @@ def tokens(layer: CachedLayer) -> Tokens:
     """The layer's stored tokens, as rules see them."""
     position = layer.key.positions
     placement = layer.key.placement
-    assert placement.absent is not None
     return Tokens(
         position=position,
         score=layer.key.scores,
         vision=placement.is_vision(position),
         seen=layer.key.shape[2],
-        real=layer.key.shape[2] - placement.absent,
+        real=layer.key.shape[2] - placement.missing,
         prefill=layer.prefill,
         layer=layer.number,
         vision_seen=None if placement.vision is None else placement.vision.sum(1),
@@ -28,7 +27,8 @@ def evict(layer: CachedLayer, rule: Eviction) -> None:
     keep = rule.keep(shown)
     if keep is None:
         return
-    keep = keep & (shown.position >= 0)
-    if bool(keep.all()):
+    there = shown.position >= 0
+    if bool((keep | ~there).all()):
         return
+    keep = keep & there
     layer.key, layer.value = taken(layer.key, layer.value, choose(layer.key, layer.value, keep))

@@ -125,9 +125,12 @@ class Held:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """What varies: slots, placed tokens, tokens and rank of every block, rows of angles. `fake_parts` reads it."""
+        """What varies: slots, placed tokens, tokens and rank of blocks, rows and slots of angles; see `fake_parts`."""
         blocks = [size for block in self.blocks for size in _sizes(block)]
-        rows = [] if self.angles is None else [self.angles.packed.cos.shape[1]]
+        rows = []
+        if self.angles is not None:
+            rows.append(self.angles.packed.cos.shape[1])
+            rows += [] if self.angles.packed.axes is None else [self.angles.slots]
         return self.placement.index.shape[1], self.placement.tokens, *blocks, *rows
 
     @cached_property
@@ -380,7 +383,6 @@ def fake_parts(
     batch = rows.shape[1]
     slots, placed, *varying = sizes
     remaining, specs = iter(varying), iter(form.rows)
-    packed = 0
     segments = []
     for kinds_of, shared_of in zip(form.kinds, form.shared, strict=True):
         blocks: list[Block[Tensor] | Rows[Tensor]] = []
@@ -390,7 +392,6 @@ def fake_parts(
                 block = _fake_rows(stored, next(specs), rows, remaining)
             else:
                 block = _fake_factors(stored, shared, rows, remaining)
-            packed += 0 if blocks else tokens_of(block)
             blocks.append(block)
         segments.append(Segment(tuple(blocks)))
     index = rows.new_empty((batch, slots), dtype=torch.int64)
@@ -401,7 +402,8 @@ def fake_parts(
         cos, sin = (rows.new_empty(shape, dtype=own.dtype) for _ in range(2))
         axes = None
         if own.axes:
-            axes = rows.new_empty((batch if own.own_axes else 1, own.axes, packed), dtype=torch.int64)
+            covered = next(remaining)  # not all slots, where coded rows behind hold keys as they are attended
+            axes = rows.new_empty((batch if own.own_axes else 1, own.axes, covered), dtype=torch.int64)
         angles = Angles(cos, sin, axes, own.interleaved)
     return tuple(segments), index, placed, angles
 
@@ -428,6 +430,8 @@ def _fake_rows(stored: int, spec: Any, rows: Tensor, remaining: Iterator[int]) -
     form, tokens = RowForm.of(stored), next(remaining)
     sizes = {"scale": next(remaining)} if form.channel else {}
     sizes |= {name: next(remaining) for name in _OTHER_SIZES if name in row_extras(form)}
+    if form.channel:
+        sizes["zero"] = sizes["scale"]
     if "outliers" in sizes:
         sizes["places"] = sizes["outliers"]
 

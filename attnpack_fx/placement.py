@@ -66,6 +66,11 @@ class Placement:
         """What `Placement(*state)` takes."""
         return self.index, self.tokens, self.ragged, self.vision, self.absent
 
+    @property
+    def missing(self) -> Tensor:
+        """`absent`; where nothing asked for it and no token has left yet, those that have no slot."""
+        return self.tokens - (self.index >= 0).sum(1) if self.absent is None else self.absent
+
     def is_vision(self, position: Tensor) -> Tensor | None:
         """Bool, of logical positions int64 `[B, n]` (-1: not); None where no modality is kept."""
         if self.vision is None:
@@ -122,7 +127,7 @@ class Placement:
     def moved(self, index: Tensor) -> "Placement":
         """With other tokens in other slots, int64 `[B, n]`; for one layer, so not remembered."""
         ragged = self.ragged or _has_filler(index)
-        return Placement(index, self.tokens, ragged, self.vision, self.absent)
+        return Placement(index, self.tokens, ragged, self.vision, self.missing)
 
     def join(self, others: Sequence["Placement"], counts: Sequence[Sequence[int]]) -> "Placement":
         """The samples of self, then those of the others, whose prompts are as long.

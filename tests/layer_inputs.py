@@ -10,7 +10,7 @@ from torch import Tensor
 from attnpack_fx import PackedTensor
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.cached_layer import CachedLayer
-from attnpack_fx.held import Held
+from attnpack_fx.held import Held, fake_parts
 from attnpack_fx.kernels import ops
 from attnpack_fx.moving import choose, taken
 from attnpack_fx.placement import Placement
@@ -119,6 +119,7 @@ class Mirror:
         for packed, of in ((key, "key"), (value, "value")):
             assert isinstance(packed, PackedTensor) and packed.shape == self.key.shape
             torch.testing.assert_close(packed.dense(), self.dense(of), atol=tolerance, rtol=tolerance)
+            assert_as_traced(packed)
         positions = key.positions
         assert torch.equal(positions, value.positions) and positions.shape[1] == key.slots == value.slots
         assert key.placement.ragged or not (positions < 0).any()
@@ -200,3 +201,20 @@ def saved(packed: PackedTensor) -> PackedTensor:
     torch.save(packed, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def assert_as_traced(packed: PackedTensor) -> None:
+    """Every tensor has the shape, dtype and strides that a graph is compiled for."""
+    held = packed.held
+    segments, index, tokens, angles = fake_parts(held.forms[0], packed.lease.buffer.rows, held.sizes)
+    fake = replace(
+        held,
+        segments=segments,
+        placement=replace(packed.placement, index=index, tokens=tokens),
+        angles=None if angles is None else replace(held.angles, packed=angles),
+    )
+    for name, tensor in held.named.items():
+        traced = fake.named[name]
+        assert (tensor.shape, tensor.dtype) == (traced.shape, traced.dtype), name
+        assert not tensor.numel() or tensor.is_contiguous(), name
+    assert len(fake.named) == len(held.named)
