@@ -14,7 +14,7 @@ from torch.nn.functional import pad as _pad
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.parts import Angles
 from attnpack_fx.kernels.rotary_axes import tabulate
-from attnpack_fx.shared import Memo
+from attnpack_fx.shared import Memo, copies, version_of
 
 
 @dataclass(eq=False)
@@ -167,13 +167,16 @@ class SharedAngles:
 
     def select(self, rows: Tensor) -> "SharedAngles":
         """The samples `rows` (int64 `[B']`) of the batch."""
-        return self._memo.derive("select", rows, rows._version, lambda: self._map(lambda each: _chosen(each, rows)))
+        return self._memo.derive("select", rows, version_of(rows), lambda: self._map(lambda each: _chosen(each, rows)))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SharedAngles":
         if self.packed.cos.device == device:
             return self
-        moved = lambda: self._map(lambda each: each.to(device, non_blocking=non_blocking))  # noqa: E731
-        return self._memo.derive("to", device, 0, moved)
+
+        def derive() -> SharedAngles:
+            return self._map(lambda each: copies.of(each, device, lambda: each.to(device, non_blocking=non_blocking)))
+
+        return self._memo.derive("to", device, 0, derive)
 
     def join(
         self, others: Sequence["SharedAngles"], batches: Sequence[int], counts: Sequence[Sequence[int]]
@@ -224,7 +227,7 @@ def _rows(each: Tensor, index: Tensor) -> Tensor:
 
 
 def _chosen(each: Tensor, rows: Tensor) -> Tensor:
-    return each if each.shape[0] == 1 else each.index_select(0, rows)
+    return each if each.shape[0] == 1 else copies.of(each, rows, lambda: each.index_select(0, rows))
 
 
 def _stack(alike: Sequence[Tensor]) -> Tensor:

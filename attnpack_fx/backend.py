@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch.fx import Graph, GraphModule, Node
 
@@ -117,9 +118,15 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
         fake = node.meta.get("example_value")
         if isinstance(fake, PackedTensor):
             state.packed[node] = PackedInput(
-                node, position, fake.form, fake.held.named, tail=fake.rows, length=fake.sizes.shape[1]
+                node, position, fake.form, _parts(fake), tail=fake.rows, length=fake.sizes.shape[1]
             )
     return state
+
+
+def _parts(fake: PackedTensor) -> dict[str, Tensor]:
+    """What a graph may take of a packed value, by name."""
+    index = fake.index
+    return fake.held.named | {"slot": index.new_empty((index.shape[0], fake.placement.tokens))}
 
 
 def _module(gm: GraphModule, graph: Graph) -> GraphModule:

@@ -148,7 +148,7 @@ def _fold_error(key: PackedTensor, value: PackedTensor) -> float | None:
 
 def _relative_error(packed: PackedTensor, dense: Tensor) -> float:
     """Frobenius error over the stored prompt tokens: later tokens may differ because the text does."""
-    prompt = dense.shape[2] - _DECODE_STEPS if packed.lease.length else packed.slot.shape[1]
+    prompt = dense.shape[2] - _DECODE_STEPS if packed.lease.length else packed.placement.tokens
     stored = packed.stored[:, :, :prompt, None]
     prompt = stored.shape[2]
     reference = dense[:, :, :prompt].float() * stored

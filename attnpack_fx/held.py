@@ -1,6 +1,6 @@
 """What a packed tensor holds besides its tail: segments, where their tokens are, and what reading them takes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from attnpack_fx.kernels.parts import (
 )
 from attnpack_fx.placement import Placement
 from attnpack_fx.resting import Resting
+from attnpack_fx.shared import copies
 
 #: What a segment of `Rows` is called among the modalities: it holds tokens of any.
 ROW_SEGMENT = "rows"
@@ -127,12 +128,12 @@ class Held:
         """What varies: slots, placed tokens, tokens and rank of every block, rows of angles. `fake_parts` reads it."""
         blocks = [size for block in self.blocks for size in _sizes(block)]
         rows = [] if self.angles is None else [self.angles.packed.cos.shape[1]]
-        return self.placement.index.shape[1], self.placement.slot.shape[1], *blocks, *rows
+        return self.placement.index.shape[1], self.placement.tokens, *blocks, *rows
 
     @cached_property
     def named(self) -> dict[str, Tensor]:
-        """The tensors a compiled graph takes, by name."""
-        found = {"index": self.placement.index, "slot": self.placement.slot}
+        """The tensors a compiled graph takes, by name, but for `slot`, which is found when it is asked for."""
+        found = {"index": self.placement.index}
         for number, block in enumerate(self.blocks):
             if isinstance(block, Rows):
                 found[f"coefficient_{number}"], found[f"basis_{number}"] = block.codes, block.scale
@@ -157,12 +158,15 @@ class Held:
         return [*self.named.values(), *self.placement.tensors, *angles, *self.reserve, *losses, *resting]
 
     def select(self, rows: Tensor) -> "Held":
-        """The samples `rows` (int64 `[B']`) of the batch, copied; what samples share they go on sharing."""
+        """The samples `rows` (int64 `[B']`) of the batch, copied; what samples or layers share they go on sharing."""
         shared = self.forms[0].shared
+
+        def of_rows(part: Tensor) -> Tensor:
+            return copies.of(part, rows, lambda: part.index_select(0, rows))
 
         def chosen(block: Block[Tensor] | Rows[Tensor], alike: bool) -> Block[Tensor] | Rows[Tensor]:
             if isinstance(block, Rows):
-                return map_rows(block, lambda name, part: part if name == "codebook" else part.index_select(0, rows))
+                return map_rows(block, lambda name, part: part if name == "codebook" else of_rows(part))
             owner = None if block.owner is None else block.owner.index_select(0, rows)
             basis = block.basis if alike or owner is not None else block.basis.index_select(0, rows)
             scale = None if block.scale is None else block.scale.index_select(0, rows)
@@ -184,8 +188,13 @@ class Held:
             resting=None if self.resting is None else self.resting.select(rows),
         )
 
-    def map(self, function: Callable[[Tensor], Tensor], to: torch.device | None = None) -> "Held":
-        """Apply a shape-preserving `function` that copies to every floating factor; `to`: where to move the rest."""
+    def map(
+        self, function: Callable[[Tensor], Tensor], to: torch.device | None = None, name: Hashable = None
+    ) -> "Held":
+        """Apply a shape-preserving `function` that copies to every floating factor; `to`: where to move the rest.
+
+        name: the same for what does the same; layers then go on sharing what they share. None: the function itself.
+        """
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor if to is None else tensor.to(to)
@@ -196,7 +205,11 @@ class Held:
 
         def applied(block: Block[Tensor] | Rows[Tensor]) -> Block[Tensor] | Rows[Tensor]:
             if isinstance(block, Rows):
-                return map_rows(block, lambda name, part: copied(name, part, block.form.bits))
+                bits = block.form.bits
+                return map_rows(
+                    block,
+                    lambda part, tensor: copies.of(tensor, (name or function, to), lambda: copied(part, tensor, bits)),
+                )
             owner = None if block.owner is None else moved(block.owner)
             scale = None if block.scale is None else moved(block.scale).clone()
             bits, basis_bits = formats(kind(block))
@@ -359,8 +372,8 @@ def rank_of(block: Block[Tensor]) -> int:
 
 def fake_parts(
     form: Form, rows: Tensor, sizes: Sequence[int]
-) -> tuple[tuple[Segment[Tensor], ...], Tensor, Tensor, Angles[Tensor] | None]:
-    """Segments, index, slot and angles as tensors of these forms and sizes, for tracing.
+) -> tuple[tuple[Segment[Tensor], ...], Tensor, int, Angles[Tensor] | None]:
+    """Segments, index, number of placed tokens, and angles as tensors of these forms and sizes, for tracing.
 
     rows: a tail `[rows, B, H, D]`; sizes: `Held.sizes`.
     """
@@ -380,7 +393,7 @@ def fake_parts(
             packed += 0 if blocks else tokens_of(block)
             blocks.append(block)
         segments.append(Segment(tuple(blocks)))
-    index, slot = (rows.new_empty((batch, size), dtype=torch.int64) for size in (slots, placed))
+    index = rows.new_empty((batch, slots), dtype=torch.int64)
     angles = None
     if form.angles is not None:
         own, size = form.angles, next(remaining)
@@ -390,7 +403,7 @@ def fake_parts(
         if own.axes:
             axes = rows.new_empty((batch if own.own_axes else 1, own.axes, packed), dtype=torch.int64)
         angles = Angles(cos, sin, axes, own.interleaved)
-    return tuple(segments), index, slot, angles
+    return tuple(segments), index, placed, angles
 
 
 def _fake_factors(stored: int, shared: bool, rows: Tensor, remaining: Iterator[int]) -> Block[Tensor]:

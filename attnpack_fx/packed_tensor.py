@@ -8,8 +8,9 @@ decompressed copy: in-place
 operations it cannot honour are refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts, rank_of, stacked
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment
 from attnpack_fx.placement import Placement
+from attnpack_fx.shared import copies, version_of
 from attnpack_fx.tail import TailBuffer, TailLease, allocate
 
 aten = torch.ops.aten
@@ -63,7 +65,7 @@ class PackedTensor(torch.Tensor):
             _, batch, heads, dim = rows.shape
             if held.heads:
                 batch, heads = batch // held.heads, held.heads
-            size = batch, heads, held.placement.slot.shape[1] + lease.length - held.kept, dim
+            size = batch, heads, held.placement.tokens + lease.length - held.kept, dim
         else:
             size = traced[1]
         return torch.Tensor._make_wrapper_subclass(cls, size, dtype=rows.dtype, device=rows.device, requires_grad=False)
@@ -77,7 +79,7 @@ class PackedTensor(torch.Tensor):
             return
         self.rows = lease.buffer.template
         self._dynamo_weak_dynamic_indices = {2}
-        self.sizes = _shape(lease.length + SPARE_ROWS, *held.sizes)
+        self.sizes = _shape(*(size + SPARE_ROWS for size in (lease.length, *held.sizes)))
 
     @property
     def index(self) -> Tensor:  # type: ignore[override]
@@ -191,7 +193,7 @@ class PackedTensor(torch.Tensor):
 
     def crop(self, tokens: int) -> "PackedTensor":
         """Only the first `tokens` tokens."""
-        placed, length = self.slot.shape[1], self.held.kept
+        placed, length = self.placement.tokens, self.held.kept
         held = self.held
         if tokens < placed:
             held = replace(held, placement=held.placement.crop(tokens))
@@ -207,17 +209,24 @@ class PackedTensor(torch.Tensor):
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
         length, heads = self.lease.length, self.held.heads
         if heads:
-            rows = (rows[:, None] * heads + torch.arange(heads, device=rows.device)).flatten()
+            samples = rows  # of every layer: what they share has to be asked for by one tensor
+            rows = copies.of(
+                samples,
+                (version_of(samples), heads),
+                lambda: (samples[:, None] * heads + torch.arange(heads, device=samples.device)).flatten(),
+            )
         lease = allocate(self.lease.buffer.rows[:length].index_select(1, rows), length).lease(length)
         importance = None if self.importance is None else self.importance.index_select(0, rows)
         return PackedTensor(self.held.select(rows), lease, importance)
 
-    def map(self, function: Callable[[Tensor], Tensor], to: torch.device | None = None) -> "PackedTensor":
-        """Apply a shape-preserving `function` that copies to every floating part; `to`: where to move the others."""
+    def map(
+        self, function: Callable[[Tensor], Tensor], to: torch.device | None = None, name: Hashable = None
+    ) -> "PackedTensor":
+        """Apply a shape-preserving `function` that copies to every floating part; `to`, `name`: as in `Held.map`."""
         length = self.lease.length
         lease = allocate(function(self.lease.buffer.rows[:length]), length).lease(length)
         importance = self.importance if to is None or self.importance is None else self.importance.to(to)
-        return PackedTensor(self.held.map(function, to), lease, importance)
+        return PackedTensor(self.held.map(function, to, name), lease, importance)
 
     def _with(self, held: Held | None = None, lease: TailLease | None = None) -> "PackedTensor":
         lease = lease or self.lease.buffer.lease(self.lease.length)
@@ -238,13 +247,13 @@ class PackedTensor(torch.Tensor):
                 f"contents; got parts of type {type(rows).__name__}, expected fake ones. Use `clone`, `to` or "
                 "`torch.save`."
             )
-        _, count, *varying = sizes.shape
-        segments, index, slot, angles = fake_parts(context, rows, varying)
+        count, *varying = (size - SPARE_ROWS for size in sizes.shape[1:])
+        segments, index, placed, angles = fake_parts(context, rows, varying)
         shared = None if angles is None else SharedAngles(angles)
-        held = Held(segments, context.modalities, Placement(index, slot, context.ragged), shared, heads=context.heads)
+        held = Held(segments, context.modalities, Placement(index, placed, context.ragged), shared, heads=context.heads)
         # Only whether there is one matters to a graph.
         importance = rows.new_empty((), dtype=torch.float32) if context.weighed else None
-        lease = TailBuffer(rows).lease(count - SPARE_ROWS)
+        lease = TailBuffer(rows).lease(count)
         return PackedTensor(held, lease, importance, (sizes, outer_size))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -283,7 +292,7 @@ class PackedTensor(torch.Tensor):
         # The operator is composite: below Python only its `unsqueeze` and `expand` would be seen.
         if dim != 0 or not isinstance(repeats, int) or _is_fake(self):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
-        return self.select(torch.arange(self.shape[0], device=self.device).repeat_interleave(repeats))
+        return self.select(_range(0, self.shape[0], repeats, self.device))
 
     def __setitem__(self, key, value):
         raise NotImplementedError(
@@ -315,7 +324,7 @@ _MOST_SHAPES = 1 << 14
 
 
 def _shape(*sizes: int) -> Tensor:
-    """Sizes as Dynamo sees them and knows that they vary: the shape of a tensor without elements."""
+    """Sizes, padded by `SPARE_ROWS`, as Dynamo sees them and knows that they vary: the shape of an empty tensor."""
     known = _shapes.get(sizes)
     if known is None:
         known = torch.empty_strided((0, *sizes), (0,) * (1 + len(sizes)), dtype=torch.uint8)
@@ -325,6 +334,13 @@ def _shape(*sizes: int) -> Tensor:
                 _shapes.clear()
             _shapes[sizes] = known
     return known
+
+
+@lru_cache(maxsize=64)
+def _range(start: int, end: int, repeats: int, device: torch.device) -> Tensor:
+    """start .. end - 1, each so many times; one tensor, as layers share what they select by it."""
+    with torch.inference_mode(False):
+        return torch.arange(start, end, device=device).repeat_interleave(repeats)
 
 
 def _rebuild(state, rows, importance) -> PackedTensor:
@@ -366,7 +382,7 @@ def _join(tensors):
     if any(not isinstance(tensor, PackedTensor) for tensor in tensors):
         return NotImplemented
     first = tensors[0]
-    kinds = {(t.shape[1:], t.slot.shape[1], t.dtype, t.device, t.importance is None) for t in tensors}
+    kinds = {(t.shape[1:], t.placement.tokens, t.dtype, t.device, t.importance is None) for t in tensors}
     held = first.held.join([tensor.held for tensor in tensors[1:]])
     if len(kinds) > 1 or held is None:
         return NotImplemented
@@ -396,7 +412,7 @@ def _slice(packed, dim=0, start=None, end=None, step=1):
     if dim == 2 and start == 0:
         return packed.crop(end)
     if dim == 0 and start < end:
-        return packed.select(torch.arange(start, end, device=packed.device))
+        return packed.select(_range(start, end, 1, packed.device))
     return NotImplemented
 
 
@@ -417,7 +433,9 @@ def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None
     if _is_fake(packed) or pin_memory or (dtype is not None and not dtype.is_floating_point):
         return NotImplemented
     target = packed.device if device is None else torch.device(device)
-    return packed.map(lambda part: aten._to_copy(part, dtype=dtype, device=target, non_blocking=non_blocking), target)
+    return packed.map(
+        lambda part: aten._to_copy(part, dtype=dtype, device=target, non_blocking=non_blocking), target, ("to", dtype)
+    )
 
 
 def _clone(packed, *, memory_format=None):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad as _pad
 
 from attnpack_fx.kernels.aten.plan import slots
-from attnpack_fx.shared import Memo
+from attnpack_fx.shared import Memo, copies, version_of
 
 
 @dataclass(eq=False)
@@ -19,18 +19,17 @@ class Placement:
     """Slots of the prompt tokens of a packed cache (`kernels/parts.py`).
 
     index: int64 `[B, N]`, logical position of each prompt slot, -1 for filler.
-    slot: int64 `[B, P]`, slot of each logical prompt position, -1 for padding.
+    tokens: how many logical prompt positions there are; `slot` says where each is stored, from `index`.
     ragged: whether `index` holds filler.
     vision: bool `[B, P]`, which logical positions had vision tokens stored, where anything asks; later ones are none.
     absent: int64 `[B]`, how many prompt positions never had a slot, as padding has none, where anything asks.
 
     Layers share one placement. Operations that derive a new one remember the last result, so that reordering or moving
-    a cache layer by
-    layer keeps it shared.
+    a cache layer by layer keeps it shared.
     """
 
     index: Tensor
-    slot: Tensor
+    tokens: int
     ragged: bool
     vision: Tensor | None = None
     absent: Tensor | None = None
@@ -38,24 +37,34 @@ class Placement:
 
     @classmethod
     def from_plan(
-        cls, indices: list[Tensor], slot: Tensor, vision: Tensor | None = None, *, evicts: bool = False
+        cls, indices: list[Tensor], slot: Tensor, vision: Tensor | None = None, *, moves: bool = False
     ) -> "Placement":
         """From the index of each segment and of the dense prompt tokens, in slot order.
 
-        evicts: whether tokens may leave later, and leave filler where samples differ.
+        moves: whether tokens may leave or change places later, and leave filler where samples differ.
         """
         index = torch.cat(indices, dim=1) if len(indices) > 1 else indices[0]
-        differ = evicts and index.shape[0] > 1
-        return cls(index, slot, differ or _has_filler(index), vision, (slot < 0).sum(1) if evicts else None)
+        differ = moves and index.shape[0] > 1
+        absent = (slot < 0).sum(1) if moves else None
+        return cls(index, slot.shape[1], differ or _has_filler(index), vision, absent)
+
+    @property
+    def slot(self) -> Tensor:
+        """Slot of each logical prompt position, int64 `[B, P]`, -1 for padding and what was evicted.
+
+        Found when asked for, which attention never does: it would take as much memory as `index`, and go on doing so
+        for tokens that are gone.
+        """
+        return slots(self.index, self.tokens)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes memory."""
-        return [self.index, self.slot, *(each for each in (self.vision, self.absent) if each is not None)]
+        return [self.index, *(each for each in (self.vision, self.absent) if each is not None)]
 
     def state(self) -> tuple[Any, ...]:
         """What `Placement(*state)` takes."""
-        return self.index, self.slot, self.ragged, self.vision, self.absent
+        return self.index, self.tokens, self.ragged, self.vision, self.absent
 
     def is_vision(self, position: Tensor) -> Tensor | None:
         """Bool, of logical positions int64 `[B, n]` (-1: not); None where no modality is kept."""
@@ -79,9 +88,9 @@ class Placement:
         """The samples `rows` (int64 `[B']`) of the batch."""
 
         def derive() -> Placement:
-            return self._map(lambda each: each.index_select(0, rows))
+            return self._map(lambda each: copies.of(each, rows, lambda: each.index_select(0, rows)))
 
-        return self._memo.derive("select", rows, rows._version, derive)
+        return self._memo.derive("select", rows, version_of(rows), derive)
 
     def crop(self, tokens: int) -> "Placement":
         """Only the first `tokens` logical prompt positions; their slots keep their numbers."""
@@ -90,7 +99,7 @@ class Placement:
             index = self.index.masked_fill(self.index >= tokens, -1)
             ragged = self.ragged or _has_filler(index)
             vision = None if self.vision is None else self.vision[:, :tokens]
-            return Placement(index, self.slot[:, :tokens].contiguous(), ragged, vision, self.absent)
+            return Placement(index, min(tokens, self.tokens), ragged, vision, self.absent)
 
         return self._memo.derive("crop", tokens, 0, derive)
 
@@ -98,23 +107,22 @@ class Placement:
         """With slots for the first `count` tokens appended so far, which follow the placed ones."""
 
         def derive() -> Placement:
-            (batch, placed), tokens = self.index.shape, self.slot.shape[1]
-            positions = torch.arange(tokens, tokens + count, device=self.index.device).expand(batch, -1)
-            numbers = torch.arange(placed, placed + count, device=self.index.device).expand(batch, -1)
-            index, slot = torch.cat([self.index, positions], 1), torch.cat([self.slot, numbers], 1)
-            return Placement(index, slot, self.ragged, self.vision, self.absent)
+            end = self.tokens + count
+            positions = torch.arange(self.tokens, end, device=self.index.device).expand(self.index.shape[0], -1)
+            index = torch.cat([self.index, positions], 1)
+            return Placement(index, end, self.ragged, self.vision, self.absent)
 
         return self._memo.derive("extend", count, 0, derive)
 
     def reorder(self, order: Tensor) -> "Placement":
         """With the first slots in another order, int64 `[B, n]`; for one layer, so not remembered."""
         index = torch.cat([self.index.gather(1, order), self.index[:, order.shape[1] :]], 1)
-        return Placement(index, slots(index, self.slot.shape[1]), self.ragged, self.vision, self.absent)
+        return Placement(index, self.tokens, self.ragged, self.vision, self.absent)
 
     def moved(self, index: Tensor) -> "Placement":
         """With other tokens in other slots, int64 `[B, n]`; for one layer, so not remembered."""
         ragged = self.ragged or _has_filler(index)
-        return Placement(index, slots(index, self.slot.shape[1]), ragged, self.vision, self.absent)
+        return Placement(index, self.tokens, ragged, self.vision, self.absent)
 
     def join(self, others: Sequence["Placement"], counts: Sequence[Sequence[int]]) -> "Placement":
         """The samples of self, then those of the others, whose prompts are as long.
@@ -140,7 +148,7 @@ class Placement:
                 vision = torch.cat([_pad(each, (0, widest - each.shape[1])) for each in flags])
             absent = None if self.absent is None else torch.cat([each.absent for each in (self, *others)])  # type: ignore[misc]
             ragged = self.ragged or _has_filler(index)
-            return Placement(index, slots(index, self.slot.shape[1]), ragged, vision, absent)
+            return Placement(index, self.tokens, ragged, vision, absent)
 
         return self._memo.derive("join", (*others, *map(tuple, counts)), 0, derive)
 
@@ -149,23 +157,22 @@ class Placement:
             return self
 
         def derive() -> Placement:
-            return self._map(lambda each: each.to(device, non_blocking=non_blocking))
+            return self._map(lambda each: copies.of(each, device, lambda: each.to(device, non_blocking=non_blocking)))
 
         return self._memo.derive("to", device, 0, derive)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Placement":
         vision, absent = (None if each is None else function(each) for each in (self.vision, self.absent))
-        return Placement(function(self.index), function(self.slot), self.ragged, vision, absent)
+        return Placement(function(self.index), self.tokens, self.ragged, vision, absent)
 
     def same_as(self, other: "Placement") -> bool:
         """Whether both place every token alike (compares contents only when the objects differ)."""
         if self is other:
             return True
         return (
-            self.index.shape == other.index.shape
-            and self.slot.shape == other.slot.shape
+            self.tokens == other.tokens
+            and self.index.shape == other.index.shape
             and torch.equal(self.index, other.index)
-            and torch.equal(self.slot, other.slot)
         )
 
 

@@ -120,6 +120,8 @@ def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]
     match spec:
         case Argument(position):
             return lambda arguments, grown: arguments[position]
+        case Part(position, "slot"):
+            return lambda arguments, grown: arguments[position].slot
         case Part(position, name):
             return lambda arguments, grown: arguments[position].held.named[name]
         case PaddedLength(position):

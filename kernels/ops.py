@@ -425,6 +425,7 @@ def observe(
         "sum"      its sum over queries (what H2O accumulates)
         "last"     the row of the newest query
         "pivotal"  how many queries gave a token A >= 1 / t, t the tokens in their sight (Scissorhands)
+        "pivotal together"  so, with A averaged over all query heads: the same for every KV head
     window: the newest so many queries count, 0: all.
     real: bool `[B or 1, T]`, False for padding, whose queries do not count; nor do those that the mask shows no token.
         An additive mask hides what it lowers by half its dtype's lowest number or more.
@@ -604,7 +605,8 @@ def kept_rows(scores: Tensor, vision: Tensor, mask: Tensor | None, share: float)
     """Which rows stay when of every sample's N vision tokens the `round(share N)` of highest score do.
 
     scores: fp32 `[B, T]`, among equals earlier tokens win; vision: bool `[B or 1, T]`; mask: as in `last_row_scores`.
-    All other tokens stay, padding goes. Returns rows, int64 `[B, T']`; T' depends on the data.
+    All other tokens stay, so does the last one whatever it is; padding goes. Returns rows, int64 `[B, T']`; T' depends
+    on the data.
     """
     return aten.kept_rows(scores, vision, mask, share)
 

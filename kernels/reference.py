@@ -187,13 +187,18 @@ def observe(
 ) -> Tensor:
     """Sum, last row, or count of `A >= 1 / t` over the newest `window` queries that count: `[B, H, T]`."""
     weights, sight = observed(query, key, mask, scale, is_causal, real)
+    if statistic == "pivotal together":
+        weights, sight = (
+            each.expand(-1, key.shape[1], *each.shape[2:])
+            for each in (weights.mean(1, keepdim=True), sight.amax(1, keepdim=True))
+        )
     seen = torch.zeros_like(weights[:, :, 0])
     for sample in range(weights.shape[0]):
         counting = [row for row in range(weights.shape[2]) if sight[sample, 0, row] > 0]
         for row in counting[-(1 if statistic == "last" else window) :]:
             for head in range(weights.shape[1]):
                 a, t = weights[sample, head, row], float(sight[sample, head, row])
-                seen[sample, head] += (a * t >= 1).double() if statistic == "pivotal" else a
+                seen[sample, head] += (a * t >= 1).double() if statistic.startswith("pivotal") else a
     return seen
 
 

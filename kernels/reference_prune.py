@@ -29,6 +29,14 @@ def real_of(mask: Tensor | None, batch: int, tokens: int) -> list[list[bool]]:
     return [[not bool(bias[sample, :, :, t].isneginf().all()) for t in range(tokens)] for sample in range(batch)]
 
 
+def prunable(vision: Tensor, mask: Tensor | None, sample: int, batch: int) -> list[int]:
+    """The vision tokens of a sample that may go: no padding, and not its last token."""
+    tokens = vision.shape[1]
+    real = real_of(mask, batch, tokens)[sample]
+    last = max(t for t in range(tokens) if real[t])
+    return [t for t in range(last) if real[t] and bool(vision.expand(batch, tokens)[sample, t])]
+
+
 def last_row_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """`mean over heads of softmax(scale q K^T + mask)`, the row of the last token that is no padding: `[B, T]`."""
     batch, heads, tokens, _ = query.shape
@@ -53,7 +61,7 @@ def kept_rows(scores: Tensor, vision: Tensor, mask: Tensor | None, share: float)
     batch, tokens = scores.shape
     real, rows = real_of(mask, batch, tokens), []
     for sample, row in enumerate(scores.tolist()):
-        seen = [t for t in range(tokens) if real[sample][t] and bool(vision.expand(batch, tokens)[sample, t])]
+        seen = prunable(vision, mask, sample, batch)
         stay = kept(row, seen, round(share * len(seen)))
         rows.append([t for t in range(tokens) if real[sample][t] and (t not in seen or t in stay)])
     return rows
@@ -65,10 +73,9 @@ def pooled_groups(vision: Tensor, mask: Tensor | None, window: int) -> list[list
     real, out = real_of(mask, batch, tokens), []
     for sample in range(batch):
         groups: list[list[int]] = []
-        open_group = False
+        open_group, seen = False, prunable(vision, mask, sample, batch)
         for t in range(tokens):
-            seen = bool(vision[sample, t]) and real[sample][t]
-            if not seen:
+            if t not in seen:
                 open_group = False
                 if real[sample][t]:
                     groups.append([t])
@@ -113,7 +120,7 @@ def bidirectional_scores(
     bias, real = bias_of(mask, batch, heads, tokens).clone(), real_of(mask, batch, tokens)
     attention, raw = torch.zeros(batch, tokens).double(), torch.zeros(batch, tokens).double()
     for sample in range(batch):
-        seen = [t for t in range(tokens) if real[sample][t] and bool(vision.expand(batch, tokens)[sample, t])]
+        seen = prunable(vision, mask, sample, batch)
         raw[sample] = scores[sample][:, seen].sum(1).mean(0)
         strengths = normalised(raw[sample].tolist(), seen)
         for j in seen:
@@ -146,7 +153,7 @@ def merged_rows(
     batch, tokens, _ = hidden.shape
     real, out = real_of(mask, batch, tokens), []
     for sample in range(batch):
-        seen = [t for t in range(tokens) if real[sample][t] and bool(vision.expand(batch, tokens)[sample, t])]
+        seen = prunable(vision, mask, sample, batch)
         chosen = kept(attention[sample].tolist(), seen, min(most, len(seen)))
         strengths = normalised(raw[sample].tolist(), seen)
         order = sorted(chosen, key=lambda t: (-strengths[t], t))

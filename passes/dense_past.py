@@ -112,7 +112,7 @@ def compress(
                 vision=vision,
                 heads=heads,
             )
-        scores = _observed(state, site) if held else None
+        scores = _observed(state, site, bool(heads)) if held else None
     state.layers.append(
         Layer(
             results.index(site.key),
@@ -141,16 +141,21 @@ def _angles(flat: FlatOutputs, planner: TokenPlanner, rotation: Rotation, rows: 
     return cos, sin
 
 
-def _observed(state: GraphState, site: Site) -> Node | None:
-    """How much this call's queries attend to every token, in the way the policy's methods ask, `[B, H, T]`."""
+def _observed(state: GraphState, site: Site, apart: bool) -> Node | None:
+    """How much this call's queries attend to every token, in the way the policy's methods ask, `[B, H, T]`.
+
+    apart: whether every KV head keeps tokens of its own. A mean over heads, which is taken later, does for all that is
+    linear in the weights.
+    """
     asked = observation(state.policy)
     if asked is None:
         return None
     arguments = site.query, site.key, site.mask, scale_of(site), site.is_causal
     made = [
-        state.graph.call_function(torch.ops.attnpack.observe.default, (*arguments, kind, asked.window or 0, None))
+        state.graph.call_function(torch.ops.attnpack.observe.default, (*arguments, statistic, asked.window or 0, None))
         for kind in (asked.kind, asked.text)
         if kind is not None
+        for statistic in ("pivotal together" if kind == "pivotal" and not apart else kind,)
     ]
     if len(made) == 1:
         return made[0]

@@ -12,6 +12,7 @@ from attnpack_fx.angles import SharedAngles
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.held import Held
 from attnpack_fx.kernels import ops
+from attnpack_fx.moving import choose, taken
 from attnpack_fx.placement import Placement
 from attnpack_fx.tail import allocate
 from tests.stored_inputs import DIM, HEADS, Way, rotary, stored_pair
@@ -74,6 +75,20 @@ class Mirror:
         positions = self.layer.key.positions
         score = self.score.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, 0)
         self.layer.key = self.layer.key.attended(score)
+
+    def evict(self, share: float) -> None:
+        """Keep about such a share of the tokens, others in every sample."""
+        layer = self.layer
+        keep = torch.rand(layer.key.positions.shape, generator=self.random) < share
+        keep &= layer.key.positions >= 0
+        layer.key, layer.value = taken(layer.key, layer.value, choose(layer.key, layer.value, keep))
+        self.follow()
+
+    def follow(self) -> None:
+        """What is read now, by what the layer says."""
+        self.kept = torch.zeros_like(self.kept)
+        for sample, row in enumerate(self.layer.key.positions.tolist()):
+            self.kept[sample, [position for position in row if position >= 0]] = True
 
     def reread(self) -> None:
         """Coding is not exact: stand for what the layer holds now."""
@@ -155,12 +170,12 @@ def mirrored(way: Way, *, factors: bool = True, apart: bool = False, angles: boo
     kept[0, : way.padding] = False
     key, value, old = pair.key, pair.value, pair.key.placement
     if factors:
-        placed = Placement.from_plan([old.index], old.slot, vision & kept, evicts=True)
+        placed = Placement.from_plan([old.index], old.slot, vision & kept, moves=True)
         held = [replace(each.held, placement=placed) for each in (key, value)]
         rows = [each.lease.buffer.rows[: each.lease.length] for each in (key, value)]
     else:
         *_, index, slot = ops.plan(None, kept, pair.dense_key, False, [], [])
-        placed = Placement.from_plan([index], slot, vision & kept, evicts=True)
+        placed = Placement.from_plan([index], slot, vision & kept, moves=True)
         turns = None
         if angles:
             cos, sin = (each.float().expand(way.batch, -1, -1) for each in rotary(way, tokens))

@@ -42,11 +42,11 @@ def test_fakes_have_the_shapes_of_the_parts(way):
     pair = stored_pair(way)
     for packed in (pair.key, pair.value, pair.key.index_select(0, torch.tensor([1]))):
         held = packed.held
-        segments, index, slot, angles = fake_parts(held.forms[0], packed.lease.buffer.rows, held.sizes)
+        segments, index, tokens, angles = fake_parts(held.forms[0], packed.lease.buffer.rows, held.sizes)
         fake = dataclasses.replace(
             packed.held,
             segments=segments,
-            placement=dataclasses.replace(packed.placement, index=index, slot=slot),
+            placement=dataclasses.replace(packed.placement, index=index, tokens=tokens),
             angles=None if angles is None else dataclasses.replace(held.angles, packed=angles),
         )
         described = [{name: (each.shape, each.dtype) for name, each in one.named.items()} for one in (fake, held)]

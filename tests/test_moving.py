@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from attnpack_fx import KIVI, KVQuant, cache_bytes
 from attnpack_fx.coding import code
-from attnpack_fx.moving import choose, chosen_positions, taken
-from tests.layer_inputs import Mirror, mirrored, saved
+from attnpack_fx.moving import choose, chosen_positions
+from tests.layer_inputs import mirrored, saved
 from tests.stored_inputs import Way
 
 CODINGS = {"none": None, "kivi": KIVI(8, group=2, residual=4), "kvquant": KVQuant(8, residual=4)}
@@ -41,17 +41,6 @@ STEPS = st.lists(
 )
 
 
-def evict(mirror: Mirror, share: float) -> None:
-    """Keep about such a share of the tokens, others in every sample."""
-    layer = mirror.layer
-    keep = torch.rand(layer.key.positions.shape, generator=mirror.random) < share
-    keep &= layer.key.positions >= 0
-    layer.key, layer.value = taken(layer.key, layer.value, choose(layer.key, layer.value, keep))
-    mirror.kept = torch.zeros_like(mirror.kept)
-    for sample, row in enumerate(layer.key.positions.tolist()):
-        mirror.kept[sample, [position for position in row if position >= 0]] = True
-
-
 COPIES = {
     "clone": torch.clone,
     "to": lambda each: each.to(torch.float64).to(torch.float32),
@@ -75,7 +64,7 @@ def test_whatever_is_done_tokens_mean_what_they_meant(kind, steps, coding, paddi
         history.append(replace(mirror, layer=copy.copy(mirror.layer)))
         match name:
             case "evict":
-                evict(mirror, argument)
+                mirror.evict(argument)
             case "append":
                 mirror.append(argument)
             case "code":
@@ -103,7 +92,7 @@ def test_bytes_fall_by_what_left(apart, method):
     if method is not None:
         code(mirror.layer, method)
     before = cache_bytes((mirror.layer.key, mirror.layer.value))
-    evict(mirror, 0.25)
+    mirror.evict(0.25)
     after = cache_bytes((mirror.layer.key, mirror.layer.value))
     assert mirror.kept.float().mean() < 0.4
     # Groups of tokens keep their scale, and a tail has room to grow.

@@ -327,7 +327,7 @@ def test_bytes_are_those_of_factors_and_rows():
         (block.coefficient.numel() + block.basis.numel()) * 4 for packed in (key, value) for block in packed.held.blocks
     )
     rows = 2 * 34 * 2 * 2 * 16 * 4
-    indices = key.index.numel() * 8 + key.slot.numel() * 8
+    indices = key.index.numel() * 8
     assert cache_bytes([(key, value)]) == factors + rows + indices
 
 

@@ -15,7 +15,6 @@ from attnpack_fx.passes.selection import Selection
 from attnpack_fx.selecting import select, wake
 from tests.layer_inputs import Mirror, mirrored, saved
 from tests.stored_inputs import Way
-from tests.test_moving import evict
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,6 @@ def everything(mirror: Mirror) -> Mirror:
     return replace(mirror, layer=layer, kept=kept)
 
 
-def follow(mirror: Mirror) -> None:
-    """What is read now, by what the layer says."""
-    mirror.kept = torch.zeros_like(mirror.kept)
-    for sample, row in enumerate(mirror.layer.key.positions.tolist()):
-        mirror.kept[sample, [position for position in row if position >= 0]] = True
-
-
 @settings(max_examples=50, deadline=None)
 @given(kind=KINDS, steps=STEPS, coding=st.sampled_from(list(CODINGS)), padding=st.integers(0, 2))
 def test_nothing_is_lost(kind, steps, coding, padding):
@@ -89,7 +81,7 @@ def test_nothing_is_lost(kind, steps, coding, padding):
 
     def act(mirror: Mirror) -> None:
         select(mirror.layer, rule)
-        follow(mirror)
+        mirror.follow()
         if method is not None:
             before = everything(mirror)
             code(mirror.layer, method)
@@ -105,7 +97,7 @@ def test_nothing_is_lost(kind, steps, coding, padding):
                 act(mirror)
             case "evict":
                 before = mirror.kept
-                evict(mirror, argument)
+                mirror.evict(argument)
                 whole &= mirror.kept | ~before
             case "select":
                 rows = torch.tensor(argument)
@@ -184,7 +176,7 @@ def test_coded_tokens_are_always_read():
     coded = mirror.layer.key.held.packed, mirror.layer.value.held.packed
     assert max(coded) > 2
     select(mirror.layer, Some(share=0))
-    follow(mirror)
+    mirror.follow()
     mirror.check()
     assert (mirror.layer.key.held.packed, mirror.layer.value.held.packed) == coded
     everything(mirror).check()

@@ -508,6 +508,52 @@ def check_observe(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, 
                 least, most = ((odds[:, :, -window:] >= 1 + margin).sum(2) for margin in (1e-4, -1e-4))
                 outside = ((counts < least) | (counts > most)).sum()
                 _judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
+
+
+def _pruning(dtype: torch.dtype, seed: int) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the operators that leave out tokens, by name: two prompts of 60 tokens, the second padded."""
+    random = _random(seed)
+    tokens = 60
+    query, key, hidden = (
+        torch.randn(shape, generator=random).to(dtype)
+        for shape in ((2, 4, tokens, 16), (2, 2, tokens, 16), (2, tokens, 32))
+    )
+    real = torch.arange(tokens) >= torch.tensor([0, 7])[:, None]
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() & real[:, None, None]
+    vision = torch.rand((2, tokens), generator=random) < 0.7
+    scores, raw = torch.rand((2, 2, tokens), generator=random)
+    rows = ops.kept_rows(scores, vision, mask, 0.4)
+    pooled, group = ops.pooled_rows(vision, mask, 3)
+    return {
+        "bidirectional_scores": (query, key, vision, mask, 0.25, 1.0),
+        "gather_mask": (mask, rows),
+        "gather_tokens": (query, rows, 2),
+        "kept_rows": (scores, vision, mask, 0.4),
+        "last_row_scores": (query, key, mask, 0.25),
+        "merge_tokens": (hidden, pooled, group, scores),
+        "merged_rows": (hidden, scores, raw, vision, mask, 20, 0.3),
+        "pooled_rows": (vision, mask, 3),
+        "random_scores": (scores, 5),
+        "scatter_tokens": (hidden, rows, ops.gather_tokens(hidden, rows, 1)),
+    }
+
+
+def check_pruning(name: str, machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    """One of them on the device, against itself on a CPU, which `tests/kernels/test_prune.py` holds to float64."""
+    errors: dict[str, float] = {}
+    for number in range(3):
+        arguments = _pruning(dtype, seed + number)[name]
+        expected = getattr(ops, name)(*arguments)
+        here = _on(machine, arguments)
+        poison(machine)
+        actual = getattr(ops, name)(*here)
+        pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+        for item, (one, other) in enumerate(pairs):
+            what = f"{name}, result {item} of prompt {number}"
+            if other.is_floating_point() and one.shape == other.shape:
+                _judge(errors, what, relative_error(one.cpu(), other.double()), TOLERANCE[dtype], seed + number)
+            else:
+                _same(errors, what, one, other, seed + number)
     return errors
 
 
@@ -526,6 +572,7 @@ CHECKS: Mapping[str, Check] = {
     "plan": check_plan,
     "sketch": check_sketch,
     "take_rows": check_take_rows,
+    **{name: partial(check_pruning, name) for name in _pruning(torch.float32, 0)},
 }
 
 

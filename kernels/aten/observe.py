@@ -10,7 +10,7 @@ from torch import Tensor
 #: Most bytes of the scores of one tile.
 SCORE_BYTES = 64 << 20
 
-STATISTICS = ("sum", "last", "pivotal")
+STATISTICS = ("sum", "last", "pivotal", "pivotal together")
 
 
 def observe(
@@ -51,8 +51,8 @@ def observe(
         scores = scores.view(batch, kv_heads, heads // kv_heads, count, reach)
         bias = _bias(mask, part, is_causal, reach, kv_heads)
         p = _softmax(scores, bias)
-        if statistic == "pivotal":
-            found = _pivotal(p.mean(2), bias, reach)
+        if statistic.startswith("pivotal"):
+            found = _pivotal(p, bias, reach, statistic == "pivotal together")
             if weigh is not None:
                 found &= weigh[:, None, :, None]
             seen[..., :reach] += found.sum(2)
@@ -131,9 +131,16 @@ def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
     return torch._safe_softmax(scores.add_(bias), -1)
 
 
-def _pivotal(weights: Tensor, bias: Tensor | None, reach: int) -> Tensor:
-    """`A >= 1 / t`, t the tokens in sight of any query head of the KV head; weights and result `[B, H, count, T]`."""
+def _pivotal(weights: Tensor, bias: Tensor | None, reach: int, together: bool) -> Tensor:
+    """`A >= 1 / t`, t the tokens in sight of any query head of the KV head; together: of the KV head that sees most.
+
+    weights: `[B, H, g, count, T]`; result `[B, H, count, T]`, or together `[B, 1, count, T]`.
+    """
+    weights = weights.mean((1, 2)).unsqueeze(1) if together else weights.mean(2)
     if bias is None:
         return weights >= 1 / reach
     sight = (~out_of_sight(bias)).any(2).expand(-1, -1, -1, reach)
-    return (weights >= sight.sum(-1, keepdim=True).to(weights.dtype).reciprocal()) & sight
+    count = sight.sum(-1, keepdim=True)
+    if together:
+        sight, count = sight.any(1, keepdim=True), count.amax(1, keepdim=True)
+    return (weights >= count.to(weights.dtype).reciprocal()) & sight

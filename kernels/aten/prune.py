@@ -19,6 +19,13 @@ def real_tokens(mask: Tensor | None, shape: tuple[int, int], device: torch.devic
     return seen.expand(shape)
 
 
+def prunable(vision: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Bool `[B, T]` each: tokens that are no padding, and those of them that are vision tokens, the last one apart."""
+    real = real_tokens(mask, shape, vision.device)
+    later = real.flip(1).cumsum(1).flip(1)
+    return real, vision.expand(shape) & real & (later > 1)
+
+
 def last_row_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """See `ops.last_row_scores`."""
     batch, _, tokens, _ = query.shape
@@ -38,8 +45,7 @@ def last_row_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: floa
 def kept_rows(scores: Tensor, vision: Tensor, mask: Tensor | None, share: float) -> Tensor:
     """See `ops.kept_rows`."""
     batch, tokens = scores.shape
-    real = real_tokens(mask, (batch, tokens), scores.device)
-    seen = vision.expand(batch, tokens) & real
+    real, seen = prunable(vision, mask, (batch, tokens))
     count = (seen.sum(1).double() * share).round().long()
     return positions(real & ~seen | best(scores, seen, count))
 
@@ -115,8 +121,7 @@ def merge_tokens(hidden: Tensor, rows: Tensor, group: Tensor, weight: Tensor) ->
 def pooled_rows(vision: Tensor, mask: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
     """See `ops.pooled_rows`."""
     batch, tokens = vision.shape
-    real = real_tokens(mask, (batch, tokens), vision.device)
-    seen = vision & real
+    real, seen = prunable(vision, mask, (batch, tokens))
     place = torch.arange(tokens, device=vision.device).expand(batch, tokens)
     begins = seen & ~torch.nn.functional.pad(seen[:, :-1], (1, 0))
     start = torch.where(begins, place, 0).cummax(1).values

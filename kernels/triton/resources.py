@@ -139,6 +139,14 @@ SHAPES = {
         weights=True,
         coded=(640, RowForm(4, channel=True, codebook=True, norm=True), RowForm(E4M3, group=128)),
     ),
+    "LLaVA-1.5-7B, 4 bits, un-rotated keys": Shape(blocks=((4, 4, False),), rotated=128),
+    "Qwen3-VL-8B, 4 bits, un-rotated keys, M-RoPE": Shape(
+        **{"heads": 32, "kv_heads": 8, "tokens": (9216, 640), "blocks": ((4, 4, False),)},
+        **{"rotated": 128, "axes": 3, "positions": 200, "mask": True},
+    ),
+    "un-rotated keys, partial rotary, 8 and 2 bits": Shape(
+        dim=80, tokens=(4096,), rank=32, rotated=32, blocks=((8, 8, False), (2, 2, True)), dtype=torch.float16
+    ),
     "un-rotated keys, partial rotary": Shape(dim=80, tokens=(4096,), rank=32, rotated=32, interleaved=True),
 }
 

@@ -18,7 +18,6 @@ def prompts(draw: st.DrawFn) -> dict[str, Tensor | float | None]:
     tokens, heads, group, dim = draw(st.integers(3, 12)), draw(st.integers(1, 2)), draw(st.integers(1, 2)), 4
     torch.manual_seed(draw(st.integers(0, 999)))
     vision = torch.rand(BATCH, tokens) < draw(st.sampled_from([0.3, 0.7, 1.0]))
-    vision[:, -1] = False
     mask: Tensor | None = None
     kind = draw(st.sampled_from(["none", "bool", "additive", "plain"]))
     if kind != "none":
@@ -69,6 +68,12 @@ def test_kept_rows(made, share, ties):
     assert rows_of(rows) == reference_prune.kept_rows(scores, made["vision"], made["mask"], share)
 
 
+def test_the_last_token_stays():
+    vision = torch.tensor([[False, True, True, True], [False, True, True, False]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()[:, None, None]  # the second is padded at its end
+    assert rows_of(attnpack.kept_rows(torch.zeros(2, 4), vision, mask, 0.0)) == [[0, 3], [0, 2]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(made=prompts(), window=st.integers(1, 5))
 def test_pooling_averages_groups(made, window):
@@ -99,10 +104,9 @@ def test_merged_rows(made, most, threshold):
     rows, group, weight = attnpack.merged_rows(hidden, attention, raw, vision, mask, most, threshold)
     expected = reference_prune.merged_rows(hidden, attention, raw, vision, mask, most, threshold)
     assert rows_of(rows) == [positions for positions, _ in expected]
-    real = reference_prune.real_of(mask, *vision.shape)
     for sample, (_, owner) in enumerate(expected):
         assert {t: into for t, into in enumerate(group[sample].tolist()) if into >= 0} == owner
-        seen = [t for t, flag in enumerate(vision[sample].tolist()) if flag and real[sample][t]]
+        seen = reference_prune.prunable(vision, mask, sample, BATCH)
         for t, strength in reference_prune.normalised(raw[sample].tolist(), seen).items():
             assert float(weight[sample, t]) == pytest.approx(strength, abs=1e-5)
     merged = attnpack.merge_tokens(hidden, rows, group, weight)

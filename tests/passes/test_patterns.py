@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx import Graph
 
 from attnpack_fx.passes.patterns import argument, is_call, layer_number, layer_of, strip_repeat_kv, through_no_ops
 from tests.passes.capture import capture
@@ -116,3 +117,11 @@ def test_the_model_among_the_arguments_of_a_decorator_is_no_layer():
 def test_a_node_outside_any_module_is_named_after_itself():
     node, _ = result_of(lambda x: x.neg(), KV)
     assert layer_of(node) == node.name
+
+
+def test_the_layer_of_a_node_where_the_model_is_an_argument_by_number():
+    graph = Graph()
+    node = graph.placeholder("x")
+    node.meta["nn_module_stack"] = {"layer": ("L['args'][0].model.layers[3].self_attn", None)}
+    assert layer_of(node) == "model.layers[3].self_attn"
+    assert layer_number(layer_of(node)) == 3

@@ -122,7 +122,7 @@ def test_pivotal_counts(case, window):
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("statistic", ["sum", "last", "pivotal"])
+@pytest.mark.parametrize("statistic", ["sum", "last", "pivotal", "pivotal together"])
 @pytest.mark.parametrize("given", [True, False])
 def test_tiles_make_no_difference(mask, statistic, given):
     *inputs, real = arguments(Prompt(seed=1, mask=mask, given=given, tokens=17))
@@ -169,7 +169,7 @@ def test_weights_are_those_of_scaled_dot_product_attention():
 
 
 @pytest.mark.parametrize(("queries", "tokens"), [(0, 5), (0, 0)])
-@pytest.mark.parametrize("statistic", ["sum", "last", "pivotal"])
+@pytest.mark.parametrize("statistic", ["sum", "last", "pivotal", "pivotal together"])
 def test_nothing_to_observe(queries, tokens, statistic):
     query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 2, tokens, 8)
     out = attnpack.observe(query, key, None, 1.0, False, statistic, 3, None)
@@ -179,7 +179,7 @@ def test_nothing_to_observe(queries, tokens, statistic):
 def test_a_sample_of_padding_alone_scores_nothing():
     *inputs, _ = arguments(Prompt(padding=0))
     real = torch.tensor([[False] * 9, [True] * 9])
-    for statistic in ("sum", "last", "pivotal"):
+    for statistic in ("sum", "last", "pivotal", "pivotal together"):
         out = attnpack.observe(*inputs, statistic, 4, real)
         assert out[0].abs().sum() == 0 and out[1].sum() > 0
 
@@ -230,7 +230,7 @@ def test_a_prefill_that_is_observed_has_the_gradient_it_had(compiled):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("statistic", ["sum", "last", "pivotal"])
+@pytest.mark.parametrize("statistic", ["sum", "last", "pivotal", "pivotal together"])
 def test_operator(dtype, mask, statistic):
     *inputs, real = arguments(Prompt(dtype=dtype, mask=mask, given=mask != "additive"))
     torch.library.opcheck(attnpack.observe.default, (*inputs, statistic, 3, real))

@@ -52,14 +52,25 @@ def test_coded_rows_match_the_reference(shape, tokens, forms, keys):
     check(shape)
 
 
+@given(shape=shapes(), keys=cuts(), values=cuts(), partial=st.booleans(), axes=st.integers(0, 3))
+@settings(QUICKLY, max_examples=10)
+def test_keys_before_rotary_embedding_are_rotated(shape, keys, values, partial, axes):
+    shape = dataclasses.replace(shape, segments=shape.segments[:1], key_cuts=keys, value_cuts=values, axes=axes)
+    shape = dataclasses.replace(shape, rotary=shape.key_dim // 2 // 8 * 8 if partial else shape.key_dim)
+    assert fits(shape)
+    check(shape)
+
+
 FORMATS = [(8, 8, False), (4, 0, False), (0, 2, False), (E4M3, E5M2, False), (4, 2, True), (2, E4M3, True)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.parametrize("rotary", [0, 16])
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_formats(how, dtype):
-    check(Shapes(dtype=dtype, key_cuts=((1.0, how), (0.5, 4)), value_cuts=((1.0, how), (0.3, how)), group=3, batch=2))
+def test_formats(how, dtype, rotary):
+    shape = Shapes(dtype=dtype, key_cuts=((1.0, how), (0.5, 4)), value_cuts=((1.0, how), (0.3, how)), group=3, batch=2)
+    check(dataclasses.replace(shape, rotary=rotary))
 
 
 @pytest.mark.parametrize("rank", [1, 20, 140])
