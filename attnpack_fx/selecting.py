@@ -19,7 +19,7 @@ from attnpack_fx.moving import Choice, choose, chosen_positions, gathered, rows_
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.selection import Selection
 from attnpack_fx.resting import Resting
-from attnpack_fx.tail import exact
+from attnpack_fx.tail import allocate
 
 
 def select(layer: CachedLayer, method: Selection) -> None:
@@ -96,7 +96,9 @@ def wake(layer: CachedLayer) -> None:
         importance = packed.scores
         if importance is not None and rest.importance is not None:
             importance = _behind(importance, counts, rest.importance, rest.counts)
-        rows = torch.cat([packed.lease.buffer.rows[: packed.lease.length], rest.tail])
+        rows, end = packed.lease.buffer.rows[: packed.lease.length], packed.lease.length + rest.tail.shape[0]
+        buffer = allocate(rows, end)  # with room, as a step follows at once
+        buffer.rows[len(rows) : end] = rest.tail
         woken = replace(
             held,
             segments=_joined(held, rest),
@@ -104,7 +106,7 @@ def wake(layer: CachedLayer) -> None:
             angles=None if held.angles is None else held.angles.woken(rest.axes, low, rest.counts, rest.turns),
             resting=_none(rest),
         )
-        made.append(PackedTensor(woken, exact(rows), importance))
+        made.append(PackedTensor(woken, buffer.lease(end), importance))
     layer.key, layer.value = made
 
 
