@@ -67,6 +67,21 @@ class Placement:
         return self.index, self.tokens, self.ragged, self.vision, self.absent
 
     @property
+    def vision_slots(self) -> Tensor:
+        """Which slots hold vision tokens, bool `[B, N]`; none where no modality is kept."""
+
+        def derive() -> Tensor:
+            found = self.is_vision(self.index)
+            return torch.zeros_like(self.index, dtype=torch.bool) if found is None else found
+
+        return self._memo.derive("vision slots", None, 0, derive)
+
+    @property
+    def least_missing(self) -> int:
+        """`missing` of the sample with the fewest."""
+        return self._memo.derive("least missing", None, 0, lambda: int(self.missing.min()) if len(self.index) else 0)
+
+    @property
     def missing(self) -> Tensor:
         """`absent`; where nothing asked for it and no token has left yet, those that have no slot."""
         return self.tokens - (self.index >= 0).sum(1) if self.absent is None else self.absent
