@@ -12,13 +12,13 @@ from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.kernels.parts import Rows, Segment
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.row_coding import Kind, RowCoding
-from attnpack_fx.tail import allocate
+from attnpack_fx.tail import exact
 
 
 def code(layer: CachedLayer, method: RowCoding) -> None:
     """Code what the method says is due of keys and of values."""
     counts = due(layer, method)
-    if any(counts) or layer.prefill:  # a prompt with nothing to code gets an empty segment: later the form is known
+    if any(counts):
         place_all(layer)
         layer.key = _coded(layer.key, counts[0], "key", layer, method)
         layer.value = _coded(layer.value, counts[1], "value", layer, method)
@@ -26,12 +26,9 @@ def code(layer: CachedLayer, method: RowCoding) -> None:
 
 def due(layer: CachedLayer, method: RowCoding) -> tuple[int, int]:
     """How many of the oldest tail rows of keys and of values are to be coded now; rows that are pinned do not count."""
-    key, value = layer.key, layer.value
-    keys, values = (
-        method.due(kind, packed.lease.length - packed.held.pinned, layer.prefill)
-        for kind, packed in (("key", key), ("value", value))
-    )
-    angles = key.held.angles
+    rows = [packed.lease.length - packed.held.pinned for packed in (layer.key, layer.value)]
+    keys, values = method.due("key", rows[0], layer.prefill), method.due("value", rows[1], layer.prefill)
+    angles = layer.key.held.angles
     if method.unrotated and angles is not None and angles.tail is None:
         keys = 0  # they cannot be turned back
     return keys, values
@@ -48,12 +45,12 @@ def place_all(layer: CachedLayer) -> None:
 
 
 def _coded(packed: PackedTensor, count: int, kind: Kind, layer: CachedLayer, method: RowCoding) -> PackedTensor:
-    """With the oldest `count` tail rows coded; of none, with a segment that is empty."""
-    if not count and not layer.prefill:
+    """With the oldest `count` tail rows coded."""
+    if not count:
         return packed
     rows, angles = oldest(packed, count), packed.held.angles
     if method.unrotated and kind == "key" and angles is not None:
-        rows, angles = turned_back(rows, packed), angles.folded(count)
+        rows, angles = turned_back(rows, packed).to(rows.dtype), angles.folded(count)
     elif angles is not None:
         angles = angles.dropped(count)
     made = method.encode(rows.permute(1, 0, 2, 3), kind, layer.number, layer.prefill)
@@ -95,8 +92,8 @@ def with_rows(packed: PackedTensor, made: Rows[Tensor], left: Tensor) -> PackedT
         segments = (*segments[:-1], Segment((_dense_in_memory(coded_rows.extend(block, made)),)))
     else:
         segments, modalities = (*segments, Segment((_dense_in_memory(made),))), (*modalities, ROW_SEGMENT)
-    lease = allocate(left, left.shape[0]).lease(left.shape[0])
-    return PackedTensor(replace(held, segments=segments, modalities=modalities, closed=True), lease, packed.importance)
+    kept = exact(left.clone())  # not a view that keeps the coded rows alive
+    return PackedTensor(replace(held, segments=segments, modalities=modalities, closed=True), kept, packed.importance)
 
 
 def _dense_in_memory(rows: Rows[Tensor]) -> Rows[Tensor]:

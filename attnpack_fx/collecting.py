@@ -8,8 +8,7 @@ from torch import Tensor
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.held import Held
 from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.passes.asks import acting, keeps_angles
-from attnpack_fx.passes.method import Stage
+from attnpack_fx.passes.asks import keeps_angles, moves_tokens
 from attnpack_fx.passes.state import Grown, OutputSpec, Packed, Plain
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
@@ -55,8 +54,7 @@ class Collector:
         if spec.slot not in self._placements:
             slot = results[spec.slot]
             vision = None if spec.vision is None else results[spec.vision].expand(slot.shape) & (slot >= 0)
-            evicts = bool(acting(self._policy.passes, Stage.EVICT))
-            placed = Placement.from_plan(indices, slot, vision, evicts=evicts)
+            placed = Placement.from_plan(indices, slot, vision, moves=moves_tokens(self._policy))
             # Layers of different ranks decide for themselves whether packing pays, and mostly decide alike.
             alike = (known for known in self._placements.values() if known.same_as(placed))
             self._placements[spec.slot] = next(alike, placed)
@@ -74,7 +72,7 @@ class Collector:
             segments.append(segment)
             modalities.append(name)
             losses += [] if loss is None else [(name, loss)]
-        packed = sum(segment.blocks[0].coefficient.shape[1] for segment in segments)
+        packed = sum(segment.factors[0].coefficient.shape[1] for segment in segments)
         wanted = packed or keeps_angles(self._policy)
         angles = None if spec.angles is None or not wanted else self._angles_of(spec, packed)
         made = Held(tuple(segments), tuple(modalities), self._placements[spec.slot], angles, losses=tuple(losses))

@@ -67,7 +67,7 @@ def _fold(packed: PackedTensor, count: int, rank: int) -> PackedTensor:
     segments, modalities, unknown = held.segments, held.modalities, math.inf
     if TEXT not in modalities:
         segments, modalities, unknown = (*segments, _empty(tail)), (*modalities, TEXT), 0.0
-    blocks = segments[-1].blocks
+    blocks = segments[-1].factors
     old = torch.cat([block.coefficient for block in blocks], 2)
     basis = torch.cat([block.basis for block in blocks], 2).expand(old.shape[0], -1, -1, -1)
     coefficient, basis, dropped = ops.fold(old, basis, rows, rank)

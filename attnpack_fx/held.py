@@ -337,7 +337,7 @@ def tokens_of(block: Block[Tensor] | Rows[Tensor]) -> int:
 
 def map_rows(block: Rows[Tensor], function: Callable[[str, Tensor], Tensor]) -> Rows[Tensor]:
     """Rows with another tensor for every one, by its name."""
-    return replace(block, **{name: function(name, tensor) for name, tensor in block.tensors.items()})
+    return Rows(block.form, **{name: function(name, tensor) for name, tensor in block.tensors.items()})
 
 
 def is_shared(block: Block[Tensor] | Rows[Tensor]) -> bool:

@@ -36,7 +36,7 @@ def merge(lower: CachedLayer, upper: CachedLayer, method: Merging, coding: RowCo
     count = method.due(lower.key.lease.length - pinned, lower.prefill)
     if coding is not None:
         count = min(due(lower, coding))
-    if not count and not lower.prefill:
+    if not count:
         return
     layers, rows = (lower, upper), {}
     retained = torch.zeros((lower.key.held.placement.index.shape[0], count), dtype=torch.bool, device=lower.key.device)

@@ -38,8 +38,9 @@ def _moving_average(layer: CachedLayer, weights: Tensor, partial: Partial) -> Te
 def _of_prompt(layer: CachedLayer, observed: Tensor) -> Tensor:
     """From logical positions to slots."""
     positions = layer.key.positions
-    kinds = [each.gather(1, positions.clamp(min=0)) for each in observed]
-    made = kinds[0] if len(kinds) == 1 else torch.where(layer.key.is_vision, *kinds)
+    made, *text = (each.gather(1, positions.clamp(min=0)) for each in observed)
+    if text:
+        made = torch.where(layer.key.is_vision, made, text[0])
     return made.masked_fill(positions < 0, 0)
 
 

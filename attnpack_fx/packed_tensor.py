@@ -78,8 +78,8 @@ class PackedTensor(torch.Tensor):
             self.rows, self.sizes = lease.buffer.rows, traced[0]
             return
         self.rows = lease.buffer.template
-        self._dynamo_weak_dynamic_indices = {2}
-        self.sizes = _shape(lease.length + SPARE_ROWS, *held.sizes)
+        self._dynamo_weak_dynamic_indices, self._dynamo_static_indices = {2}, {1, 3}
+        self.sizes = _shape(*(size + SPARE_ROWS for size in (lease.length, *held.sizes)))
 
     @property
     def index(self) -> Tensor:  # type: ignore[override]
@@ -120,7 +120,7 @@ class PackedTensor(torch.Tensor):
     def ranks(self) -> dict[str, int]:
         """Rank by modality, of what is low rank."""
         return {
-            name: sum(map(rank_of, segment.blocks))
+            name: sum(map(rank_of, segment.factors))
             for name, segment in zip(self.modalities, self.segments, strict=True)
             if name != ROW_SEGMENT
         }
@@ -169,6 +169,8 @@ class PackedTensor(torch.Tensor):
 
     def dense(self) -> Tensor:
         """The dense `[B, H, T, D]` tensor this stands for; padding and what is not read any more is zero."""
+        if _is_fake(self):  # only shapes matter while tracing, and they are to be those that Dynamo gave
+            return self.rows.new_empty(self.shape)
         parts = self.parts
         stored = parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot
         dense = ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales, parts.owners)
@@ -253,13 +255,13 @@ class PackedTensor(torch.Tensor):
                 f"contents; got parts of type {type(rows).__name__}, expected fake ones. Use `clone`, `to` or "
                 "`torch.save`."
             )
-        _, count, *varying = sizes.shape
+        count, *varying = (size - SPARE_ROWS for size in sizes.shape[1:])
         segments, index, placed, angles = fake_parts(context, rows, varying)
         shared = None if angles is None else SharedAngles(angles)
         held = Held(segments, context.modalities, Placement(index, placed, context.ragged), shared, heads=context.heads)
         # Only whether there is one matters to a graph.
         importance = rows.new_empty((), dtype=torch.float32) if context.weighed else None
-        lease = TailBuffer(rows).lease(count - SPARE_ROWS)
+        lease = TailBuffer(rows).lease(count)
         return PackedTensor(held, lease, importance, (sizes, outer_size))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -330,7 +332,7 @@ _MOST_SHAPES = 1 << 14
 
 
 def _shape(*sizes: int) -> Tensor:
-    """Sizes as Dynamo sees them and knows that they vary: the shape of a tensor without elements."""
+    """Sizes, padded by `SPARE_ROWS`, as Dynamo sees them and knows that they vary: the shape of an empty tensor."""
     known = _shapes.get(sizes)
     if known is None:
         known = torch.empty_strided((0, *sizes), (0,) * (1 + len(sizes)), dtype=torch.uint8)

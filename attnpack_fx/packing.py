@@ -7,8 +7,7 @@ from attnpack_fx.held import Held
 from attnpack_fx.kernels import ops
 from attnpack_fx.maintenance import maintain
 from attnpack_fx.packed_tensor import PackedTensor
-from attnpack_fx.passes.asks import acting, asks_for_modality, heads_apart, observation
-from attnpack_fx.passes.method import Stage
+from attnpack_fx.passes.asks import asks_for_modality, heads_apart, moves_tokens, observation
 from attnpack_fx.passes.plan_tokens import asks_for_loss, gain, share_basis
 from attnpack_fx.passes.state import TEXT, VISION
 from attnpack_fx.placement import Placement
@@ -58,8 +57,7 @@ def fresh_layer(
     *indices, slot = ops.plan(known, real, key, TEXT in stored, gains.get(VISION, []), gains.get(TEXT, []))
     index = {name: found for name, found in zip((VISION, TEXT), indices, strict=False) if name in stored}
     vision = modality.expand(slot.shape) & (slot >= 0) if modality is not None and asks_for_modality(policy) else None
-    evicts = bool(acting(policy.passes, Stage.EVICT))
-    placement = Placement.from_plan([*index.values(), indices[2]], slot, vision, evicts=evicts)
+    placement = Placement.from_plan([*index.values(), indices[2]], slot, vision, moves=moves_tokens(policy))
     heads = key.shape[1] if heads_apart(policy, bool(stored)) else 0
     packed = []
     for kind, dense in (("key", key.detach()), ("value", value.detach())):

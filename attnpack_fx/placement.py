@@ -37,15 +37,15 @@ class Placement:
 
     @classmethod
     def from_plan(
-        cls, indices: list[Tensor], slot: Tensor, vision: Tensor | None = None, *, evicts: bool = False
+        cls, indices: list[Tensor], slot: Tensor, vision: Tensor | None = None, *, moves: bool = False
     ) -> "Placement":
         """From the index of each segment and of the dense prompt tokens, in slot order.
 
-        evicts: whether tokens may leave later, and leave filler where samples differ.
+        moves: whether tokens may leave or change places later, and leave filler where samples differ.
         """
         index = torch.cat(indices, dim=1) if len(indices) > 1 else indices[0]
-        differ = evicts and index.shape[0] > 1
-        absent = (slot < 0).sum(1) if evicts else None
+        differ = moves and index.shape[0] > 1
+        absent = (slot < 0).sum(1) if moves else None
         return cls(index, slot.shape[1], differ or _has_filler(index), vision, absent)
 
     @property
@@ -161,12 +161,14 @@ class Placement:
                 widest = max(part.shape[1] for part in alike)
                 columns.append(torch.cat([_pad(part, (0, widest - part.shape[1]), value=-1) for part in alike]))
             index = torch.cat(columns, dim=1)
-            vision = None
-            if self.vision is not None:
-                flags = [each.vision for each in (self, *others) if each.vision is not None]
+            every, vision, absent = (self, *others), None, None
+            if any(each.vision is not None for each in every):
+                none = (each.index.new_zeros((each.index.shape[0], 0), dtype=torch.bool) for each in every)
+                flags = [other if each.vision is None else each.vision for each, other in zip(every, none, strict=True)]
                 widest = max(each.shape[1] for each in flags)
                 vision = torch.cat([_pad(each, (0, widest - each.shape[1])) for each in flags])
-            absent = None if self.absent is None else torch.cat([each.absent for each in (self, *others)])  # type: ignore[misc]
+            if any(each.absent is not None for each in every):
+                absent = torch.cat([each.missing for each in every])
             ragged = self.ragged or _has_filler(index)
             return Placement(index, self.tokens, ragged, vision, absent)
 
@@ -182,18 +184,16 @@ class Placement:
         return self._memo.derive("to", device, 0, derive)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Placement":
-        more = (None if each is None else function(each) for each in (self.vision, self.absent))
-        return Placement(function(self.index), self.tokens, self.ragged, *more)
+        vision, absent = (None if each is None else function(each) for each in (self.vision, self.absent))
+        return Placement(function(self.index), self.tokens, self.ragged, vision, absent)
 
     def same_as(self, other: "Placement") -> bool:
-        """Whether both place every token alike (compares contents only when the objects differ)."""
+        """Whether both place every token alike (compares contents only when the objects differ, and once)."""
         if self is other:
             return True
-        return (
-            self.tokens == other.tokens
-            and self.index.shape == other.index.shape
-            and torch.equal(self.index, other.index)
-        )
+        if self.tokens != other.tokens or self.index.shape != other.index.shape:
+            return False
+        return self._memo.derive("same as", other, 0, lambda: torch.equal(self.index, other.index))
 
 
 def _has_filler(index: Tensor) -> bool:

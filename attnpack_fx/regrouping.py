@@ -41,7 +41,7 @@ def is_due(key: PackedTensor, value: PackedTensor, added: int, partial: Partial)
     cut = [held for held in ((key.held, value.held) if partial.keys else (value.held,)) if _is_cut(held, partial)]
     if not cut:
         return False
-    grouped = any(block.coefficient.shape[1] < held.counts[0] for held in cut for block in held.segments[0].blocks)
+    grouped = any(block.coefficient.shape[1] < held.counts[0] for held in cut for block in held.segments[0].factors)
     if partial.store and grouped:
         return False  # what was dropped cannot be ranked anew
     return not grouped or key.shape[2] // partial.regroup_every > (key.shape[2] - added) // partial.regroup_every
@@ -58,7 +58,7 @@ def regroup(key: PackedTensor, value: PackedTensor, partial: Partial) -> tuple[P
     made = []
     for packed, cut in ((key, partial.keys), (value, True)):
         held = packed.held
-        counts = _counts(held, partial) if cut else [importance.shape[1]] * len(held.segments[0].blocks)
+        counts = _counts(held, partial) if cut else [importance.shape[1]] * len(held.segments[0].factors)
         segment, reserve = _sorted(held, order, counts)
         rest = torch.arange(order.shape[1], held.packed, device=order.device).expand(order.shape[0], -1)
         angles = None if held.angles is None else held.angles.reordered(torch.cat([order, rest], 1))
@@ -76,7 +76,7 @@ def _is_cut(held: Held, partial: Partial) -> bool:
 
 def _counts(held: Held, partial: Partial) -> list[int]:
     """How many tokens each block of the first segment covers."""
-    tokens, ranks = held.counts[0], [rank_of(block) for block in held.segments[0].blocks]
+    tokens, ranks = held.counts[0], [rank_of(block) for block in held.segments[0].factors]
     total, counts, start = sum(ranks), [], 0
     ends = [round(sum(partial.shares[: number + 1]) * tokens) for number in range(len(partial.shares))]
     for rank in ranks:
@@ -88,7 +88,7 @@ def _counts(held: Held, partial: Partial) -> list[int]:
 
 def _sorted(held: Held, order: Tensor, counts: Sequence[int]) -> tuple[Segment[Tensor], tuple[Tensor, ...]]:
     blocks, reserve = [], []
-    for number, (block, count) in enumerate(zip(held.segments[0].blocks, counts, strict=True)):
+    for number, (block, count) in enumerate(zip(held.segments[0].factors, counts, strict=True)):
         rows = block.coefficient
         if held.reserve:
             rows = torch.cat([rows, held.reserve[number]], 1)

@@ -102,6 +102,7 @@ class Runtime:
 
 def _observed(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor:
     """What prefill observed, `[1 or 2, B', T]` in logical order: of every head, or their mean."""
+    assert spec.scores is not None
     scores: Tensor = results[spec.scores]
     scores = scores if scores.dim() == 4 else scores[None]
     if spec.observed is not None:

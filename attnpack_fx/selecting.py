@@ -96,7 +96,9 @@ def wake(layer: CachedLayer) -> None:
         importance = packed.scores
         if importance is not None and rest.importance is not None:
             importance = _behind(importance, counts, rest.importance, rest.counts)
-        rows = torch.cat([packed.lease.buffer.rows[: packed.lease.length], rest.tail])
+        rows, end = packed.lease.buffer.rows[: packed.lease.length], packed.lease.length + rest.tail.shape[0]
+        buffer = allocate(rows, end)  # with room, as a step follows at once
+        buffer.rows[len(rows) : end] = rest.tail
         woken = replace(
             held,
             segments=_joined(held, rest),
@@ -104,7 +106,7 @@ def wake(layer: CachedLayer) -> None:
             angles=None if held.angles is None else held.angles.woken(rest.axes, low, rest.counts, rest.turns),
             resting=_none(rest),
         )
-        made.append(PackedTensor(woken, allocate(rows, rows.shape[0]).lease(rows.shape[0]), importance))
+        made.append(PackedTensor(woken, buffer.lease(end), importance))
     layer.key, layer.value = made
 
 

@@ -34,7 +34,10 @@ class TailBuffer:
 
     @cached_property
     def template(self) -> Tensor:
-        return _alias(self.rows, 0)
+        template = _alias(self.rows, 0)
+        # Heads and head dims never vary, also where another policy's or model's differ: a graph is made for each.
+        template._dynamo_static_indices = {2, 3}  # type: ignore[attr-defined]
+        return template
 
     @property
     def capacity(self) -> int:
@@ -84,6 +87,14 @@ def allocate(rows: Tensor, needed: int) -> TailBuffer:
     grown = rows.new_empty((capacity, *rows.shape[1:]))
     grown[: rows.shape[0]].copy_(rows)
     return TailBuffer(grown)
+
+
+def exact(rows: Tensor) -> TailLease:
+    """All of `rows`, which are nobody else's, without room to grow: the next append makes it, and copies them anyway.
+
+    So what a method leaves takes no more memory than it holds.
+    """
+    return TailBuffer(rows.contiguous()).lease(rows.shape[0])
 
 
 def _alias(rows: Tensor, count: int) -> Tensor:

@@ -605,7 +605,8 @@ def kept_rows(scores: Tensor, vision: Tensor, mask: Tensor | None, share: float)
     """Which rows stay when of every sample's N vision tokens the `round(share N)` of highest score do.
 
     scores: fp32 `[B, T]`, among equals earlier tokens win; vision: bool `[B or 1, T]`; mask: as in `last_row_scores`.
-    All other tokens stay, padding goes. Returns rows, int64 `[B, T']`; T' depends on the data.
+    All other tokens stay, so does the last one whatever it is; padding goes. Returns rows, int64 `[B, T']`; T' depends
+    on the data.
     """
     return aten.kept_rows(scores, vision, mask, share)
 
@@ -691,7 +692,7 @@ def merged_rows(
     """ASAP's choice of tokens: best by attention, similar ones merged (eq. 6), as many others salvaged.
 
     hidden: `[B, T, C]`; attention, raw: as `bidirectional_scores` returns them; vision, mask: as in `kept_rows`;
-    most: how many vision tokens stay; threshold: the cosine above which a kept token absorbs another of no larger weight.
+    most: how many vision tokens stay; threshold: the cosine above which one absorbs another of no larger weight.
     Returns rows int64 `[B, T']`, group int64 `[B, T]` and weight fp32 `[B, T]`, as `merge_tokens` takes them. T'
     depends on the data.
     """

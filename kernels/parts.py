@@ -37,8 +37,8 @@ OWNED, ASYMMETRIC, ROWS = 1 << 4, 1 << 5, 1 << 6
 #: Where the format of the basis stands in the kind of a low-rank block.
 _BASIS_SHIFT = 8
 
-#: What is added to a tail's length wherever Dynamo or Inductor can see it as a size: they compile separate graphs for
-#: sizes 0 and 1.
+#: What is added to a tail's length, and to all that varies of packed parts, wherever Dynamo can see it as a size:
+#: separate graphs are compiled for sizes 0 and 1.
 SPARE_ROWS = 2
 
 
@@ -168,6 +168,11 @@ class Segment(Generic[T]):
     """Tokens of one modality as a low-rank matrix, the sum of `blocks`; or one block of `Rows`."""
 
     blocks: tuple[Block[T] | Rows[T], ...]
+
+    @property
+    def factors(self) -> tuple[Block[T], ...]:
+        """The low-rank blocks: all, or none where tokens are `Rows`."""
+        return tuple(block for block in self.blocks if isinstance(block, Block))
 
 
 @dataclass(frozen=True)

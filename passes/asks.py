@@ -32,6 +32,11 @@ def asks_for_modality(policy: Policy) -> bool:
     return any(method.stages & {Stage.EVICT, Stage.SELECT} for method in policy.passes)
 
 
+def moves_tokens(policy: Policy) -> bool:
+    """Whether stored tokens may leave, or change places, once they are stored."""
+    return any(method.stages & {Stage.EVICT, Stage.SELECT, Stage.MERGE} for method in policy.passes)
+
+
 def codes_unrotated(policy: Policy) -> bool:
     """Whether dense keys are coded as they were before rotary embedding."""
     return any(isinstance(method, RowCoding) and method.unrotated for method in policy.passes)

@@ -1,10 +1,10 @@
 """Follow the token dimension through decoder layers, and find what must change where there are fewer tokens.
 
-Every operation behind the boundary is tried on shapes with another number of tokens: meta tensors, nothing is computed.
-A dimension that changes with it holds tokens. Sizes written into the graph are rewritten where a view's prefix products
-say that a size is the number of tokens, so that another size of the same value is left alone. What comes from outside
-and does not fit is gathered in the dimensions that make it fit. What cannot be followed so is a reason to leave the
-whole graph as it is.
+Every operation behind the boundary is tried on shapes with another number of tokens (`token_trial.py`). A dimension
+that changes with it holds tokens. Sizes written into the graph are rewritten where a view's prefix products say that a
+size is the number of tokens, so that another size of the same value is left alone. What comes from outside and does not
+fit is gathered in the dimensions that make it fit. What cannot be followed so is a reason to leave the whole graph as
+it is.
 """
 
 import itertools
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from attnpack_fx.passes.cleanup import writes
 from attnpack_fx.passes.layer_boundary import Boundary
 from attnpack_fx.passes.patterns import argument, cast_source, inserted_axis, is_call, layer_of, value_of
-from attnpack_fx.passes.state import GraphState, same_size, shape_of
+from attnpack_fx.passes.state import GraphState, shape_of
 from attnpack_fx.passes.token_spans import (
     Gathered,
     GatheredMask,
@@ -31,21 +30,9 @@ from attnpack_fx.passes.token_spans import (
     Tokens,
     expression,
     expressions,
-    hint,
     regrouped,
 )
-
-
-@dataclass(frozen=True)
-class Value:
-    """A node's value on the other number of tokens; spans: of each dimension, None for one without tokens."""
-
-    fake: Any
-    spans: Spans = ()
-
-    @property
-    def tracked(self) -> bool:
-        return any(self.spans)
+from attnpack_fx.passes.token_trial import Trial, Value
 
 
 @dataclass
@@ -68,65 +55,26 @@ def follow(state: GraphState, boundary: Boundary) -> Followed | str:
 
 
 #: Operations that pick rows by number: on fewer rows the numbers mean others.
-_POSITIONAL = frozenset(
-    [
-        "index_select",
-        "gather",
-        "take",
-        "take_along_dim",
-        "narrow",
-        "select",
-        "index_copy",
-        "index_copy_",
-        "index_put",
-        "index_put_",
-        "index_add",
-        "index_add_",
-        "scatter",
-        "scatter_",
-        "scatter_add",
-        "scatter_add_",
-        "masked_scatter",
-        "masked_scatter_",
-        "setitem",
-        "roll",
-        "flip",
-        "split",
-        "chunk",
-        "tensor_split",
-        "unbind",
-        "topk",
-        "sort",
-        "argsort",
-    ]
+_POSITIONAL = (
+    *("index_select", "gather", "take", "take_along_dim", "narrow", "select", "setitem", "masked_scatter"),
+    *("index_copy", "index_put", "index_add", "scatter", "scatter_add", "index_copy_", "index_put_", "index_add_"),
+    *("scatter_", "scatter_add_", "masked_scatter_", "roll", "flip", "split", "chunk", "tensor_split", "unbind"),
+    *("topk", "sort", "argsort"),
 )
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
-
-
-_META = torch.device("meta")
 
 
 class _Follower:
     def __init__(self, state: GraphState, boundary: Boundary) -> None:
         self.state, self.boundary = state, boundary
-        shape = shape_of(boundary.hidden)
-        assert shape is not None
-        self.batch, self.tokens = expression(shape[0]), expression(shape[1])
-        self.count = hint(shape[1])
+        self.trial = Trial(boundary)
         self.inside = set(boundary.nodes)
-        sizes = [hint(size) for node in boundary.nodes for size in shape_of(node) or ()]
-        #: The number of tokens everything is tried on: a prime no other size can be mistaken for.
-        self.other = int(sympy.nextprime(max([self.count, *sizes])))
         self.masks = {site.mask for site in boundary.sites if site.mask is not None}
         self.calls = {site.node: site for site in boundary.sites}
-        self.values: dict[Node, Value] = {}
-        self.outside: dict[Node, Value] = {}
         self.followed = Followed()
 
     def run(self) -> Followed:
         with torch.no_grad():
-            self.values[self.boundary.hidden] = self._scaled(self.boundary.hidden, (None, Span(), None))
             for node in self.boundary.nodes:
                 if node.op in ("call_function", "call_method"):
                     self._visit(node)
@@ -134,17 +82,17 @@ class _Follower:
         return self.followed
 
     def _visit(self, node: Node) -> None:
-        if not any(self._value(source).tracked for source in node.all_input_nodes):
+        if not any(self.trial.value(source).tracked for source in node.all_input_nodes):
             return
         if is_call(node, *_POSITIONAL):
             self._check_untouched(node)
-        if writes(node) and not (node.args and self._is_tracked(node.args[0])):
+        if writes(node) and not (node.args and self.trial.tracked(node.args[0])):
             raise Lost(f"{layer_of(node)} writes tokens to a tensor that lives outside ({node.name})")
         if is_call(node, *_VIEWS) and self._is_view(node):
             self._view(node)
         elif is_call(node, "expand"):
             self._expand(node)
-        elif is_call(node, "getitem") and self._is_tracked(node.args[0]) and value_of(node.args[0]) is not None:
+        elif is_call(node, "getitem") and self.trial.tracked(node.args[0]) and value_of(node.args[0]) is not None:
             self._index(node)
         else:
             self._operate(node)
@@ -154,14 +102,14 @@ class _Follower:
     def _is_view(self, node: Node) -> bool:
         """Whether it only rearranges dimensions, as opposed to `view(dtype)`."""
         source, value = value_of(node.args[0]), value_of(node)
-        return source is not None and value is not None and self._is_tracked(node.args[0])
+        return source is not None and value is not None and self.trial.tracked(node.args[0])
 
     def _view(self, node: Node) -> None:
         source = node.args[0]
         assert isinstance(source, Node)
         before, after = shape_of(source), shape_of(node)
         assert before is not None and after is not None
-        spans = regrouped(self._value(source).spans, expressions(before), expressions(after), self.tokens)
+        spans = regrouped(self.trial.value(source).spans, expressions(before), expressions(after), self.trial.tokens)
         if spans is None:
             raise Lost(self._unfollowed(node))
         if is_call(node, "view_as", "reshape_as"):
@@ -177,20 +125,20 @@ class _Follower:
             sizes = list(given[0]) if nested else list(given)  # type: ignore[arg-type]
             changed = self._sizes(node, sizes, spans)
             self.followed.arguments[node] = ((source, changed) if nested else (source, *changed), {})
-        self.values[node] = self._scaled(node, spans)
+        self.trial.values[node] = self.trial.scaled(node, spans)
 
     def _expand(self, node: Node) -> None:
         source = node.args[0]
-        if not isinstance(source, Node) or not self._is_tracked(source):
+        if not isinstance(source, Node) or not self.trial.tracked(source):
             raise Lost(self._unfollowed(node))
         given = node.args[1:] or tuple(node.kwargs.values())
         nested = len(given) == 1 and isinstance(given[0], tuple | list)
         sizes = list(given[0]) if nested else list(given)  # type: ignore[arg-type]
-        old = self._value(source).spans
+        old = self.trial.value(source).spans
         spans: Spans = (*(None,) * (len(sizes) - len(old)), *old)
         changed = self._sizes(node, sizes, spans)
         self.followed.arguments[node] = ((source, changed) if nested else (source, *changed), {})
-        self.values[node] = self._scaled(node, spans)
+        self.trial.values[node] = self.trial.scaled(node, spans)
 
     def _sizes(self, node: Node, sizes: list[Any], spans: Spans) -> tuple[Any, ...]:
         if len(sizes) != len(spans):
@@ -203,7 +151,7 @@ class _Follower:
     def _marker(self, node: Node, span: Span) -> Tokens:
         factor = span.before * span.after
         batched = not factor.is_Integer
-        rest = factor / self.batch if batched else factor
+        rest = factor / self.trial.batch if batched else factor
         if not rest.is_Integer:
             raise Lost(self._unfollowed(node))
         return Tokens(int(rest), batched)
@@ -212,7 +160,7 @@ class _Follower:
         """`x[...]`: all tokens or none of their dimension may be chosen; a slice up to T takes all there are."""
         source, keys = node.args
         assert isinstance(source, Node)
-        spans = self._value(source).spans
+        spans = self.trial.value(source).spans
         listed = keys if isinstance(keys, tuple) else (keys,)
         if any(isinstance(key, Node) and value_of(key) is not None for key in tree_leaves(listed)):
             raise Lost(self._unfollowed(node))
@@ -240,18 +188,18 @@ class _Follower:
         if key.stop is None:
             return True
         stop = key.stop.meta.get("example_value") if isinstance(key.stop, Node) else key.stop
-        return isinstance(stop, int | torch.SymInt) and expression(stop) == self.tokens
+        return isinstance(stop, int | torch.SymInt) and expression(stop) == self.trial.tokens
 
     def _check_untouched(self, node: Node) -> None:
         """Raise unless an operation that picks rows picks them in another dimension than that of the tokens."""
         source = node.args[0] if node.args else None
         position = {"split": 2, "chunk": 2, "tensor_split": 2, "topk": 2}.get(_name(node), 1)
         dim = argument(node, position, "dim", -1 if is_call(node, "topk", "sort", "argsort") else 0)
-        known = isinstance(source, Node) and self._is_tracked(source) and isinstance(dim, int)
+        known = isinstance(source, Node) and self.trial.tracked(source) and isinstance(dim, int)
         if not known or is_call(node, "setitem", "take", "masked_scatter", "masked_scatter_"):
             raise Lost(f"{layer_of(node)} takes some of the tokens by number ({node.name})")
         assert isinstance(source, Node)
-        spans = self._value(source).spans
+        spans = self.trial.value(source).spans
         if spans[dim] is not None:
             raise Lost(f"{layer_of(node)} takes some of the tokens by number ({node.name})")
 
@@ -259,105 +207,28 @@ class _Follower:
 
     def _operate(self, node: Node) -> None:
         site = self.calls.get(node)
-        alone = site is not None and site.mask is None and not site.is_causal and self._is_tracked(site.key)
-        if site is not None and alone and self.batch != 1:
+        alone = site is not None and site.mask is None and not site.is_causal and self.trial.tracked(site.key)
+        if site is not None and alone and self.trial.batch != 1:
             # Filler stands behind the real tokens; without a causal mask they would be attended to.
             if site.kind != "sdpa":
                 raise Lost(f"{layer_of(node)} attends without a mask")
             self.followed.arguments[node] = _with_mask(node, GatheredMask(None))
-        value = self._attempt(node, {})
+        args, kwargs = self.followed.arguments.get(node, (node.args, node.kwargs))
+        value = self.trial.attempt(node, args, kwargs, {})
         if value is None:
             for choice in self._choices(node):
-                value = self._attempt(node, choice)
+                value = self.trial.attempt(node, args, kwargs, choice)
                 if value is not None:
                     self._choose(node, choice)
                     break
         if value is None:
             raise Lost(self._unfollowed(node))
-        self.values[node] = value
-
-    def _attempt(self, node: Node, choice: dict[Node, Any]) -> Value | None:
-        """The operation on the other number of tokens, with some operands replaced; None where it does not fit."""
-        args, kwargs = self.followed.arguments.get(node, (node.args, node.kwargs))
-
-        def fake(item: Any) -> Any:
-            if isinstance(item, Node):
-                return self._fake(choice[item]) if item in choice else self._value(item).fake
-            if isinstance(item, torch.device):
-                return _META
-            return self._fake(item) if isinstance(item, Gathered | GatheredMask | Tokens) else item
-
-        given, named = map_aggregate(args, fake), map_aggregate(kwargs, fake)
-        try:
-            if node.op == "call_method":
-                made = getattr(given[0], str(node.target))(*given[1:], **named)  # type: ignore[index]
-            else:
-                made = node.target(*given, **named)  # type: ignore[operator, misc]
-        except _FAILURES:
-            return None
-        return self._matched(node, made)
-
-    def _fake(self, marker: Any) -> Any:
-        batch = _hint_of(self.batch, self.boundary.hidden, 0)
-        match marker:
-            case Tokens(factor, batched):
-                return factor * self.other * (batch if batched else 1)
-            case GatheredMask(None):
-                return torch.empty((batch, 1, 1, self.other), dtype=torch.bool, device=_META)
-            case GatheredMask(node):
-                value = value_of(node)
-                assert value is not None
-                heads, queries = (1, self.other) if value.dim() == 2 else (hint(value.shape[1]), self.other)
-                if value.dim() == 4 and same_size(value.shape[2], 1):
-                    queries = 1
-                return torch.empty((batch, heads, queries, self.other), dtype=value.dtype, device=_META)
-            case Gathered(node, dims, rank):
-                value = value_of(node)
-                assert value is not None
-                sizes = [1] * (rank - value.dim()) + [hint(size) for size in value.shape]
-                sizes[0] = batch
-                for dim in dims:
-                    sizes[dim + rank - value.dim()] = self.other
-                return torch.empty(sizes, dtype=value.dtype, device=_META)
-        raise AssertionError(marker)
-
-    def _matched(self, node: Node, made: Any) -> Value | None:
-        """What an attempt made, if it differs from what was traced in the number of tokens alone."""
-        traced = node.meta.get("example_value")
-        if isinstance(traced, list | tuple) and isinstance(made, list | tuple):
-            return Value(made, (Span(),)) if len(made) == len(traced) else None
-        if not isinstance(traced, torch.Tensor) or not isinstance(made, torch.Tensor):
-            return Value(made) if not isinstance(traced, torch.Tensor) else None
-        if made.dim() != traced.dim():
-            return None
-        spans: list[Span | None] = []
-        for before, after in zip(traced.shape, made.shape, strict=True):
-            if hint(before) == after:
-                spans.append(None)
-            elif hint(before) * self.other == after * self.count:
-                span = self._span_of(node, expression(before))
-                if span is None:
-                    return None
-                spans.append(span)
-            else:
-                return None
-        return Value(made, tuple(spans))
-
-    def _span_of(self, node: Node, size: sympy.Expr) -> Span | None:
-        if size == self.tokens:
-            return Span()
-        spans = {
-            span
-            for source in node.all_input_nodes
-            for span in self._value(source).spans
-            if span is not None and span.before * self.tokens * span.after == size
-        }
-        return spans.pop() if len(spans) == 1 else None
+        self.trial.values[node] = value
 
     def _choices(self, node: Node) -> Iterator[dict[Node, Any]]:
         """Ways to make operands from outside fit, those that gather least first."""
-        tracked = [source for source in node.all_input_nodes if self._value(source).tracked]
-        rank = max(len(self._value(source).spans) for source in tracked)
+        tracked = [source for source in node.all_input_nodes if self.trial.value(source).tracked]
+        rank = max(len(self.trial.value(source).spans) for source in tracked)
         options: list[list[tuple[Node, Any] | None]] = []
         for source in node.all_input_nodes:
             value = value_of(source)
@@ -366,7 +237,7 @@ class _Follower:
             if source in self.masks:
                 options.append([None, (source, GatheredMask(source))])
                 continue
-            dims = [dim for dim, size in enumerate(value.shape) if expression(size) == self.tokens]
+            dims = [dim for dim, size in enumerate(value.shape) if expression(size) == self.trial.tokens]
             wide = max(rank, value.dim())
             ways: list[tuple[Node, Any] | None] = [None]
             for number in range(1, len(dims) + 1):
@@ -382,7 +253,7 @@ class _Follower:
 
     def _has_batch(self, value: torch.Tensor, rank: int) -> bool:
         """Whether the first dimension, once there are `rank`, is that of the samples."""
-        return value.dim() < rank or expression(value.shape[0]) in (1, self.batch)
+        return value.dim() < rank or expression(value.shape[0]) in (1, self.trial.batch)
 
     def _choose(self, node: Node, choice: dict[Node, Any]) -> None:
         left = {source: marker for source, marker in choice.items() if not self._lift(source, marker)}
@@ -402,12 +273,12 @@ class _Follower:
         """
         if not isinstance(marker, Gathered) or node not in self.inside or marker.rank != len(shape_of(node) or ()):
             return False
-        if any(user not in self.inside or user in self.values for user in node.users):
+        if any(user not in self.inside or user in self.trial.values for user in node.users):
             return False
         axis = inserted_axis(node)
         source = axis[0] if axis is not None else cast_source(node)
         value = value_of(source)
-        if source is None or value is None or self._value(source).tracked:
+        if source is None or value is None or self.trial.value(source).tracked:
             return False
         dims, place = marker.dims, None if axis is None else axis[1] % marker.rank
         if place is not None:
@@ -418,42 +289,12 @@ class _Follower:
         if not self._lift(source, below):
             self.followed.arguments[node] = ((below, *node.args[1:]), node.kwargs)
         spans = tuple(Span() if dim in marker.dims else None for dim in range(marker.rank))
-        self.values[node] = Value(self._fake(marker), spans)
+        self.trial.values[node] = Value(self.trial.fake(marker), spans)
         return True
-
-    # ---- values
-
-    def _value(self, node: Node) -> Value:
-        """A node's value on the other number of tokens; what does not depend on the hidden states is as traced."""
-        if node in self.values:
-            return self.values[node]
-        if node not in self.outside:
-            self.outside[node] = Value(map_aggregate(node.meta.get("example_value"), self._untouched))
-        return self.outside[node]
-
-    @staticmethod
-    def _untouched(item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            return torch.empty([hint(size) for size in item.shape], dtype=item.dtype, device=_META)
-        if isinstance(item, torch.SymInt | torch.SymFloat | torch.SymBool):
-            return item.node.hint
-        return item
-
-    def _scaled(self, node: Node, spans: Spans) -> Value:
-        value = value_of(node)
-        assert value is not None
-        sizes = [
-            hint(size) // self.count * self.other if span is not None else hint(size)
-            for size, span in zip(value.shape, spans, strict=True)
-        ]
-        return Value(torch.empty(sizes, dtype=value.dtype, device=_META), spans)
-
-    def _is_tracked(self, item: Any) -> bool:
-        return isinstance(item, Node) and self._value(item).tracked
 
     def _check_fits(self, node: Node, spans: Spans) -> None:
         other = node.args[1]
-        if not isinstance(other, Node) or self._value(other).spans != spans:
+        if not isinstance(other, Node) or self.trial.value(other).spans != spans:
             raise Lost(self._unfollowed(node))
 
     def _unfollowed(self, node: Node) -> str:
@@ -464,7 +305,7 @@ class _Follower:
     def _find_exits(self) -> None:
         cached = {node for site in self.boundary.sites for node in (site.key, site.value)}
         hidden = expressions(shape_of(self.boundary.hidden) or ())
-        for node, value in self.values.items():
+        for node, value in self.trial.values.items():
             if node is self.boundary.hidden or not value.tracked:
                 continue
             readers = [user for user in node.users if user not in self.inside]
@@ -475,12 +316,6 @@ class _Follower:
             if value.spans != (None, Span(), None) or expressions(shape_of(node) or ()) != hidden:
                 raise Lost(f"{layer_of(node)}: {node.name} is read behind the decoder layers ({readers[0].name})")
             self.followed.exits[node] = readers
-
-
-def _hint_of(expression: sympy.Expr, node: Node, dim: int) -> int:
-    shape = shape_of(node)
-    assert shape is not None
-    return hint(shape[dim])
 
 
 def _dims(marker: Any) -> int:

@@ -43,7 +43,7 @@ def find_boundary(state: GraphState, sites: list[Site], layer: int) -> Boundary 
     """The place in front of decoder layer number `layer`, or why there is none; sites: see `prompt_sites`."""
     stems = {_stem(layer_of(site.node)) for site in sites}
     if len(stems) != 1 or any(layer_number(layer_of(site.node)) is None for site in sites):
-        return "the decoder layers are not numbered in one list"
+        return "this graph does not show the decoder layers by number in one list; they may be graphs of their own"
     stem = stems.pop()
     # Layers that keep no cache, or another one, are decoder layers too.
     decoder = [site for site in state.sites if _stem(layer_of(site.node)) == stem]

@@ -101,6 +101,7 @@ def layer_of(node: Node) -> str:
     path = path.replace("L['self'].", "").replace("L['args'][0].", "").replace("L['", "").replace("']", "")
     for noise in ("_modules['", "._modules."):
         path = path.replace(noise, "")
+    path = re.sub(r"^\w+\[\d+\]\.", "", path)  # the model itself, where it is an argument by number: args[0]
     return path or node.name
 
 

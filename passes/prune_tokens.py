@@ -18,7 +18,7 @@ from attnpack_fx.passes.follow_tokens import Followed, follow
 from attnpack_fx.passes.layer_boundary import Boundary, find_boundary, prompt_sites
 from attnpack_fx.passes.patterns import value_of
 from attnpack_fx.passes.plan_tokens import TokenPlanner
-from attnpack_fx.passes.state import GraphState, Pruned, SiteReport
+from attnpack_fx.passes.state import GraphState, Pruned, SiteReport, shape_of
 from attnpack_fx.passes.token_pruning import Prompt, TokenPruning
 from attnpack_fx.passes.token_spans import Gathered, GatheredMask, Tokens
 
@@ -62,6 +62,9 @@ class _Writer:
 
     def write(self, method: TokenPruning) -> None:
         boundary, graph, before = self.boundary, self.graph, self.boundary.before
+        shape = shape_of(boundary.hidden)
+        assert shape is not None
+        self.batch = shape[0]
         vision = TokenPlanner(self.state).modality(before.key)
         assert vision is not None
         first = boundary.nodes[0]
@@ -75,7 +78,7 @@ class _Writer:
             if node in self.followed.arguments:
                 with graph.inserting_before(node):
                     args, kwargs = self.followed.arguments[node]
-                    node.args, node.kwargs = map_aggregate(args, self._placed), map_aggregate(kwargs, self._placed)  # type: ignore[assignment]
+                    node.args, node.kwargs = map_aggregate(args, self._placed), map_aggregate(kwargs, self._placed)
         for site in boundary.sites:
             if site.mask is not None:
                 site.mask = self._made.get(GatheredMask(site.mask), site.mask)
@@ -113,19 +116,21 @@ class _Writer:
             case GatheredMask(node):
                 assert node is not None
                 made = graph.call_function(torch.ops.attnpack.gather_mask.default, (node, self.rows))
-                made.meta["example_value"] = value_of(node)
+                value = value_of(node)
+                assert value is not None
+                value = value if value.dim() == 4 else value[None, None]
+                made.meta["example_value"] = value.expand(self.batch, *value.shape[1:])
                 return made
             case Gathered(node, dims, rank):
                 value = value_of(node)
                 assert value is not None
                 made = node
-                if rank > value.dim():
-                    whole = (None,) * (rank - value.dim()) + (Ellipsis,)
-                    made, value = graph.call_function(operator.getitem, (made, whole)), value[whole]
-                batch = value_of(self.boundary.hidden).shape[0]  # type: ignore[union-attr]
-                value = value.expand(batch, *value.shape[1:])
+                added = rank - value.dim()
+                for _ in range(added):
+                    made, value = graph.call_method("unsqueeze", (made, 0)), value[None]
                 for dim in dims:
-                    arguments = (made, self.rows, dim + rank - value_of(node).dim())  # type: ignore[union-attr]
+                    arguments = (made, self.rows, dim + added)
                     made = graph.call_function(torch.ops.attnpack.gather_tokens.default, arguments)
+                value = value.expand(self.batch, *value.shape[1:])
                 made.meta["example_value"] = value
                 return made

@@ -51,7 +51,9 @@ class Pruning(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenPruning(Method):
-    """A rule that leaves out vision tokens from a decoder layer on, at prefill; text and system tokens always stay.
+    """A rule that leaves out vision tokens from a decoder layer on, at prefill.
+
+    Text and system tokens always stay, and so does the prompt's last token.
 
     layer: the first decoder layer, from 0, that sees fewer tokens; at least 1.
 

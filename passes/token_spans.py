@@ -37,8 +37,8 @@ class GatheredMask:
 class Span:
     """A dimension of `before * T * after` entries, tokens in between."""
 
-    before: sympy.Expr = sympy.Integer(1)
-    after: sympy.Expr = sympy.Integer(1)
+    before: sympy.Expr = sympy.S.One
+    after: sympy.Expr = sympy.S.One
 
 
 Spans = tuple[Span | None, ...]
@@ -55,7 +55,7 @@ def regrouped(spans: Spans, before: list[sympy.Expr], after: list[sympy.Expr], t
     tokens in the result if its own prefix product divides `p`, and `p * tokens` divides the next.
     """
     found: list[Span | None] = [None] * len(after)
-    prefix = sympy.Integer(1)
+    prefix = sympy.S.One
     for size, span in zip(before, spans, strict=True):
         if span is not None:
             start, reached = prefix * span.before, sympy.Integer(1)

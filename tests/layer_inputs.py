@@ -171,12 +171,12 @@ def mirrored(way: Way, *, factors: bool = True, apart: bool = False, angles: boo
     kept[0, : way.padding] = False
     key, value, old = pair.key, pair.value, pair.key.placement
     if factors:
-        placed = Placement.from_plan([old.index], old.slot, vision & kept, evicts=True)
+        placed = Placement.from_plan([old.index], old.slot, vision & kept, moves=True)
         held = [replace(each.held, placement=placed) for each in (key, value)]
         rows = [each.lease.buffer.rows[: each.lease.length] for each in (key, value)]
     else:
         *_, index, slot = ops.plan(None, kept, pair.dense_key, False, [], [])
-        placed = Placement.from_plan([index], slot, vision & kept, evicts=True)
+        placed = Placement.from_plan([index], slot, vision & kept, moves=True)
         turns = None
         if angles:
             cos, sin = (each.float().expand(way.batch, -1, -1) for each in rotary(way, tokens))

@@ -3,7 +3,7 @@
 import torch
 
 from attnpack_fx.kernels.parts import SPARE_ROWS
-from attnpack_fx.tail import TailBuffer, allocate
+from attnpack_fx.tail import TailBuffer, allocate, exact
 
 
 def buffer_of(length):
@@ -56,3 +56,12 @@ def test_visible_rows_share_memory_and_hide_the_capacity():
     assert visible.shape[0] == 3 + SPARE_ROWS
     assert visible.data_ptr() == buffer.rows.data_ptr()
     assert not visible._is_view()
+
+
+def test_exact_takes_no_room_until_it_grows():
+    rows = torch.arange(6.0).view(3, 2, 1, 1)
+    lease = exact(rows)
+    assert lease.buffer.rows is rows and lease.length == 3
+    longer = lease.buffer.extend(lease, 1)
+    assert longer.buffer is not lease.buffer and longer.buffer.capacity >= 4 + SPARE_ROWS
+    torch.testing.assert_close(longer.buffer.rows[:3], rows)

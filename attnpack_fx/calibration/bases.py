@@ -62,7 +62,7 @@ def _add(found: dict[tuple[int, str, str], Tensor], number: int, pair: tuple[Ten
         if packed.held.angles is not None:
             kind = f"unrotated {kind}"
         for name, segment in zip(packed.modalities, packed.segments, strict=True):
-            block = segment.blocks[0]
+            block = segment.factors[0]
             # Columns of the coefficients are orthogonal: of the tokens only their norms matter here.
             norms = block.coefficient.float().norm(dim=1)[:, None, :, None]
             rows = (block.basis.float() * norms).transpose(0, 1).flatten(1, 2)[None]

@@ -57,7 +57,7 @@ class Part:
 
     def bytes(self, columns: Columns) -> float:
         """What these columns take, their factors and scales."""
-        return sum(self._block_bytes(count, bits) for count, bits in columns.blocks if isinstance(count, int))
+        return sum(self._block_bytes(count, bits) for count, bits in _alike(columns))
 
     def _block_bytes(self, count: int, bits: int) -> float:
         if not bits:
@@ -68,8 +68,7 @@ class Part:
     def error(self, columns: Columns, space: KeySpace) -> float:
         """The effects that are left."""
         effect, start, left = self.effects[space], 0, 0.0
-        for count, bits in columns.blocks:
-            assert count != "full"
+        for count, bits in _alike(columns):
             left += float(effect[start : start + count].sum()) * (ERROR[bits] if bits else 0.0)
             start += count
         return left + float(effect[start:].sum())
@@ -180,7 +179,7 @@ def _moves(part: Part, columns: Columns, space: KeySpace) -> list[tuple[float, f
     """Small steps up from these columns: what they gain, what they cost (both > 0), and what comes out."""
     found = []
     error, size = part.error(columns, space), part.bytes(columns)
-    blocks = [(count, bits) for count, bits in columns.blocks if count != "full"]
+    blocks = _alike(columns)
     for place, (count, bits) in enumerate(blocks):
         unit = 8 // bits if 0 < bits < 8 else 1
         before, rest = blocks[:place], blocks[place + 1 :]
@@ -260,3 +259,8 @@ def padded(effects: Sequence[Tensor]) -> Tensor:
     for effect in effects:
         total[: len(effect)] += effect.double().cpu()
     return total / len(effects)
+
+
+def _alike(columns: Columns) -> list[tuple[int, int]]:
+    """The blocks of columns whose coefficients and basis are in one format each, as calibration makes them."""
+    return [(count, bits) for count, bits in columns.blocks if count != "full" and isinstance(bits, int)]

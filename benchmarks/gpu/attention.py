@@ -69,31 +69,23 @@ def measure_case(run: Run, case: Case) -> Result:
     errors: dict[Any, float] = {rank: _error(case, sets[0]) for rank, sets in held.items()}
 
     # Of the highest rank's contents: the time depends on no contents, the check on them.
-    dense = _dense_sets(machine, case, held[max(held)], whole)
+    dense = dense_sets(machine, case, held[max(held)], whole)
     peers = contenders.dense(dense, case.layout, machine.dry) if not isinstance(dense, Failure) else dense
     turns = {f"packed {rank}": _packed(sets) for rank, sets in held.items()}
     failed: dict[str, Failure] = {}
     if isinstance(peers, Failure):
         failed["dense"] = peers
     else:
-        peer_rows = _checked_rows(case)
-        expected = held[max(held)][0].expected(peer_rows)
-        for name, contender in peers.items():
-            outcome = attempt(partial(_first, contender))
-            if isinstance(outcome, Failure):
-                failed[name] = outcome
-                continue
-            errors[name] = _difference(outcome, expected, peer_rows)
-            if errors[name] <= TOLERANCE[DTYPE]:
-                turns[name] = contender
-            else:
-                failed[name] = Failure(f"differs from float64 by {errors[name]:.1e}")
+        running, left, differences = checked_peers(case, peers, held[max(held)][0])
+        turns |= running
+        failed |= left
+        errors |= differences
     room = machine.free_bytes()
     if whole > _SHARE * room:
-        failed["decompressed"] = _too_large("rebuilt keys and values", whole, room)
+        failed["decompressed"] = too_large("rebuilt keys and values", whole, room)
     else:
         # What they write and read again is as large as a dense cache, so that few sets exceed the cache.
-        few = {rank: sets[: _sets(machine, whole)] for rank, sets in held.items()}
+        few = {rank: sets[: input_sets(machine, whole)] for rank, sets in held.items()}
         rebuilding = contenders.decompressed(few, case.tokens)
         turns |= {f"decompressed {rank}": contender for rank, contender in rebuilding.items()}
     times = compare(machine.clock, turns)
@@ -107,6 +99,25 @@ def measure_case(run: Run, case: Case) -> Result:
         "ranks": {str(rank): _rank_row(times, rank, sets, errors, peers, whole, run) for rank, sets in held.items()},
         "ranks_skipped": too_large,
     }
+
+
+def checked_peers(
+    case: Case, peers: Mapping[str, Contender], layer: PackedLayer
+) -> tuple[dict[str, Contender], dict[str, Failure], dict[str, float]]:
+    """The dense contenders that run and are right on this layer's contents, why others are not, and all errors."""
+    rows, running, failed, errors = checked_rows(case), {}, {}, {}
+    expected = layer.expected(rows)
+    for name, contender in peers.items():
+        outcome = attempt(partial(_first, contender))
+        if isinstance(outcome, Failure):
+            failed[name] = outcome
+            continue
+        errors[name] = difference(outcome, expected, rows)
+        if errors[name] <= TOLERANCE[DTYPE]:
+            running[name] = contender
+        else:
+            failed[name] = Failure(f"differs from float64 by {errors[name]:.1e}")
+    return running, failed, errors
 
 
 def _first(contender: Contender) -> Any:
@@ -123,18 +134,18 @@ def _packed_sets(machine: Machine, case: Case, rank: int, random: torch.Generato
     size = layers.packed_bytes(case.layout, case.batch, case.tokens, rank, DTYPE)
     room = machine.free_bytes()
     if size > _SHARE * room:
-        return _too_large("packed cache", size, room)
-    count = _sets(machine, size)
+        return too_large("packed cache", size, room)
+    count = input_sets(machine, size)
     return [layers.packed_layer(case.layout, case.batch, case.tokens, rank, DTYPE, random) for _ in range(count)]
 
 
-def _dense_sets(
+def dense_sets(
     machine: Machine, case: Case, sets: list[PackedLayer], size: int
 ) -> list[contenders.DenseLayer] | Failure:
     room = machine.free_bytes()
     if size > _SHARE * room:
-        return _too_large("dense cache", size, room)
-    count = min(len(sets), _sets(machine, size))
+        return too_large("dense cache", size, room)
+    count = min(len(sets), input_sets(machine, size))
     shape = case.batch, case.layout.kv_heads, case.tokens, case.layout.head_dim
     dense = []
     for one in sets[:count]:
@@ -144,16 +155,16 @@ def _dense_sets(
     return dense
 
 
-def _sets(machine: Machine, size: int) -> int:
+def input_sets(machine: Machine, size: int) -> int:
     """How many input sets of `size` bytes take turns."""
     return min(_MOST_SETS, max(1, -(-_CACHES * machine.cache_bytes // size)))
 
 
-def _too_large(what: str, size: int, room: int) -> Failure:
+def too_large(what: str, size: int, room: int) -> Failure:
     return Failure(f"{what} of {size / 1e9:.1f} GB is more than {_SHARE:.0%} of the {room / 1e9:.1f} GB that are free")
 
 
-def _checked_rows(case: Case) -> list[tuple[int, int]]:
+def checked_rows(case: Case) -> list[tuple[int, int]]:
     """Samples and query heads whose results are compared with float64: the first, the last, and between."""
     heads = sorted({0, case.layout.heads // 3, 2 * case.layout.heads // 3, case.layout.heads - 1})
     return [(sample, head) for sample in sorted({0, case.batch - 1}) for head in heads]
@@ -161,8 +172,8 @@ def _checked_rows(case: Case) -> list[tuple[int, int]]:
 
 def _error(case: Case, layer: PackedLayer) -> float:
     out = torch.ops.attnpack.attention(*layer.attention_arguments())
-    rows = _checked_rows(case)
-    error = _difference(out, layer.expected(rows), rows)
+    rows = checked_rows(case)
+    error = difference(out, layer.expected(rows), rows)
     if not error <= TOLERANCE[DTYPE]:
         raise WrongResultError(
             f"packed attention differs from float64 by {error:.1e}, expected at most {TOLERANCE[DTYPE]}"
@@ -170,7 +181,7 @@ def _error(case: Case, layer: PackedLayer) -> float:
     return error
 
 
-def _difference(out: torch.Tensor, expected: torch.Tensor, rows: list[tuple[int, int]]) -> float:
+def difference(out: torch.Tensor, expected: torch.Tensor, rows: list[tuple[int, int]]) -> float:
     samples, heads = zip(*rows, strict=True)
     return relative_error(out[list(samples), list(heads), 0], expected)
 
@@ -227,10 +238,10 @@ def table(cases: Mapping[str, Result]) -> list[str]:
                 (
                     name,
                     rank,
-                    _us(row["packed"]),
-                    _us(case["dense"][best]) if best else "-",
+                    microseconds(row["packed"]),
+                    microseconds(case["dense"][best]) if best else "-",
                     best or "-",
-                    _us(row["decompressed"]) if "decompressed" in row else "-",
+                    microseconds(row["decompressed"]) if "decompressed" in row else "-",
                     f"{row['ratio']:.2f}x" if best else "-",
                     f"1/{row['byte_ratio']:.1f}",
                     f"{row['ratio_over_byte_ratio']:.2f}" if best else "-",
@@ -247,7 +258,7 @@ def table(cases: Mapping[str, Result]) -> list[str]:
     return [*markdown(header, rows), *notes, "", *left_out(cases)]
 
 
-def _us(times: Result) -> str:
+def microseconds(times: Result) -> str:
     return f"{times['seconds'] * 1e6:.1f} us" + ("" if "graph" in times else " (eager)")
 
 

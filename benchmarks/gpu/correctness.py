@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.kernels import ops, reference
+from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.part import Part, Result, Run, WrongResultError, left_out, markdown, measured
 from tests.kernels.inputs import ATTENTION_FLOOR, TOLERANCE, Shapes, attention_arguments, relative_error
@@ -83,6 +84,22 @@ def attention_shapes(dry: bool) -> list[Shapes]:
         {"ragged": True, "mask": "bool", "padding": 3},
         *({"rotary": size, "interleaved": pairs} for size in (64, 32) for pairs in (False, True)),
         {"rotary": 64, "segments": (33, 29), "group": 4, "queries": 3, "mask": "bool", "ragged": True},
+        *({"key_cuts": ((1.0, how),), "value_cuts": ((1.0, how),)} for how in _FORMATS),
+        {"key_cuts": ((1.0, 8), (0.5, 4)), "value_cuts": ((1.0, 0), (0.3, 2)), "segments": (33, 29), "group": 4},
+        {"key_cuts": ((1.0, 4),), "shared": True, "queries": 3, "mask": "bool", "ragged": True},
+        *(
+            {"segments": (), "key_rows": ((70, keys),), "value_rows": ((70, values),), "group": group}
+            for group, (keys, values) in zip((1, 4, 1, 4), _ROWS, strict=True)
+        ),
+        {
+            **{"key_cuts": ((1.0, 4),), "value_cuts": ((1.0, 4),), "mask": "additive", "ragged": True},
+            **{"key_rows": ((50, _ROWS[0][0]),), "value_rows": ((50, _ROWS[0][1]),)},
+        },
+        {"key_rows": ((60, RowForm(4, group=32, rank=2)),), "value_rows": ((50, RowForm(2, group=32, outliers=True)),)},
+        {
+            **{"batch": 4, "heads": 8, "group": 4, "segments": (2100,), "key_dim": 128, "value_dim": 128},
+            **{"key_rank": 64, "value_rank": 64, "key_cuts": ((1.0, 4),), "value_cuts": ((1.0, 4),)},
+        },
         {"batch": 1, "heads": 8, "group": 4, "segments": (2100,), "key_dim": 128, "value_dim": 128, "key_rank": 64},
         {
             "batch": 5,
@@ -96,6 +113,16 @@ def attention_shapes(dry: bool) -> list[Shapes]:
     ]
     return [replace(base, **variant) for variant in (variants[::6] if dry else variants)]
 
+
+#: Of coefficients and bases: symmetric, one factor alone, floats, with zero points.
+_FORMATS = (8, 4, 2, (4, 0, False), (0, 8, False), (E4M3, E4M3, False), (E5M2, 0, False), (4, 2, True), (8, 8, True))
+#: Of keys and values: as KIVI's, floats, codebooks, numbers as they are.
+_ROWS = (
+    (RowForm(2, channel=True, zero=True), RowForm(2, group=32, zero=True)),
+    (RowForm(E4M3, group=256), RowForm(E5M2, group=8, norm=True)),
+    (RowForm(4, channel=True, codebook=True), RowForm(4, group=64, codebook=True, norm=True)),
+    (RowForm(0), RowForm(8, group=24, zero=True)),
+)
 
 _MASK_SHAPES = (
     (True, True, True, True),
@@ -169,8 +196,8 @@ def _attention_problems(
         arguments = attention_arguments(shape)
         here = _on(machine, arguments)
         # Rows beyond the length are spare: what stands there must not matter.
-        for tail in (here["key_tail"], here["value_tail"]):
-            tail[here["length"] :] = torch.nan
+        here["key_tail"][here["length"] :] = torch.nan
+        here["value_tail"][here["length"] + shape.key_slots - shape.value_slots :] = torch.nan
         yield number, arguments, here, shape
 
 
@@ -190,7 +217,8 @@ def check_decompress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[st
         names = ("key_coefficients", "key_bases", "key_tail", "length", "index")
         parts = [arguments[name] for name in names]
         slot = _slots(arguments["index"], shape.padding)
-        turn = (arguments["cos"], arguments["sin"], shape.interleaved, None, [], [], [])
+        stored = (arguments[name] for name in ("key_blocks", "key_scales", "key_owners"))
+        turn = (arguments["cos"], arguments["sin"], shape.interleaved, None, *stored)
         expected = reference.decompress(*parts, slot, *turn)
         here = _on(machine, (*parts, slot, *turn))
         poison(machine)
@@ -480,6 +508,52 @@ def check_observe(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, 
                 least, most = ((odds[:, :, -window:] >= 1 + margin).sum(2) for margin in (1e-4, -1e-4))
                 outside = ((counts < least) | (counts > most)).sum()
                 _judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
+
+
+def _pruning(dtype: torch.dtype, seed: int) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the operators that leave out tokens, by name: two prompts of 60 tokens, the second padded."""
+    random = _random(seed)
+    tokens = 60
+    query, key, hidden = (
+        torch.randn(shape, generator=random).to(dtype)
+        for shape in ((2, 4, tokens, 16), (2, 2, tokens, 16), (2, tokens, 32))
+    )
+    real = torch.arange(tokens) >= torch.tensor([0, 7])[:, None]
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() & real[:, None, None]
+    vision = torch.rand((2, tokens), generator=random) < 0.7
+    scores, raw = torch.rand((2, 2, tokens), generator=random)
+    rows = ops.kept_rows(scores, vision, mask, 0.4)
+    pooled, group = ops.pooled_rows(vision, mask, 3)
+    return {
+        "bidirectional_scores": (query, key, vision, mask, 0.25, 1.0),
+        "gather_mask": (mask, rows),
+        "gather_tokens": (query, rows, 2),
+        "kept_rows": (scores, vision, mask, 0.4),
+        "last_row_scores": (query, key, mask, 0.25),
+        "merge_tokens": (hidden, pooled, group, scores),
+        "merged_rows": (hidden, scores, raw, vision, mask, 20, 0.3),
+        "pooled_rows": (vision, mask, 3),
+        "random_scores": (scores, 5),
+        "scatter_tokens": (hidden, rows, ops.gather_tokens(hidden, rows, 1)),
+    }
+
+
+def check_pruning(name: str, machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    """One of them on the device, against itself on a CPU, which `tests/kernels/test_prune.py` holds to float64."""
+    errors: dict[str, float] = {}
+    for number in range(3):
+        arguments = _pruning(dtype, seed + number)[name]
+        expected = getattr(ops, name)(*arguments)
+        here = _on(machine, arguments)
+        poison(machine)
+        actual = getattr(ops, name)(*here)
+        pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+        for item, (one, other) in enumerate(pairs):
+            what = f"{name}, result {item} of prompt {number}"
+            if other.is_floating_point() and one.shape == other.shape:
+                _judge(errors, what, relative_error(one.cpu(), other.double()), TOLERANCE[dtype], seed + number)
+            else:
+                _same(errors, what, one, other, seed + number)
     return errors
 
 
@@ -498,6 +572,7 @@ CHECKS: Mapping[str, Check] = {
     "plan": check_plan,
     "sketch": check_sketch,
     "take_rows": check_take_rows,
+    **{name: partial(check_pruning, name) for name in _pruning(torch.float32, 0)},
 }
 
 

@@ -1,11 +1,12 @@
 """The parts, in the order in which they run and are shown."""
 
-from benchmarks.gpu import attention, ceilings, correctness, decode, factorize, launches, paper
+from benchmarks.gpu import attention, ceilings, coded, correctness, decode, factorize, launches, paper
 
 PARTS = (
     ceilings.PART,
     correctness.PART,
     attention.PART,
+    coded.PART,
     factorize.PART,
     decode.PART,
     paper.PART,

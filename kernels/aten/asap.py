@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.plan import positions
-from attnpack_fx.kernels.aten.prune import best, gather_tokens, real_tokens
+from attnpack_fx.kernels.aten.prune import best, gather_tokens, prunable
 
 #: Least weight of a later vision token in the soft mask, before the logarithm: the paper's epsilon, our value.
 SMALLEST = 1e-6
@@ -25,8 +25,7 @@ def bidirectional_scores(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.bidirectional_scores`; one head's `[T, T]` at a time."""
     batch, heads, tokens, _ = query.shape
-    real = real_tokens(mask, (batch, tokens), query.device)
-    seen = vision.expand(batch, tokens) & real
+    real, seen = prunable(vision, mask, (batch, tokens))
     group = heads // key.shape[1]
     queries = torch.where(seen[:, None, :, None], query, 0).float().sum(2).unflatten(1, (-1, group)).sum(2)
     raw = scale / heads * (queries[:, :, None] * key.float()).sum((1, 3))
@@ -61,8 +60,7 @@ def merged_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.merged_rows`."""
     batch, tokens, _ = hidden.shape
-    real = real_tokens(mask, (batch, tokens), hidden.device)
-    seen = vision.expand(batch, tokens) & real
+    real, seen = prunable(vision, mask, (batch, tokens))
     kept = best(attention, seen, seen.sum(1).clamp(max=most))
     weight = normalised(raw, seen)
     owner = _owners(hidden, weight, kept, threshold)

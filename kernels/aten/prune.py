@@ -1,7 +1,7 @@
 """Fewer tokens from a decoder layer on: which rows stay, and moving them out of and back into all rows.
 
-`rows` is int64 `[B, T']`, logical positions in ascending order, filled up at the end of a row with -1. A filler row is a
-copy of its sample's last row: finite, behind every real row, so that causal attention does not see it.
+`rows` is int64 `[B, T']`, logical positions in ascending order, filled up at the end of a row with -1. A filler row is
+a copy of its sample's last row: finite, behind every real row, so that causal attention does not see it.
 """
 
 import torch
@@ -17,6 +17,13 @@ def real_tokens(mask: Tensor | None, shape: tuple[int, int], device: torch.devic
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     seen = allowed.any(0, keepdim=True) if mask.dim() == 2 else allowed.any(2).any(1)
     return seen.expand(shape)
+
+
+def prunable(vision: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Bool `[B, T]` each: tokens that are no padding, and those of them that are vision tokens, the last one apart."""
+    real = real_tokens(mask, shape, vision.device)
+    later = real.flip(1).cumsum(1).flip(1)
+    return real, vision.expand(shape) & real & (later > 1)
 
 
 def last_row_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -38,8 +45,7 @@ def last_row_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: floa
 def kept_rows(scores: Tensor, vision: Tensor, mask: Tensor | None, share: float) -> Tensor:
     """See `ops.kept_rows`."""
     batch, tokens = scores.shape
-    real = real_tokens(mask, (batch, tokens), scores.device)
-    seen = vision.expand(batch, tokens) & real
+    real, seen = prunable(vision, mask, (batch, tokens))
     count = (seen.sum(1).double() * share).round().long()
     return positions(real & ~seen | best(scores, seen, count))
 
@@ -115,8 +121,7 @@ def merge_tokens(hidden: Tensor, rows: Tensor, group: Tensor, weight: Tensor) ->
 def pooled_rows(vision: Tensor, mask: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
     """See `ops.pooled_rows`."""
     batch, tokens = vision.shape
-    real = real_tokens(mask, (batch, tokens), vision.device)
-    seen = vision & real
+    real, seen = prunable(vision, mask, (batch, tokens))
     place = torch.arange(tokens, device=vision.device).expand(batch, tokens)
     begins = seen & ~torch.nn.functional.pad(seen[:, :-1], (1, 0))
     start = torch.where(begins, place, 0).cummax(1).values

@@ -14,6 +14,7 @@ from attnpack_fx.kernels.triton.fused import fused_kernel
 from attnpack_fx.kernels.triton.gather import gather_kernel
 from attnpack_fx.kernels.triton.jacobi import jacobi_kernel
 from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
+from attnpack_fx.kernels.triton.rebuilt_coded import rebuilt_coded_kernel
 from attnpack_fx.kernels.triton.split import split_kernel
 from attnpack_fx.kernels.triton.tables import tables_kernel
 from attnpack_fx.kernels.triton.tokens import tokens_kernel
@@ -29,6 +30,7 @@ KERNELS = (
     fused_kernel,
     gather_kernel,
     jacobi_kernel,
+    rebuilt_coded_kernel,
     rebuilt_kernel,
     split_kernel,
     tables_kernel,

@@ -61,10 +61,13 @@ def absorb_coded_kernel(
     query_token,
     length,
     rows_per_split,
-    coded,  # coded rows
-    coded_per_split,
-    coded_splits,
+    key_count,  # coded rows
+    value_count,
     coded_slot,  # their first slot
+    coded_per_split,  # of those that are coded in keys and values
+    coded_splits,
+    mixed_per_split,  # of those that are coded in one
+    mixed_splits,
     key_groups,  # groups of tokens that share scales
     value_groups,
     packed,
@@ -117,27 +120,42 @@ def absorb_coded_kernel(
         out = tl.full([BLOCK_G, BLOCK_DV], 0.0, tl.float32)
         indices, masks = index + sample * slots, mask + sample * mask_sample
         seen = scores_out + sample * heads * group * (packed + length)
-        tail_split = split
-        if len(ROW_KEYS) > 0:
-            tail_split -= coded_splits
+        key_rows, value_rows = (
+            key_tail + (sample * heads + head) * dim,
+            value_tail + (sample * heads + head) * value_dim,
+        )
+        key_step, value_step = samples * heads * dim, samples * heads * value_dim
+        first = split * rows_per_split
+        last = tl.minimum(first + rows_per_split, length)
+        if len(ROW_KEYS) > 0:  # of the following three ranges, a program's split is in one, and the others are empty
+            keys = (key_codes, key_scale, key_zero, key_group_of, key_codebook, key_norm)
+            values = (value_codes, value_scale, value_zero, value_group_of, value_codebook, value_norm)
+            both, most = tl.minimum(key_count, value_count), tl.maximum(key_count, value_count)
+            mixed_split = split - coded_splits
+            tail_split = mixed_split - mixed_splits
             first = split * coded_per_split
             top, total, out = attend_coded_rows(
-                q, rows, valid, top, total, out,
-                (key_codes, key_scale, key_zero, key_group_of, key_codebook, key_norm),
-                (value_codes, value_scale, value_zero, value_group_of, value_codebook, value_norm),
-                key_groups, value_groups, coded, sample, head, heads,
-                first, tl.minimum(first + coded_per_split, coded), scale, indices + coded_slot, coded_slot,
+                q, rows, valid, top, total, out, keys, values, key_groups, value_groups, key_count, value_count,
+                key_rows, value_rows, key_step, value_step, sample, head, heads,
+                first, tl.minimum(first + coded_per_split, both), scale, indices + coded_slot, coded_slot,
                 masks, mask_head, mask_query, mask_token, queries, seen, packed + length,
-                ROW_KEYS, ROW_VALUES, MASK, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+                ROW_KEYS, ROW_VALUES, False, MASK, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-        first = tail_split * rows_per_split
-        last = tl.minimum(first + rows_per_split, length)
-        if len(ROW_KEYS) > 0:  # programs that took coded rows take none here
-            last = tl.where(tail_split < 0, first, last)
+            first = both + mixed_split * mixed_per_split
+            last = tl.where(mixed_split < 0, first, tl.minimum(first + mixed_per_split, most))
+            top, total, out = attend_coded_rows(
+                q, rows, valid, top, total, out, keys, values, key_groups, value_groups, key_count, value_count,
+                key_rows, value_rows, key_step, value_step, sample, head, heads,
+                first, last, scale, indices + coded_slot, coded_slot,
+                masks, mask_head, mask_query, mask_token, queries, seen, packed + length,
+                ROW_KEYS, ROW_VALUES, True, MASK, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
+            # Tail rows are numbered as those of keys.
+            first = most - key_count + tail_split * rows_per_split
+            last = tl.where(tail_split < 0, first, tl.minimum(first + rows_per_split, length))
+            value_rows += (key_count - value_count) * value_step.to(tl.int64)
         top, total, out = attend_rows(
-            q, rows, valid, top, total, out,
-            key_tail + (sample * heads + head) * dim, value_tail + (sample * heads + head) * value_dim,
-            samples * heads * dim, samples * heads * value_dim, dim, value_dim,
+            q, rows, valid, top, total, out, key_rows, value_rows, key_step, value_step, dim, value_dim,
             first, last, length, scale, indices, packed, slots,
             masks, mask_head, mask_query, mask_token, mask_tokens, queries, seen,
             MASK, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,

@@ -20,8 +20,8 @@ from torch.library import wrap_triton
 
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
-from attnpack_fx.kernels.triton.blocks import contiguous, stored, takes_parts, tokens_of
-from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded
+from attnpack_fx.kernels.triton.blocks import alike, contiguous, low_rank, stored, takes_parts
+from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded, takes_rotary
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
 from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, processors
@@ -73,8 +73,9 @@ def takes(
 ) -> bool:
     """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads.
 
-    For ATen are also: bases that samples choose from; keys before rotary embedding in several blocks, in few bits or
-    with a shared basis; keys and values of unequally many packed tokens.
+    For ATen are also: bases that samples choose from; coded rows before rotary embedding, other keys before it where
+    dims are paired with their neighbours and they are in several blocks, in few bits or with a shared basis; keys and
+    values in unlike segments, or of unequally many tokens but for coded rows at the end.
     """
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
@@ -84,15 +85,14 @@ def takes(
         return False
     keys = stored(key_coefficients, key_bases, key_scales, key_blocks)
     values = stored(value_coefficients, value_bases, value_scales, value_blocks)
-    if max(len(keys), len(values)) > MAX_SEGMENTS or len(keys) != len(values):
+    if len(low_rank(keys)) > MAX_SEGMENTS or not alike(keys, values):
         return False
     # Offsets within a sample are 32-bit: they take half the registers.
     if not all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in [*key_coefficients, *value_coefficients]):
         return False
-    if not all(tokens_of(k) == tokens_of(v) for k, v in zip(keys, values, strict=True)):
-        return False
     if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
-        return cos is None and takes_parts(keys, values, query)
+        turned = cos is None or sin is None or takes_rotary(keys, Rotary(cos, sin, interleaved, axes))
+        return turned and takes_parts(keys, values, query)
     factors = [*key_coefficients, *value_coefficients, *key_bases, *value_bases]
     return all(factor.dtype == query.dtype for factor in factors)
 
@@ -132,7 +132,7 @@ def attention(
     others = key_tail, value_tail, length, index, mask, scale, ragged
     problem: Problem
     if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
-        assert cos is None and not (key_owners or value_owners), "not what `takes` let through"
+        assert not (key_owners or value_owners), "not what `takes` let through"
         keys = contiguous(stored(key_coefficients, key_bases, key_scales, key_blocks))
         values = contiguous(stored(value_coefficients, value_bases, value_scales, value_blocks))
         problem = CodedProblem(query, [], *others, keys, values)
@@ -145,7 +145,8 @@ def attention(
         return out.zero_(), query.new_zeros((batch, 0), dtype=torch.float32)
     scores = query.new_empty((batch, heads, problem.packed + length), dtype=torch.float32) if weights else index
     if isinstance(problem, CodedProblem):
-        sums = attend_coded(problem, out, scores, weights)
+        rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved, axes)
+        sums = attend_coded(problem, out, scores, weights, rotary)
     elif cos is not None and sin is not None and problem.segments:
         if axes is not None and _fits_split(problem, cos, axes):
             sums = _split_by_axis(problem, out, cos, sin, interleaved, axes, scores, weights)

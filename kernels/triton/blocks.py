@@ -105,7 +105,7 @@ def _step(size: int, bits: int) -> int:
 def stored(
     coefficients: Sequence[Tensor], bases: Sequence[Tensor], scales: Sequence[Tensor], blocks: Sequence[int]
 ) -> list[Part]:
-    """The blocks of each segment that hold tokens; segments without tokens are left out."""
+    """The blocks of each segment that hold tokens; low-rank segments without are left out."""
     found: list[Part] = []
     remaining, before = iter(scales), -1
     for number, (coefficient, basis) in enumerate(zip(coefficients, bases, strict=True)):
@@ -113,8 +113,7 @@ def stored(
         if kind & ROWS:
             form = RowForm.of(kind)
             extras = {name: next(remaining) for name in row_extras(form)}
-            if coefficient.shape[1]:
-                found.append(StoredRows(form, coefficient, basis, extras))
+            found.append(StoredRows(form, coefficient, basis, extras))
             continue
         scale = next(remaining) if any(formats(kind)) else None
         if not coefficient.shape[1]:
@@ -126,6 +125,10 @@ def stored(
             found.append([block])
         before = segment
     return found
+
+
+def low_rank(parts: Sequence[Part]) -> list[list[Stored]]:
+    return [part for part in parts if not isinstance(part, StoredRows)]
 
 
 def tokens_of(part: Part) -> int:
@@ -182,17 +185,23 @@ def value_forms(segments: Sequence[Sequence[Stored]], dim: int) -> tuple[tuple[t
     return tuple(forms), width
 
 
-def takes_parts(keys: Sequence[Part], values: Sequence[Part], query: Tensor) -> bool:
-    """Whether the kernels take these segments of keys and values, whose tokens are the same."""
+def alike(keys: Sequence[Part], values: Sequence[Part]) -> bool:
+    """Whether keys and values have the same segments, of the same tokens: of rows that come last, in any number."""
     kinds = [[isinstance(part, StoredRows) for part in parts] for parts in (keys, values)]
     if kinds[0] != kinds[1] or sum(kinds[0]) > 1:
         return False
+    ends = len(keys) - bool(kinds[0] and kinds[0][-1])
+    return all(tokens_of(key) == tokens_of(value) for key, value in zip(keys[:ends], values[:ends], strict=True))
+
+
+def takes_parts(keys: Sequence[Part], values: Sequence[Part], query: Tensor) -> bool:
+    """Whether the kernels take these segments of keys and values, which are alike."""
     return all(_takes_blocks(parts, query) and all(map(_takes_rows, parts)) for parts in (keys, values))
 
 
 def _takes_blocks(parts: Sequence[Part], query: Tensor) -> bool:
     """Whether there are few enough low-rank blocks, and none with a basis that samples choose."""
-    every = [each for part in parts if not isinstance(part, StoredRows) for each in part]
+    every = [each for blocks in low_rank(parts) for each in blocks]
     whole = [
         factor
         for each in every

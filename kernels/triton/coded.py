@@ -1,6 +1,7 @@
 """Attention over segments of several blocks, in few bits or of coded rows, on a GPU: which kernels run.
 
     absorb_coded, tokens_coded, combine_coded     3 launches; without low-rank segments the second is not needed
+    rebuilt_coded, combine_coded                  2 launches, for keys before rotary embedding
 
 Codes become numbers in registers and are never written. As in `attend.py`, whatever depends on a number of tokens is an
 argument of the kernels; formats, ranks and head dims are compiled in.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
+from attnpack_fx.kernels.aten.rotary import Rotary
 from attnpack_fx.kernels.triton.absorb_coded import absorb_coded_kernel
 from attnpack_fx.kernels.triton.blocks import (
     MOST_BLOCKS,
@@ -24,14 +26,18 @@ from attnpack_fx.kernels.triton.blocks import (
     Stored,
     StoredRows,
     key_forms,
+    low_rank,
     tokens_of,
     value_forms,
 )
 from attnpack_fx.kernels.triton.combine_coded import combine_coded_kernel
 from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision
 from attnpack_fx.kernels.triton.problem import Problem
+from attnpack_fx.kernels.triton.rebuilt_coded import rebuilt_coded_kernel
 from attnpack_fx.kernels.triton.tokens_coded import tokens_coded_kernel
 
+#: Rotary axes of keys before rotary embedding that are looked up one by one.
+MOST_AXES = 4
 _ROW_TENSORS = ("codes", "scale", "zero", "group_of", "codebook", "norm")
 
 
@@ -50,9 +56,8 @@ class CodedProblem(Problem):
     def low_rank(self) -> "LowRank":
         """The low-rank segments."""
         slots = accumulate(self.tokens, initial=0)
-        found = [(slot, part) for slot, part in zip(slots, self.keys, strict=False) if not isinstance(part, StoredRows)]
-        values = [part for part in self.values if not isinstance(part, StoredRows)]
-        return LowRank([part for _, part in found], values, [slot for slot, _ in found], self)
+        first_slots = [slot for slot, part in zip(slots, self.keys, strict=False) if not isinstance(part, StoredRows)]
+        return LowRank(low_rank(self.keys), low_rank(self.values), first_slots, self)
 
     @cached_property
     def rows_of(self) -> tuple[StoredRows | None, StoredRows | None, int]:
@@ -92,10 +97,22 @@ class Results:
     shares: Tensor
 
 
-def attend_coded(problem: CodedProblem, out: Tensor, scores: Tensor, weights: bool) -> Tensor:
-    """Absorb, attend to coded tokens, combine; returns the log-sum-exps `[B, Hq * Tq]`."""
-    latent, shift, dense = _absorb(problem, scores, weights)
+def takes_rotary(keys: Sequence[Part], rotary: Rotary) -> bool:
+    """Whether keys in blocks are taken before rotary embedding: low rank, halves of dims in whole bytes, few axes."""
+    few = rotary.axes is None or rotary.axes.shape[1] <= MOST_AXES
+    return few and len(low_rank(keys)) == len(keys) and rotary.cos.shape[2] % 8 == 0 and not rotary.interleaved
+
+
+def attend_coded(problem: CodedProblem, out: Tensor, scores: Tensor, weights: bool, rotary: Rotary | None) -> Tensor:
+    """Absorb, attend to coded tokens, combine; returns the log-sum-exps `[B, Hq * Tq]`.
+
+    rotary: of keys before it, which are rebuilt instead of queries absorbed.
+    """
     packed = Results(problem.index, problem.index, [], problem.index)
+    if rotary is not None and problem.low_rank.keys:
+        packed, dense = _rebuild(problem, scores, weights, rotary)
+        return _combine(problem, out, packed, dense, weights)
+    latent, shift, dense = _absorb(problem, scores, weights)
     if problem.low_rank.keys:
         packed = _tokens(problem, latent, shift, scores, weights)
     return _combine(problem, out, packed, dense, weights)
@@ -111,27 +128,33 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
         latent = query.new_empty((batch, problem.rows, low_rank.key_width))
     if _asymmetric(low_rank.key_forms):
         shift = query.new_empty((low_rank.parts, batch, problem.rows), dtype=torch.float32)
-    rows_per_split, tail_splits = problem.tail_splits(blocks)
     keys, values, first_slot = problem.rows_of
-    coded, tile, forms = 0, problem.tail_tile, ((), ())
+    key_count, value_count = 0, 0
+    forms: tuple[Form, Form] = ((), ())
     if keys is not None and values is not None:
-        coded, forms = keys.tokens, (keys.compiled(dim), values.compiled(value_dim))
-    coded_per_split = per_program(coded, batch * problem.heads * blocks, tile, query.device)
-    coded_splits = cdiv(coded, coded_per_split)
-    partial, partial_sums = problem.partials(coded_splits + tail_splits, value_dim)
+        key_count, value_count, forms = keys.tokens, values.tokens, (keys.compiled(dim), values.compiled(value_dim))
+    both, most = torch.sym_min(key_count, value_count), torch.sym_max(key_count, value_count)
+    programs, tile = batch * problem.heads * blocks, problem.tail_tile
+    counts = both, most - both, problem.length - (most - key_count)
+    per_split = [per_program(count, programs, tile, query.device) for count in counts]
+    splits = [cdiv(count, each) for count, each in zip(counts, per_split, strict=True)]
+    partial, partial_sums = problem.partials(sum(splits), value_dim)
     arguments = problem.shared_arguments()
     del arguments["SEGMENTS"]
-    wrap_triton(absorb_coded_kernel)[(batch * problem.heads, blocks, low_rank.parts + coded_splits + tail_splits)](
+    wrap_triton(absorb_coded_kernel)[(batch * problem.heads, blocks, low_rank.parts + sum(splits))](
         latent=latent,
         shift=shift,
         partial=partial,
         log_sums=partial_sums,
         scores_out=scores,
-        rows_per_split=rows_per_split,
-        coded=coded,
-        coded_per_split=coded_per_split,
-        coded_splits=coded_splits,
+        key_count=key_count,
+        value_count=value_count,
         coded_slot=first_slot,
+        coded_per_split=per_split[0],
+        coded_splits=splits[0],
+        mixed_per_split=per_split[1],
+        mixed_splits=splits[1],
+        rows_per_split=per_split[2],
         key_groups=0 if keys is None else keys.scale.shape[1],
         value_groups=0 if values is None else values.scale.shape[1],
         KEYS=low_rank.key_forms,
@@ -142,7 +165,7 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
         KEY_WIDTH=low_rank.key_width,
         SCORES=weights,
         BLOCK_N=tile,
-        BLOCK_ROWS=tile,
+        BLOCK_ROWS=16,  # more would spill
         num_warps=4,
         num_stages=2,
         **_named("basis", [each.basis for each in low_rank.keys], problem.index),
@@ -151,47 +174,84 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
         **_row_tensors("value", values, problem.index),
         **arguments,
     )
-    return latent, shift, Results(partial, partial_sums, [coded_splits + tail_splits], problem.index)
+    return latent, shift, Results(partial, partial_sums, [sum(splits)], problem.index)
+
+
+def _rebuild(problem: CodedProblem, scores: Tensor, weights: bool, rotary: Rotary) -> tuple[Results, Results]:
+    """Attention to low-rank segments by keys rebuilt and rotated, and to tail rows."""
+    query, low_rank = problem.query, problem.low_rank
+    batch, dim = query.shape[0], query.shape[3]
+    blocks = cdiv(problem.group * query.shape[2], problem.block_g)
+    rows_per_split, tail_splits = problem.tail_splits(blocks)
+    dense = Results(*problem.partials(tail_splits, problem.value_tail.shape[3]), [tail_splits], problem.index)
+    tile = 32
+    tokens_per_split = per_program(sum(low_rank.tokens), batch * problem.heads * blocks, tile, query.device)
+    packed = _room(problem, [cdiv(tokens, tokens_per_split) for tokens in low_rank.tokens])
+    cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
+    axes = problem.index if rotary.axes is None else rotary.axes.contiguous()
+    rotated = int(cos.shape[2])
+    arguments = problem.shared_arguments()
+    del arguments["SEGMENTS"]
+    wrap_triton(rebuilt_coded_kernel)[(batch * problem.heads, blocks, sum(packed.splits) + tail_splits)](
+        cos=cos,
+        sin=sin,
+        axes=axes,
+        latent=packed.parts,
+        shares=packed.shares,
+        latent_sums=packed.sums,
+        partial=dense.parts,
+        partial_sums=dense.sums,
+        scores_out=scores,
+        splits=sum(packed.splits),
+        tokens_per_split=tokens_per_split,
+        angle_sample=0 if cos.shape[0] == 1 else cos.stride(0),
+        axes_sample=0 if axes.shape[0] == 1 else axes.stride(0),
+        rows_per_split=rows_per_split,
+        KEYS=low_rank.key_forms,
+        DIM=dim,
+        ROTATED=rotated,
+        AXES=0 if rotary.axes is None else rotary.axes.shape[1],
+        SCORES=weights,
+        BLOCK_N=tile,
+        BLOCK_ROWS=16,
+        BLOCK_E=block(rotated // 2),
+        BLOCK_REST=block(dim - rotated) if dim > rotated else 0,
+        num_warps=4 if rotary.axes is None else 8,
+        num_stages=2 if rotary.axes is None else 1,  # staging gathered rows in shared memory would take all of it
+        **_named("basis", [each.basis for each in low_rank.keys], problem.index),
+        **_named("scale", [each.scale for each in low_rank.keys], problem.index),
+        **_token_arguments(problem, packed),
+        **arguments,
+    )
+    return packed, dense
 
 
 def _tokens(problem: CodedProblem, latent: Tensor, shift: Tensor, scores: Tensor, weights: bool) -> Results:
     """Attention to low-rank segments by latent queries."""
     query, low_rank = problem.query, problem.low_rank
-    batch, count = query.shape[0], len(low_rank.values)
+    batch = query.shape[0]
     block_m, tile = _token_tile(problem)
     row_blocks = cdiv(problem.rows, block_m)
     tokens_per_split = per_program(sum(low_rank.tokens), batch * row_blocks, tile, query.device)
-    splits = [cdiv(tokens, tokens_per_split) for tokens in low_rank.tokens]
-    partial, sums = problem.partials(sum(splits), low_rank.value_width)
-    shares = problem.index
-    if _asymmetric(low_rank.value_forms):
-        shares = query.new_empty((sum(splits), count, batch, problem.rows), dtype=torch.float32)
+    packed = _room(problem, [cdiv(tokens, tokens_per_split) for tokens in low_rank.tokens])
     arguments = problem.mask_arguments()
     del arguments["mask_tokens"]
     wide = low_rank.widest * block_m > 64 * 64
-    wrap_triton(tokens_coded_kernel)[(sum(splits), batch, row_blocks)](
+    wrap_triton(tokens_coded_kernel)[(sum(packed.splits), batch, row_blocks)](
         latent=latent,
         shift=shift,
-        partial=partial,
-        shares=shares,
-        log_sums=sums,
+        partial=packed.parts,
+        shares=packed.shares,
+        log_sums=packed.sums,
         scores_out=scores,
         index=problem.index,
-        first_slot0=low_rank.first_slots[0],
-        first_slot1=low_rank.first_slots[-1],
-        tokens0=low_rank.tokens[0],
-        tokens1=low_rank.tokens[-1],
-        splits0=splits[0],
         tokens_per_split=tokens_per_split,
         all_rows=problem.rows,
         queries=query.shape[2],
         slots=problem.index.shape[1],
         all_slots=problem.packed + problem.length,
         KEYS=low_rank.key_forms,
-        VALUES=low_rank.value_forms,
         KEY_WIDTH=low_rank.key_width,
-        VALUE_WIDTH=low_rank.value_width,
-        VALUE_BLOCKS=count,
         RAGGED=problem.ragged,
         SCORES=weights,
         BLOCK_M=block_m,
@@ -199,13 +259,38 @@ def _tokens(problem: CodedProblem, latent: Tensor, shift: Tensor, scores: Tensor
         PRECISION=precision(query.dtype),
         num_warps=8 if wide else 4,
         num_stages=2 if wide else 3,
+        **_token_arguments(problem, packed),
+        **arguments,
+    )
+    return packed
+
+
+def _room(problem: CodedProblem, splits: list[Any]) -> Results:
+    """Where results of splits of low-rank segments are written."""
+    low_rank, shares = problem.low_rank, problem.index
+    if _asymmetric(low_rank.value_forms):
+        lines = sum(splits), len(low_rank.values), problem.query.shape[0], problem.rows
+        shares = problem.query.new_empty(lines, dtype=torch.float32)
+    return Results(*problem.partials(sum(splits), low_rank.value_width), splits, shares)
+
+
+def _token_arguments(problem: CodedProblem, packed: Results) -> dict[str, Any]:
+    """What every kernel that reads coefficients takes."""
+    low_rank = problem.low_rank
+    return {
+        "first_slot0": low_rank.first_slots[0],
+        "first_slot1": low_rank.first_slots[-1],
+        "tokens0": low_rank.tokens[0],
+        "tokens1": low_rank.tokens[-1],
+        "splits0": packed.splits[0],
+        "VALUES": low_rank.value_forms,
+        "VALUE_WIDTH": low_rank.value_width,
+        "VALUE_BLOCKS": len(low_rank.values),
         **_named("key", [each.coefficient for each in low_rank.keys], problem.index),
         **_named("value", [each.coefficient for each in low_rank.values], problem.index),
         **_named("key_count", [each.tokens for each in low_rank.keys], 0),
         **_named("value_count", [each.tokens for each in low_rank.values], 0),
-        **arguments,
-    )
-    return Results(partial, sums, splits, shares)
+    }
 
 
 def _combine(problem: CodedProblem, out: Tensor, packed: Results, dense: Results, weights: bool) -> Tensor:

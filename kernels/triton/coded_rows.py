@@ -1,5 +1,7 @@
 """Attention to rows in few bits (`parts.Rows`): tiles of keys and values become numbers in registers.
 
+Keys and values may be coded at different times: of some tokens one of them is coded, and the other a row of its tail.
+
     x = norm (level(codes) scale + zero)     scale and zero of a token's group of channels, or of a channel and the
                                              group that the token is in
 
@@ -27,7 +29,12 @@ def attend_coded_rows(
     values,
     key_groups,  # groups of tokens, where those share scales
     value_groups,
-    tokens,
+    key_count,  # coded rows
+    value_count,
+    key_tail,  # of one sample and KV head
+    value_tail,
+    key_step,  # elements from one tail row to the next
+    value_step,
     sample,
     head,
     heads,
@@ -45,6 +52,7 @@ def attend_coded_rows(
     all_slots,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
+    MIXED: tl.constexpr,  # whether of a token only the key or only the value is coded
     MASK: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
@@ -57,7 +65,9 @@ def attend_coded_rows(
     for start in range(first, last, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         there = token < last
-        k = load_rows(keys, key_groups, tokens, sample, head, heads, token, there, KEYS, BLOCK_D)
+        k = load_rows(
+            keys, key_groups, key_count, sample, head, heads, token, there, key_tail, key_step, KEYS, MIXED, BLOCK_D
+        )
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
@@ -66,16 +76,37 @@ def attend_coded_rows(
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, all_slots)
         weights, top, total, shrink = step(scores, top, total)
-        v = load_rows(values, value_groups, tokens, sample, head, heads, token, there, VALUES, BLOCK_DV).to(q.dtype)
+        v = load_rows(
+            values, value_groups, value_count, sample, head, heads, token, there, value_tail, value_step, VALUES, MIXED,
+            BLOCK_DV,
+        ).to(q.dtype)  # fmt: skip
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
     return top, total, out
 
 
 @triton.jit
 def load_rows(
+    tensors, groups, count, sample, head, heads, token, there, tail, tail_step,
+    FORM: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows `[N, BLOCK]` of one KV head as numbers, fp32: with MIXED those from `count` on are of the tail."""
+    if MIXED:
+        coded = there & (token < count)
+        x = decode_rows(tensors, groups, count, sample, head, heads, token, coded, FORM, BLOCK)
+        column = tl.arange(0, BLOCK)
+        cells = tail + (token - count).to(tl.int64)[:, None] * tail_step + column[None, :]
+        kept = tl.load(cells, mask=(there & (token >= count))[:, None] & (column < FORM[7])[None, :], other=0)
+        x = tl.where(coded[:, None], x, kept.to(tl.float32))
+    else:
+        x = decode_rows(tensors, groups, count, sample, head, heads, token, there, FORM, BLOCK)
+    return x
+
+
+@triton.jit
+def decode_rows(
     tensors, groups, tokens, sample, head, heads, token, there, FORM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Rows `[N, BLOCK]` of one KV head as numbers, fp32; beyond the head dim anything finite."""
+    """Coded rows `[N, BLOCK]` of one KV head as numbers, fp32; beyond the head dim anything finite."""
     BITS: tl.constexpr = FORM[0]
     GROUP: tl.constexpr = FORM[1]
     CHANNEL: tl.constexpr = FORM[2]

@@ -91,7 +91,7 @@ class Shape:
     mask: bool = False
     weights: bool = False
     blocks: tuple[tuple[int, int, bool], ...] = ()
-    coded: tuple[int, RowForm, RowForm] | None = None
+    coded: tuple[int, tuple[RowForm, RowForm]] | None = None
 
 
 #: Shapes of the models the library is for, and the corners of what the kernels take.
@@ -122,13 +122,13 @@ SHAPES = {
     "E4M3 coefficients": Shape(tokens=(9216,), blocks=((E4M3, 0, False),)),
     "rank 128, 4 bits with zero points": Shape(tokens=(9216,), rank=128, blocks=((4, 4, True),), dtype=torch.float16),
     "LLaVA-1.5-7B, KIVI's rows in 2 bits": Shape(
-        tokens=(), coded=(9216, RowForm(2, channel=True, zero=True), RowForm(2, group=32, zero=True))
+        tokens=(), coded=(9216, (RowForm(2, channel=True, zero=True), RowForm(2, group=32, zero=True)))
     ),
     "Qwen3-VL-8B, KIVI's rows in 4 bits": Shape(
         heads=32,
         kv_heads=8,
         tokens=(),
-        coded=(9216, RowForm(4, channel=True, zero=True), RowForm(4, group=32, zero=True)),
+        coded=(9216, (RowForm(4, channel=True, zero=True), RowForm(4, group=32, zero=True))),
     ),
     "Qwen3-VL-8B, 4 bits, coded rows of text": Shape(
         heads=32,
@@ -137,7 +137,21 @@ SHAPES = {
         blocks=((4, 4, False),),
         mask=True,
         weights=True,
-        coded=(640, RowForm(4, channel=True, codebook=True, norm=True), RowForm(E4M3, group=128)),
+        coded=(640, (RowForm(4, channel=True, codebook=True, norm=True), RowForm(E4M3, group=128))),
+    ),
+    "LLaVA-1.5-7B, 4 bits, un-rotated keys": Shape(blocks=((4, 4, False),), rotated=128),
+    "Qwen3-VL-8B, 4 bits, un-rotated keys, M-RoPE": Shape(
+        heads=32,
+        kv_heads=8,
+        tokens=(9216, 640),
+        blocks=((4, 4, False),),
+        rotated=128,
+        axes=3,
+        positions=200,
+        mask=True,
+    ),
+    "un-rotated keys, partial rotary, 8 and 2 bits": Shape(
+        dim=80, tokens=(4096,), rank=32, rotated=32, blocks=((8, 8, False), (2, 2, True)), dtype=torch.float16
     ),
     "un-rotated keys, partial rotary": Shape(dim=80, tokens=(4096,), rank=32, rotated=32, interleaved=True),
 }
@@ -237,7 +251,7 @@ def decode_step(shape: Shape) -> list[Launch]:
             return torch.empty(size, dtype=dtype, device="cuda")
 
         batch, heads, dim = shape.batch, shape.kv_heads, shape.dim
-        keys, values = (_packed(shape, side, new) for side in (1, 2))
+        keys, values = (_packed(shape, side, new) for side in range(2))
         tail = new(shape.tail + 16, batch, heads, dim)
         packed = sum(shape.tokens) + (shape.coded[0] if shape.coded else 0)
         index = new(batch, packed + shape.tail // 2, dtype=torch.int64)
@@ -254,17 +268,17 @@ def decode_step(shape: Shape) -> list[Launch]:
             factors = *keys[:2], *values[:2]
             arguments = query, *factors, key_tail, value_tail, shape.tail, index, mask, 0.1, shape.mask
             rotary = cos, sin, shape.interleaved, axes
-            blocks = _layout(shape, 1), _layout(shape, 2)
-            given = *arguments, *rotary, *blocks, keys[2], values[2], [], []
+            blocks = _layout(shape, 0), _layout(shape, 1)
+            given: list[Any] = [*arguments, *rotary, *blocks, keys[2], values[2], [], []]
             assert takes(*given), "a shape that the kernels refuse"
-            return attention(*given, shape.weights)
+            return attention(*given, weights=shape.weights)
 
         tails = tail, tail.clone(), fresh, fresh.clone()
         return launches(step, (query, keys, values, *tails, index, mask, angles, angles, axes))
 
 
 def _packed(shape: Shape, side: int, new: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Coefficients, bases and scales of keys (side 1) or values (2), as operators take them."""
+    """Coefficients, bases and scales of keys (side 0) or values (1), as operators take them."""
     coefficients, bases, scales = [], [], []
     for tokens in shape.tokens:
         for bits, basis_bits, asymmetric in shape.blocks or ((0, 0, False),):
@@ -273,7 +287,7 @@ def _packed(shape: Shape, side: int, new: Callable[..., Tensor]) -> tuple[list[T
             if bits or basis_bits:
                 scales.append(new(shape.batch, 4 if asymmetric else 2, shape.rank, dtype=torch.float32))
     if shape.coded:
-        tokens, form = shape.coded[0], shape.coded[side]
+        tokens, form = shape.coded[0], shape.coded[1][side]
         size = shape.batch, tokens, shape.kv_heads
         shared = shape.batch, cdiv(tokens, 32), shape.kv_heads, shape.dim
         scale = new(*shared) if form.channel else new(*size, cdiv(shape.dim, form.group))
@@ -294,7 +308,7 @@ def _layout(shape: Shape, side: int) -> list[int]:
     kinds = [
         bits | (ASYMMETRIC if asymmetric else 0) | basis_bits << 8 for bits, basis_bits, asymmetric in shape.blocks
     ]
-    rows = [[shape.coded[side].kind]] if shape.coded else []
+    rows = [[shape.coded[1][side].kind]] if shape.coded else []
     return layout([kinds or [0] for _ in shape.tokens] + rows)
 
 

@@ -105,10 +105,7 @@ def attend_blocks(
     q, moved = load_latent(latent, shift, rows, valid, sample, samples, all_rows, KEYS, KEY_WIDTH, BLOCK_M)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
-    out, held = (), ()
-    for block in tl.static_range(len(VALUES)):
-        out += (tl.full([BLOCK_M, VALUES[block][5]], 0.0, tl.float32),)
-        held += (tl.full([BLOCK_M], 0.0, tl.float32),)
+    out, held = no_values(VALUES, BLOCK_M)
     begin = inner * tokens_per_split
     for start in range(begin, tl.minimum(begin + tokens_per_split, tokens), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
@@ -123,18 +120,51 @@ def attend_blocks(
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, all_slots)
         weights, top, total, shrink = step(scores, top, total)
-        sums, covered = (), ()
-        for block in tl.static_range(len(VALUES)):
-            tile, reached = load_block(values, token, value_counts, sample, q[0].dtype, VALUES[block])
-            given = weights if block == 0 else tl.where(reached[None, :], weights, 0.0)
-            product = tl.dot(given.to(tile.dtype), tile, input_precision=PRECISION)
-            sums += (out[block] * shrink[:, None] + product,)
-            covered += (held[block] * shrink + tl.sum(given, 1) if VALUES[block][3] else held[block],)
-        out, held = sums, covered
+        out, held = add_values(
+            out, held, values, value_counts, weights, shrink, token, sample, q[0].dtype, VALUES, PRECISION
+        )
+    store_values(
+        partial, shares, log_sums, out, held, top, total, split, sample, samples, rows, valid, all_rows,
+        VALUES, VALUE_WIDTH, VALUE_BLOCKS,
+    )  # fmt: skip
+
+
+@triton.jit
+def no_values(VALUES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of each block of values, sums of its levels `[M, rank]` and of the weights of its tokens `[M]`: none yet."""
+    out, held = (), ()
+    for block in tl.static_range(len(VALUES)):
+        out += (tl.full([BLOCK_M, VALUES[block][5]], 0.0, tl.float32),)  # type: ignore[assignment]
+        held += (tl.full([BLOCK_M], 0.0, tl.float32),)  # type: ignore[assignment]
+    return out, held
+
+
+@triton.jit
+def add_values(
+    out, held, values, counts, weights, shrink, token, sample, dtype: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums with one step's tokens added; what was summed before shrinks."""
+    sums, covered = (), ()
+    for block in tl.static_range(len(VALUES)):
+        tile, reached = load_block(values, token, counts, sample, dtype, VALUES[block])
+        given = weights if block == 0 else tl.where(reached[None, :], weights, 0.0)
+        product = tl.dot(given.to(dtype), tile, input_precision=PRECISION)
+        sums += (out[block] * shrink[:, None] + product,)  # type: ignore[assignment]
+        covered += (held[block] * shrink + tl.sum(given, 1) if VALUES[block][3] else held[block],)  # type: ignore[assignment]
+    return sums, covered
+
+
+@triton.jit
+def store_values(
+    partial, shares, log_sums, out, held, top, total, split, sample, samples, rows, valid, all_rows,
+    VALUES: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Write the partial result of a split."""
     place = (split.to(tl.int64) * samples + sample) * all_rows + rows
+    over = tl.where(total > 0, total, 1.0)
     for block in tl.static_range(len(VALUES)):
         column = VALUES[block][6] + tl.arange(0, VALUES[block][5])
-        over = tl.where(total > 0, total, 1.0)
         tl.store(partial + place[:, None] * VALUE_WIDTH + column[None, :], out[block] / over[:, None], valid[:, None])
         if VALUES[block][3]:
             line = split.to(tl.int64) * VALUE_BLOCKS + block
@@ -152,13 +182,13 @@ def load_latent(
     for block in tl.static_range(len(KEYS)):
         cells = latent + (sample * all_rows + rows)[:, None] * KEY_WIDTH
         column = KEYS[block][6] + tl.arange(0, KEYS[block][5])
-        q += (tl.load(cells + column[None, :], mask=valid[:, None], other=0),)
+        q += (tl.load(cells + column[None, :], mask=valid[:, None], other=0),)  # type: ignore[assignment]
         shifted = tl.full([BLOCK_M], 0.0, tl.float32)
         if KEYS[block][3]:
             for part in tl.static_range(KEYS[block][8]):
                 line = (KEYS[block][7] + part) * samples + sample
                 shifted += tl.load(shift + line * all_rows + rows, mask=valid, other=0)
-        moved += (shifted,)
+        moved += (shifted,)  # type: ignore[assignment]
     return q, moved
 
 

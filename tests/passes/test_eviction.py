@@ -80,8 +80,9 @@ def test_two_rules_of_eviction_do_not_stand_together(first, second):
 
 
 @pytest.mark.parametrize("rule", EVICTING, ids=lambda rule: rule.name)
-def test_eviction_may_stand_before_merging(rule):
-    assert conflicts([rule, MiniCache()]) is None
+def test_eviction_and_merging_refuse_each_other(rule):
+    for pair in ([rule, MiniCache()], [MiniCache(), rule]):
+        assert "none in common to merge" in conflicts(pair)
 
 
 @pytest.mark.parametrize("rule", [*EVICTING, MiniCache()], ids=lambda rule: rule.name)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx import Graph
 
-from attnpack_fx.passes.patterns import argument, is_call, layer_of, strip_repeat_kv, through_no_ops
+from attnpack_fx.passes.patterns import argument, is_call, layer_number, layer_of, strip_repeat_kv, through_no_ops
 from tests.passes.capture import capture
 
 KV = torch.randn(2, 2, 5, 4)
@@ -106,6 +107,21 @@ def test_a_node_is_named_after_its_module():
     assert layer_of(node).endswith("inner")
 
 
+def test_the_model_among_the_arguments_of_a_decorator_is_no_layer():
+    node, _ = result_of(lambda x: x.neg(), KV)
+    node.meta["nn_module_stack"] = {"1": ("L['args'][0].model.layers.3.self_attn", nn.Module)}
+    assert layer_of(node) == "model.layers.3.self_attn"
+    assert layer_number(layer_of(node)) == 3
+
+
 def test_a_node_outside_any_module_is_named_after_itself():
     node, _ = result_of(lambda x: x.neg(), KV)
     assert layer_of(node) == node.name
+
+
+def test_the_layer_of_a_node_where_the_model_is_an_argument_by_number():
+    graph = Graph()
+    node = graph.placeholder("x")
+    node.meta["nn_module_stack"] = {"layer": ("L['args'][0].model.layers[3].self_attn", None)}
+    assert layer_of(node) == "model.layers[3].self_attn"
+    assert layer_number(layer_of(node)) == 3

@@ -46,6 +46,7 @@ def test_every_pass_reports_its_count():
     assert list(counts) == [
         "find_attention",
         "find_modality",
+        "prune_tokens",
         "pack_cache",
         "batch_compress",
         "merge_appends",

@@ -22,10 +22,8 @@ from attnpack_fx.passes.state import SiteReport
 from attnpack_fx.passes.token_pruning import TokenPruning
 from tests.decoder import IMAGE, Decoder, close, next_ids, prompt
 from tests.passes.capture import capture, operations
-from tests.zoo import ZOO, _seeded
-from tests.zoo import prompt as zoo_prompt
 
-pytestmark = pytest.mark.usefixtures("one_thread", "without_inductor")
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 def compiled(model: Any, method: TokenPruning, reports: list[SiteReport]) -> Any:
@@ -280,91 +278,3 @@ def test_a_decode_step_is_not_pruned():
         reports.clear()
         model(next_ids(), None, cache)
     assert not of_tokens(reports)
-
-
-# ---- models of transformers
-
-
-def oracle(name: str, inputs: dict[str, Tensor], number: int, ratio: float) -> tuple[Tensor, list[int]]:
-    """Last logits `[1, V]` of one prompt, and how many rows each layer saw; padding stays among them."""
-    model = ZOO[name].build("eager")
-    decoder = model.model.language_model
-    vision = (inputs["input_ids"] == 319)[0]
-    kept: list[Tensor] = []
-    seen: list[int] = []
-
-    def attended(module, arguments, output):
-        kept.append(fastv_rows(output[1][0, :, -1].double().mean(0), vision, ratio))
-
-    def fewer(module, arguments, given, first):
-        (hidden,) = arguments
-        (rows,) = kept
-        if first:
-            module.whole, hidden = hidden, hidden[:, rows]
-        cos, sin = given["position_embeddings"]
-        mask = given["attention_mask"]
-        given = given | {"position_embeddings": (cos[:, rows], sin[:, rows])}
-        if mask is not None:
-            given["attention_mask"] = mask[:, :, rows][..., rows]
-        seen.append(hidden.shape[1])
-        return (hidden,), given
-
-    def back(module, arguments, output):
-        whole = decoder.layers[number].whole.clone()
-        whole[:, kept[0]] = output
-        return whole
-
-    decoder.layers[number - 1].self_attn.register_forward_hook(attended)
-    for place, layer in enumerate(decoder.layers[number:]):
-        layer.register_forward_pre_hook(partial(fewer, first=place == 0), with_kwargs=True)
-    decoder.layers[-1].register_forward_hook(back)
-    # The cache of pruned layers is shorter, which generate() does not expect of a second step: one token is enough.
-    out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    return out.logits[0], seen
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    ("name", "batch", "padding"),
-    [("llava-mha", 1, 0), ("llava-gqa", 2, 3), ("qwen2.5-vl", 2, 3), ("qwen2-vl", 1, 0), ("internvl", 2, 0)],
-)
-def test_fastv_of_transformers_models(name, batch, padding, attention, monkeypatch):
-    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
-    inputs = ZOO[name].inputs(batch, padding)
-    reports: list[SiteReport] = []
-    with torch.no_grad():
-        expected = []
-        for sample in range(batch):
-            own = {key: value.chunk(batch)[sample] for key, value in inputs.items()}
-            logits, seen = oracle(name, own, 1, 0.5)
-            expected.append(logits)
-        model = ZOO[name].build(attention)
-        model.forward = compiled(model.forward, FastV(1, 0.5), reports)
-        out = model.generate(
-            **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )
-    assert of_tokens(reports) == [("pruned", "FastV")]
-    close(out.logits[0], torch.cat(expected), 1e-5)
-    # Padding leaves too: the longest sample decides how many rows there are.
-    assert out.past_key_values.layers[1].keys.shape[2] == seen[0]
-
-
-def test_images_of_different_number_with_padding(monkeypatch):
-    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
-    with _seeded(3):
-        two = zoo_prompt(1, 0, (319, 16), (319, 16), tokens=12)
-        one = zoo_prompt(1, 4, (319, 16), tokens=24)
-        pixels = torch.randn(3, 3, 56, 56)
-    inputs = {key: torch.cat([two[key], one[key]]) for key in two} | {"pixel_values": pixels}
-    samples = [two | {"pixel_values": pixels[:2]}, one | {"pixel_values": pixels[2:]}]
-    with torch.no_grad():
-        expected = torch.cat([oracle("llava-gqa", sample, 1, 0.75)[0] for sample in samples])
-        model = ZOO["llava-gqa"].build("sdpa")
-        reports: list[SiteReport] = []
-        model.forward = compiled(model.forward, FastV(1, 0.75), reports)
-        out = model.generate(
-            **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )
-    assert of_tokens(reports) == [("pruned", "FastV")]
-    close(out.logits[0], expected, 1e-5)
-    assert out.past_key_values.layers[1].keys.shape[2] == 28  # 24 of text and 4 of 16, more than 12 and 8 of 32

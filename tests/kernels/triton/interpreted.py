@@ -36,6 +36,7 @@ def _imported_anew() -> dict[str, ModuleType]:
 _MODULES = _imported_anew()
 append = _MODULES[f"{_PACKAGE}.append"]
 attend = _MODULES[f"{_PACKAGE}.attend"]
+codes = _MODULES[f"{_PACKAGE}.codes"]
 factorize = _MODULES[f"{_PACKAGE}.factorize"]
 gather = _MODULES[f"{_PACKAGE}.gather"]
 jacobi = _MODULES[f"{_PACKAGE}.jacobi"]

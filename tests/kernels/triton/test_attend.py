@@ -210,7 +210,7 @@ def test_only_what_the_kernels_were_made_for_is_taken():
     two = Shapes(batch=2)
     shared = [basis[:1] for basis in attention_arguments(two)["key_bases"]]
     assert takes(two) and takes(two, key_bases=shared) and takes(two, value_bases=shared)
-    assert not takes(dataclasses.replace(two, rotary=16), key_bases=shared)
+    assert takes(dataclasses.replace(two, rotary=16), key_bases=shared)
 
 
 def test_which_codes_are_taken():
@@ -220,10 +220,12 @@ def test_which_codes_are_taken():
     four = ((1.0, 4), (0.5, 0))
     assert takes(key_cuts=four) and takes(value_cuts=four) and takes(segments=(5, 7), key_cuts=four, value_cuts=four)
     assert not takes(segments=(5, 7), key_cuts=((1.0, 4),) * 3, key_rank=9)  # six blocks
-    assert not takes(key_cuts=four, rotary=16) and not takes(owned=1)
+    assert takes(key_cuts=four, rotary=16) and takes(key_cuts=four, rotary=16, axes=3) and not takes(owned=1)
+    assert not takes(key_cuts=four, rotary=16, interleaved=True) and not takes(key_cuts=four, rotary=4)
+    assert not takes(key_cuts=four, rotary=16, axes=5)
     rows = ((9, RowForm(4, group=8)),)
     assert takes(key_rows=rows, value_rows=rows) and takes(key_rows=rows, value_rows=rows, segments=())
-    assert not takes(key_rows=rows, value_rows=((8, RowForm(4, group=8)),))
+    assert takes(key_rows=rows, value_rows=((8, RowForm(4, group=8)),)) and not takes(key_rows=rows)
     assert not takes(key_rows=rows * 2, value_rows=rows * 2, segments=())
     assert not takes(key_rows=rows, value_rows=rows, rotary=16)
     for extra in ({"outliers": True}, {"rank": 2}):

@@ -15,6 +15,7 @@ MATRIX = (
     "absorb_coded_kernel",
     "absorb_kernel",
     "fused_kernel",
+    "rebuilt_coded_kernel",
     "rebuilt_kernel",
     "split_kernel",
     "tables_kernel",
@@ -78,6 +79,7 @@ def test_launches_of_a_decode_step():
     coded = ["append_kernel", "absorb_coded_kernel", "tokens_coded_kernel", "combine_coded_kernel"]
     assert launches["LLaVA-1.5-7B, 4 bits"] == launches["Qwen3-VL-8B, 4 bits, coded rows of text"] == coded
     assert launches["LLaVA-1.5-7B, KIVI's rows in 2 bits"] == [name for name in coded if name != "tokens_coded_kernel"]
+    assert launches["LLaVA-1.5-7B, 4 bits, un-rotated keys"] == ["append_kernel", "rebuilt_coded_kernel", coded[-1]]
     assert launches["un-rotated keys, rank 16"] == ["append_kernel", "rebuilt_kernel", "combine_kernel"]
     by_axis = ["append_kernel", "tables_kernel", "split_kernel", "combine_kernel"]
     assert launches["un-rotated keys, rank 16, M-RoPE"] == by_axis
