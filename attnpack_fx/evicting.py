@@ -12,7 +12,7 @@ def tokens(layer: CachedLayer) -> Tokens:
     return Tokens(
         position=position,
         score=layer.key.scores,
-        vision=placement.is_vision(position),
+        vision=None if placement.vision is None else layer.key.is_vision,
         seen=layer.key.shape[2],
         real=layer.key.shape[2] - placement.missing,
         prefill=layer.prefill,
@@ -23,6 +23,9 @@ def tokens(layer: CachedLayer) -> Tokens:
 
 def evict(layer: CachedLayer, rule: Eviction) -> None:
     """Keep what the rule keeps."""
+    seen = layer.key.shape[2] - layer.key.placement.least_missing
+    if not layer.prefill and rule.spares(layer.slots, seen):
+        return
     shown = tokens(layer)
     keep = rule.keep(shown)
     if keep is None:

@@ -40,30 +40,25 @@ def _of_prompt(layer: CachedLayer, observed: Tensor) -> Tensor:
     positions = layer.key.positions
     made, *text = (each.gather(1, positions.clamp(min=0)) for each in observed)
     if text:
-        made = torch.where(_vision(layer, positions), made, text[0])
+        made = torch.where(layer.key.is_vision, made, text[0])
     return made.masked_fill(positions < 0, 0)
 
 
 def _updated(layer: CachedLayer, weights: Tensor, asked: Observation) -> Tensor:
-    positions, old = layer.key.positions, layer.key.scores
+    key = layer.key
+    old, ragged = key.scores, key.placement.ragged
     assert old is not None
-    made = _after(asked.kind, old, weights, layer.added, positions)
+    stored = (key.positions >= 0).sum(1, keepdim=True) if ragged else layer.slots
+    made = _after(asked.kind, old, weights, layer.added, stored)
     if asked.text is not None and asked.text != asked.kind:
-        text = _after(asked.text, old, weights, layer.added, positions)
-        made = torch.where(_vision(layer, positions), made, text)
-    return made.masked_fill(positions < 0, 0)
+        made = torch.where(key.is_vision, made, _after(asked.text, old, weights, layer.added, stored))
+    return made.masked_fill(key.positions < 0, 0) if ragged else made
 
 
-def _after(kind: str, old: Tensor, weights: Tensor, queries: int, positions: Tensor) -> Tensor:
+def _after(kind: str, old: Tensor, weights: Tensor, queries: int, stored: Tensor | int) -> Tensor:
     """Of several queries, whose mean weights are all that is known, each counts as the mean."""
     if kind == "last":
         return weights
     if kind == "sum":
-        return old + queries * weights
-    stored = (positions >= 0).sum(1, keepdim=True)
-    return old + queries * (weights * stored >= 1)
-
-
-def _vision(layer: CachedLayer, positions: Tensor) -> Tensor:
-    vision = layer.key.placement.is_vision(positions)
-    return torch.zeros_like(positions, dtype=torch.bool) if vision is None else vision
+        return old.add(weights, alpha=queries)
+    return old.add(weights * stored >= 1, alpha=queries)

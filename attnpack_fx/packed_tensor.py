@@ -147,6 +147,12 @@ class PackedTensor(torch.Tensor):
         return self.placed.index
 
     @property
+    def is_vision(self) -> Tensor:
+        """Which slots hold vision tokens, as far as that is known: bool `[B, slots]`; appended tokens are none."""
+        known = self.placement.vision_slots
+        return _pad(known, (0, self.slots - known.shape[1]))
+
+    @property
     def scores(self) -> Tensor | None:
         """The importance of every slot, fp32 `[B, slots]`; 0 of tokens that came after it was found."""
         known = self.importance

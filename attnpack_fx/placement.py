@@ -67,6 +67,21 @@ class Placement:
         return self.index, self.tokens, self.ragged, self.vision, self.absent
 
     @property
+    def vision_slots(self) -> Tensor:
+        """Which slots hold vision tokens, bool `[B, N]`; none where no modality is kept."""
+
+        def derive() -> Tensor:
+            found = self.is_vision(self.index)
+            return torch.zeros_like(self.index, dtype=torch.bool) if found is None else found
+
+        return self._memo.derive("vision slots", None, 0, derive)
+
+    @property
+    def least_missing(self) -> int:
+        """`missing` of the sample with the fewest."""
+        return self._memo.derive("least missing", None, 0, lambda: int(self.missing.min()) if len(self.index) else 0)
+
+    @property
     def missing(self) -> Tensor:
         """`absent`; where nothing asked for it and no token has left yet, those that have no slot."""
         return self.tokens - (self.index >= 0).sum(1) if self.absent is None else self.absent
@@ -146,12 +161,14 @@ class Placement:
                 widest = max(part.shape[1] for part in alike)
                 columns.append(torch.cat([_pad(part, (0, widest - part.shape[1]), value=-1) for part in alike]))
             index = torch.cat(columns, dim=1)
-            vision = None
-            if self.vision is not None:
-                flags = [each.vision for each in (self, *others) if each.vision is not None]
+            every, vision, absent = (self, *others), None, None
+            if any(each.vision is not None for each in every):
+                none = (each.index.new_zeros((each.index.shape[0], 0), dtype=torch.bool) for each in every)
+                flags = [other if each.vision is None else each.vision for each, other in zip(every, none, strict=True)]
                 widest = max(each.shape[1] for each in flags)
                 vision = torch.cat([_pad(each, (0, widest - each.shape[1])) for each in flags])
-            absent = None if self.absent is None else torch.cat([each.absent for each in (self, *others)])  # type: ignore[misc]
+            if any(each.absent is not None for each in every):
+                absent = torch.cat([each.missing for each in every])
             ragged = self.ragged or _has_filler(index)
             return Placement(index, self.tokens, ragged, vision, absent)
 
@@ -171,14 +188,12 @@ class Placement:
         return Placement(function(self.index), self.tokens, self.ragged, vision, absent)
 
     def same_as(self, other: "Placement") -> bool:
-        """Whether both place every token alike (compares contents only when the objects differ)."""
+        """Whether both place every token alike (compares contents only when the objects differ, and once)."""
         if self is other:
             return True
-        return (
-            self.tokens == other.tokens
-            and self.index.shape == other.index.shape
-            and torch.equal(self.index, other.index)
-        )
+        if self.tokens != other.tokens or self.index.shape != other.index.shape:
+            return False
+        return self._memo.derive("same as", other, 0, lambda: torch.equal(self.index, other.index))
 
 
 def _has_filler(index: Tensor) -> bool:

@@ -61,6 +61,9 @@ class AVL(Selection):
         checked_share(self.name, "text_heavy", self.text_heavy)
         checked_count(self.name, "text_every", self.text_every, 1)
 
+    def spares(self, slots: int, seen: int) -> bool:
+        return self.text_rate is None or slots <= self._text_limit(0)
+
     def keep(self, tokens: Tokens) -> Tensor | None:
         """Of the vision tokens of a prompt the share that stays; of text its budget, at prefill and later."""
         stored = tokens.position >= 0

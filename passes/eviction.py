@@ -61,6 +61,13 @@ class Eviction(Method):
     def __post_init__(self) -> None:
         checked_choice(self.name, "heads", self.heads, ("auto", "apart", "together"))
 
+    def spares(self, slots: int, seen: int) -> bool:
+        """Whether a decode step surely evicts nothing of so many slots; then no token is looked at.
+
+        seen: how many tokens there have been in the sample with most, padding not counted.
+        """
+        return False
+
     def keep(self, tokens: Tokens) -> Tensor | None:
         """Which tokens stay: bool `[B', n]`, or None for all.
 
@@ -95,6 +102,10 @@ class Budgeted(Eviction):
     def chosen(self, tokens: Tokens, subject: Tensor, count: int) -> Tensor:
         """The `count` tokens of subject, bool `[B', n]`, that stay in every sample; all of a sample with fewer."""
         raise NotImplementedError
+
+    def spares(self, slots: int, seen: int) -> bool:
+        # Of the tokens of one modality it is not known here how many there have been.
+        return slots <= self.limit(seen if self.target == "all" else 0)
 
     def keep(self, tokens: Tokens) -> Tensor | None:
         subject = subject_of(tokens, self.target)
