@@ -38,6 +38,7 @@ from attnpack_fx.kernels.aten.attention import attention
 from attnpack_fx.kernels.aten.decompress import decompress
 from attnpack_fx.kernels.aten.quantize import quantize
 from attnpack_fx.kernels.aten.rotary import Rotary
+from attnpack_fx.kernels.parts import Block, kind, layout
 from attnpack_fx.kernels.rotary_axes import tabulate
 from benchmarks import measure
 
@@ -267,8 +268,10 @@ class _Factors(NamedTuple):
 
     @property
     def layout(self) -> list[int]:
-        """Segment 0 and the bits of every block."""
-        return [0, _BITS if self.scales else 0] * len(self.bases)
+        """As operators take it: of one segment."""
+        scales = self.scales or [None] * len(self.bases)
+        blocks = zip(self.coefficients, self.bases, scales, strict=True)
+        return layout([[kind(Block(*block, _BITS if block[2] is not None else 0)) for block in blocks]])
 
 
 class _Maker:
