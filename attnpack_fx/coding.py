@@ -61,9 +61,12 @@ def _coded(packed: PackedTensor, count: int, kind: Kind, layer: CachedLayer, met
 
 def _of_two_groups(rows: Rows[Tensor]) -> Rows[Tensor]:
     """With a second group and part, of no token, where there is but one: of a single one Dynamo makes a graph apart."""
-    names = ["right", *(("scale", "zero") if rows.form.channel else ())]
-    single = {name: rows.tensors[name] for name in names if name in rows.tensors and rows.tensors[name].shape[1] == 1}
-    return replace(rows, **{name: torch.cat([tensor, tensor], 1) for name, tensor in single.items()})
+    grouped = ("right", *(("scale", "zero") if rows.form.channel else ()))
+
+    def doubled(name: str, tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor], 1) if name in grouped and tensor.shape[1] == 1 else tensor
+
+    return map_rows(rows, doubled)
 
 
 def oldest(packed: PackedTensor, count: int, first: int = 0) -> Tensor:

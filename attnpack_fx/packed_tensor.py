@@ -79,7 +79,7 @@ class PackedTensor(torch.Tensor):
             return
         self.rows = lease.buffer.template
         self._dynamo_weak_dynamic_indices, self._dynamo_static_indices = {2}, {1, 3}
-        self.sizes = _shape(*(size + SPARE_ROWS for size in (lease.length, *held.sizes)))
+        self.sizes = _shape(lease.length + SPARE_ROWS, *held.sizes)
 
     @property
     def index(self) -> Tensor:  # type: ignore[override]
@@ -255,13 +255,13 @@ class PackedTensor(torch.Tensor):
                 f"contents; got parts of type {type(rows).__name__}, expected fake ones. Use `clone`, `to` or "
                 "`torch.save`."
             )
-        count, *varying = (size - SPARE_ROWS for size in sizes.shape[1:])
+        _, count, *varying = sizes.shape
         segments, index, placed, angles = fake_parts(context, rows, varying)
         shared = None if angles is None else SharedAngles(angles)
         held = Held(segments, context.modalities, Placement(index, placed, context.ragged), shared, heads=context.heads)
         # Only whether there is one matters to a graph.
         importance = rows.new_empty((), dtype=torch.float32) if context.weighed else None
-        lease = TailBuffer(rows).lease(count)
+        lease = TailBuffer(rows).lease(count - SPARE_ROWS)
         return PackedTensor(held, lease, importance, (sizes, outer_size))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -332,7 +332,7 @@ _MOST_SHAPES = 1 << 14
 
 
 def _shape(*sizes: int) -> Tensor:
-    """Sizes, padded by `SPARE_ROWS`, as Dynamo sees them and knows that they vary: the shape of an empty tensor."""
+    """Sizes as Dynamo sees them and knows that they vary: the shape of a tensor without elements."""
     known = _shapes.get(sizes)
     if known is None:
         known = torch.empty_strided((0, *sizes), (0,) * (1 + len(sizes)), dtype=torch.uint8)

@@ -37,8 +37,8 @@ OWNED, ASYMMETRIC, ROWS = 1 << 4, 1 << 5, 1 << 6
 #: Where the format of the basis stands in the kind of a low-rank block.
 _BASIS_SHIFT = 8
 
-#: What is added to a tail's length, and to all that varies of packed parts, wherever Dynamo can see it as a size:
-#: separate graphs are compiled for sizes 0 and 1.
+#: What is added to a tail's length wherever Dynamo or Inductor can see it as a size: they compile separate graphs for
+#: sizes 0 and 1.
 SPARE_ROWS = 2
 
 

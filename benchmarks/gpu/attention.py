@@ -82,7 +82,7 @@ def measure_case(run: Run, case: Case) -> Result:
         errors |= differences
     room = machine.free_bytes()
     if whole > _SHARE * room:
-        failed["decompressed"] = too_large("rebuilt keys and values", whole, room)
+        failed["decompressed"] = does_not_fit("rebuilt keys and values", whole, room)
     else:
         # What they write and read again is as large as a dense cache, so that few sets exceed the cache.
         few = {rank: sets[: input_sets(machine, whole)] for rank, sets in held.items()}
@@ -134,7 +134,7 @@ def _packed_sets(machine: Machine, case: Case, rank: int, random: torch.Generato
     size = layers.packed_bytes(case.layout, case.batch, case.tokens, rank, DTYPE)
     room = machine.free_bytes()
     if size > _SHARE * room:
-        return too_large("packed cache", size, room)
+        return does_not_fit("packed cache", size, room)
     count = input_sets(machine, size)
     return [layers.packed_layer(case.layout, case.batch, case.tokens, rank, DTYPE, random) for _ in range(count)]
 
@@ -144,7 +144,7 @@ def dense_sets(
 ) -> list[contenders.DenseLayer] | Failure:
     room = machine.free_bytes()
     if size > _SHARE * room:
-        return too_large("dense cache", size, room)
+        return does_not_fit("dense cache", size, room)
     count = min(len(sets), input_sets(machine, size))
     shape = case.batch, case.layout.kv_heads, case.tokens, case.layout.head_dim
     dense = []
@@ -160,7 +160,7 @@ def input_sets(machine: Machine, size: int) -> int:
     return min(_MOST_SETS, max(1, -(-_CACHES * machine.cache_bytes // size)))
 
 
-def too_large(what: str, size: int, room: int) -> Failure:
+def does_not_fit(what: str, size: int, room: int) -> Failure:
     return Failure(f"{what} of {size / 1e9:.1f} GB is more than {_SHARE:.0%} of the {room / 1e9:.1f} GB that are free")
 
 

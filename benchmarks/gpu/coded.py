@@ -40,7 +40,7 @@ def measure_case(run: Run, case: Case) -> Result:
     (rank,) = case.ranks
     room = machine.free_bytes()
     if whole > room / 2:
-        return {"skipped": attention.too_large("dense cache", whole, room).reason}
+        return {"skipped": attention.does_not_fit("dense cache", whole, room).reason}
     stored = _stored(run, case, rank, random)
     errors = {name: _error(case, name, sets[0]) for name, sets in stored.items()}
     plain = [layer for layer in stored["factors"] if isinstance(layer, PackedLayer)]

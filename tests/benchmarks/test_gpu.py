@@ -74,6 +74,22 @@ def test_attention_is_timed_against_what_runs(folder):
             assert row["error"] <= correctness.TOLERANCE[attention.DTYPE]
 
 
+def test_codes_are_timed_against_what_runs(folder):
+    for case in _loaded(folder, "codes")["cases"].values():
+        assert case["stored"].keys() == {
+            "factors",
+            *(f"factors, {b} bits" for b in (8, 4)),
+            "rows, 4 bits",
+            "rows, 2 bits",
+        }
+        for row in case["stored"].values():
+            assert row["byte_ratio"] == case["dense_bytes"] / row["bytes"] > 1
+            assert row["ratio"] == pytest.approx(case["dense"][case["best_dense"]]["seconds"] / row["seconds"])
+            assert row["error"] <= correctness.TOLERANCE[attention.DTYPE]
+        sizes = [case["stored"][name]["bytes"] for name in ("factors", "factors, 8 bits", "factors, 4 bits")]
+        assert sizes == sorted(sizes, reverse=True)
+
+
 def test_packing_is_timed_against_the_prefill(folder):
     (case,) = _loaded(folder, "factorize")["cases"].values()
     seconds = {name: spent["median"] for name, spent in case["seconds"].items()}

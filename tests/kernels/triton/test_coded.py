@@ -28,7 +28,7 @@ def fits(shape: Shapes) -> bool:
 
 
 @given(shape=shapes().map(small), keys=cuts(), values=cuts(), shared=st.booleans())
-@settings(QUICKLY, max_examples=12)
+@settings(QUICKLY, max_examples=10)
 def test_low_rank_blocks_match_the_reference(shape, keys, values, shared):
     shape = dataclasses.replace(shape, key_cuts=keys, value_cuts=values, shared=shared)
     if not fits(shape):
@@ -49,7 +49,7 @@ def plain_row_forms(draw: st.DrawFn) -> RowForm:
     forms=st.tuples(plain_row_forms(), plain_row_forms()),
     keys=cuts(),
 )
-@settings(QUICKLY, max_examples=12)
+@settings(QUICKLY, max_examples=10)
 def test_coded_rows_match_the_reference(shape, tokens, forms, keys):
     """As many of keys as of values, or more, or fewer."""
     shape = dataclasses.replace(shape, segments=shape.segments[:1], key_cuts=keys)
@@ -73,21 +73,20 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("rotary", [0, 16])
-@pytest.mark.parametrize("how", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_formats(how, dtype, rotary):
+@pytest.mark.parametrize("number", range(6))
+def test_formats(number, rotary):
+    how, dtype = FORMATS[number], DTYPES[(number + rotary) % 3]
     shape = Shapes(dtype=dtype, key_cuts=((1.0, how), (0.5, 4)), value_cuts=((1.0, how), (0.3, how)), group=3, batch=2)
     check(dataclasses.replace(shape, rotary=rotary))
 
 
-@pytest.mark.parametrize("rank", [1, 20, 140])
-@pytest.mark.parametrize("dim", [24, 80, 128])
+@pytest.mark.parametrize(("rank", "dim"), [(1, 24), (20, 80), (140, 128)])
 def test_ranks_and_head_dims(rank, dim):
     cuts = ((1.0, (4, 4, True)),)
     check(Shapes(segments=(150,), key_rank=rank, value_rank=rank, key_dim=dim, key_cuts=cuts, value_cuts=cuts))
 
 
-@pytest.mark.parametrize(("keys", "values"), [(150, 150), (150, 70), (40, 130), (90, 0)])
+@pytest.mark.parametrize(("keys", "values"), [(150, 70), (40, 90), (90, 0)])
 def test_many_splits(keys, values):
     forms = RowForm(2, channel=True, zero=True), RowForm(2, group=8, zero=True)
     check(
@@ -156,7 +155,7 @@ def test_nothing_beyond_what_a_block_covers_is_read():
     assert torch.equal(out, attend.attention(**arguments)[0])
 
 
-@pytest.mark.parametrize("name", ["key_coefficients", "value_bases", "key_scales", "value_scales"])
+@pytest.mark.parametrize("name", ["key_coefficients", "value_bases", "key_scales"])
 def test_strided_codes(name):
     """Every tensor as a view of one with its first two dims exchanged."""
     rows = ((20, RowForm(4, channel=True, zero=True, norm=True)),)
