@@ -115,10 +115,14 @@ def commit(root: Path) -> str | None:
     """The commit checked out at `root`, or None. Read from files: git need not be installed."""
     folder = root / ".git"
     try:
+        if folder.is_file():  # of a work tree beside the repository, which has its branches
+            folder = Path(folder.read_text().strip().removeprefix("gitdir: "))
         head = (folder / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
             return head
         name = head.removeprefix("ref: ")
+        if (folder / "commondir").exists():
+            folder = folder / (folder / "commondir").read_text().strip()
         if (folder / name).exists():
             return (folder / name).read_text().strip()
         lines = (folder / "packed-refs").read_text().splitlines()

@@ -40,6 +40,8 @@ from tests.zoo import ZOO
 MODELS = ("llava-mha", "qwen2.5-vl", "llama")
 NEW_TOKENS = 12
 TOLERANCE = 1e-4
+#: The rank that loses nothing.
+_FULL: Any = "full"
 _LAYERS = 3
 _KINDS: tuple[Kind, Kind] = ("key", "value")
 #: Bytes that a composition may have on top of its cheapest member: a basis costs the same however few tokens share it,
@@ -88,7 +90,7 @@ Composition = tuple[Member, ...]
 def policy(members: Composition, off: bool = False) -> PackPolicy:
     """All members together; raises PolicyError where they cannot be."""
     ranks = [member.rank for member in members if member.rank is not None]
-    rank: Any = None if not ranks else "full" if off else min(ranks)
+    rank: Any = None if not ranks else _FULL if off else min(ranks)
     methods = tuple(member.off if off else member.method for member in members)
     passes = tuple(method for method in methods if method is not None)
     return PackPolicy(vision_rank=rank, text_rank=rank, passes=passes, strict=True)

@@ -164,3 +164,15 @@ def test_the_commit_is_read_from_the_repository(tmp_path):
     assert measure.commit(tmp_path) == "abc"
     (tmp_path / ".git/refs/heads/main").write_text("def\n")
     assert measure.commit(tmp_path) == "def"
+
+
+def test_the_commit_of_a_work_tree_is_read_from_its_repository(tmp_path):
+    own = tmp_path / "main/.git/worktrees/tree"
+    own.mkdir(parents=True)
+    (own / "HEAD").write_text("ref: refs/heads/branch\n")
+    (own / "commondir").write_text("../..\n")
+    (tmp_path / "main/.git/refs/heads").mkdir(parents=True)
+    (tmp_path / "main/.git/refs/heads/branch").write_text("abc\n")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/.git").write_text(f"gitdir: {own}\n")
+    assert measure.commit(tmp_path / "tree") == "abc"
