@@ -392,8 +392,8 @@ def _join(tensors):
     if any(t.held.resting is not None and t.held.resting.index.shape[1] for t in tensors):
         # Decompressed they would be lost without a word.
         raise NotImplementedError(
-            "joining caches along the batch: got tokens that rest, expected caches whose tokens are all read; join them "
-            "before the first decode step after prefill, or use a method that evicts instead of A-VL"
+            "joining caches along the batch: got tokens that rest, expected caches whose tokens are all read; use a "
+            "method that evicts instead of A-VL, or join prompts before prefill"
         )
     first = tensors[0]
     kinds = {(t.shape[1:], t.placement.tokens, t.dtype, t.device, t.importance is None) for t in tensors}

@@ -418,9 +418,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [" " * 42 + "".join(name.rjust(13) for name in head)]
     for name, each in result["modes"].items():
         line = (name + (" *" if each["chosen"] else "")).ljust(42)
-        for kind in ("multiplies", "bytes"):
-            counts = f"{each['measured'][kind] / 1e6:.3f}", f"{each['closed_form'][kind] / 1e6:.3f}"
-            line += "".join(text.rjust(13) for text in (*counts, f"{each['of_dense'][kind]:.3f}"))
+        for unit in ("multiplies", "bytes"):
+            counts = f"{each['measured'][unit] / 1e6:.3f}", f"{each['closed_form'][unit] / 1e6:.3f}"
+            line += "".join(text.rjust(13) for text in (*counts, f"{each['of_dense'][unit]:.3f}"))
         lines.append(line)
     return "\n".join(lines)
 
