@@ -54,7 +54,7 @@ def _coded(packed: PackedTensor, count: int, kind: Kind, layer: CachedLayer, met
     elif angles is not None:
         angles = angles.dropped(count)
     made = method.encode(rows.permute(1, 0, 2, 3), kind, layer.number, layer.prefill)
-    made = _of_two_groups(made) if layer.prefill else made
+    made = made if ROW_SEGMENT in packed.modalities else _of_two_groups(made)
     result = with_rows(packed, made, packed.lease.buffer.rows[count : packed.lease.length])
     return result if angles is None else result.turned(angles)
 

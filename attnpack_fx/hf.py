@@ -70,6 +70,14 @@ def empty_cache(model: Any) -> Any:
     return EncoderDecoderCache(cache, DynamicCache(config=config)) if model.config.is_encoder_decoder else cache
 
 
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """`cache` under the name by which `generate` takes it, which transformers 5.24 changed."""
+    from transformers import __version__
+
+    major, minor = map(int, __version__.split(".")[:2])
+    return {"cache" if (major, minor) >= (5, 24) else "past_key_values": cache}
+
+
 def image_positions(model: Any, input_ids: Tensor) -> Tensor:
     """Bool `[B, T]`: which prompt tokens stand for images; all False for a model that has no token for them."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")

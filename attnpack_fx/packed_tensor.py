@@ -389,6 +389,12 @@ def _join(tensors):
     """Samples of several caches in one batch: of prompts and tails as long, in the same segments."""
     if any(not isinstance(tensor, PackedTensor) for tensor in tensors):
         return NotImplemented
+    if any(t.held.resting is not None and t.held.resting.index.shape[1] for t in tensors):
+        # Decompressed they would be lost without a word.
+        raise NotImplementedError(
+            "joining caches along the batch: got tokens that rest, expected caches whose tokens are all read; use a "
+            "method that evicts instead of A-VL, or join prompts before prefill"
+        )
     first = tensors[0]
     kinds = {(t.shape[1:], t.placement.tokens, t.dtype, t.device, t.importance is None) for t in tensors}
     held = first.held.join([tensor.held for tensor in tensors[1:]])

@@ -38,6 +38,7 @@ from attnpack_fx.kernels.aten.attention import attention
 from attnpack_fx.kernels.aten.decompress import decompress
 from attnpack_fx.kernels.aten.quantize import quantize
 from attnpack_fx.kernels.aten.rotary import Rotary
+from attnpack_fx.kernels.parts import Block, kind, layout
 from attnpack_fx.kernels.rotary_axes import tabulate
 from benchmarks import measure
 
@@ -267,8 +268,10 @@ class _Factors(NamedTuple):
 
     @property
     def layout(self) -> list[int]:
-        """Segment 0 and the bits of every block."""
-        return [0, _BITS if self.scales else 0] * len(self.bases)
+        """As operators take it: of one segment."""
+        scales = self.scales or [None] * len(self.bases)
+        blocks = zip(self.coefficients, self.bases, scales, strict=True)
+        return layout([[kind(Block(*block, _BITS if block[2] is not None else 0)) for block in blocks]])
 
 
 class _Maker:
@@ -415,9 +418,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [" " * 42 + "".join(name.rjust(13) for name in head)]
     for name, each in result["modes"].items():
         line = (name + (" *" if each["chosen"] else "")).ljust(42)
-        for kind in ("multiplies", "bytes"):
-            counts = f"{each['measured'][kind] / 1e6:.3f}", f"{each['closed_form'][kind] / 1e6:.3f}"
-            line += "".join(text.rjust(13) for text in (*counts, f"{each['of_dense'][kind]:.3f}"))
+        for unit in ("multiplies", "bytes"):
+            counts = f"{each['measured'][unit] / 1e6:.3f}", f"{each['closed_form'][unit] / 1e6:.3f}"
+            line += "".join(text.rjust(13) for text in (*counts, f"{each['of_dense'][unit]:.3f}"))
         lines.append(line)
     return "\n".join(lines)
 

@@ -134,7 +134,7 @@ def test_a_pruned_prompt_counts_what_it_saw():
         [torch.tensor([[0, 3, 4]])],
         torch.tensor([[0, -1, -1, 1, 2]]),
         torch.tensor([[True, False, False, True, True]]),
-        evicts=True,
+        moves=True,
     )
     assert placed.missing.tolist() == [2] and not placed.ragged
     moved = placed.moved(torch.tensor([[4]]))

@@ -157,8 +157,7 @@ def test_what_both_hold_counts_once_whatever_is_done(coding):
         """Bytes of both layers over those of one: far below 2."""
         return cache_bytes(cache) / cache_bytes(cache[:2])
 
-    ratio = once(cache)
-    assert ratio < 1.6
+    assert once(cache) < 1.2
     beams, again, file = torch.tensor([1, 1, 0]), torch.tensor([2, 0]), io.BytesIO()
     torch.save(cache, file)
     file.seek(0)
@@ -175,7 +174,7 @@ def test_what_both_hold_counts_once_whatever_is_done(coding):
         "deepcopy": copy.deepcopy(cache),
     }
     for name, made in results.items():
-        assert once(made) < ratio + 0.02, name
+        assert once(made) < 1.5, name  # tails of copies have room to grow
         layers = (replace(lower.layer, key=made[0], value=made[1]), replace(upper.layer, key=made[2], value=made[3]))
         assert shared(*layers), name
     for made, old in zip(results["select"], cache, strict=True):

@@ -87,8 +87,10 @@ def test_bases_of_the_model_serve_every_request(model, inputs, key_space, tmp_pa
     if key_space == "unrotated":
         assert_same_answers(out, dense)
     exact = answered(model, inputs, dataclasses.replace(policy, basis_tolerance=0.0))
-    assert bases(exact)[0][0] > 1
     assert_same_answers(exact, dense)
+    # Of fewer columns something is left out, so that samples have bases of their own.
+    cut = answered(model, inputs, dataclasses.replace(policy, vision_rank=8, basis_tolerance=0.0))
+    assert bases(cut)[0][0] > 1
 
 
 def test_a_fork_keeps_the_shared_basis(model, inputs):

@@ -175,7 +175,7 @@ class _Study:
             )
         observer = self.observer
         observer.begin()
-        out = generated(model, sample, self._new_tokens, past_key_values=hf.empty_cache(model))
+        out = generated(model, sample, self._new_tokens, **hf.cache_argument(hf.empty_cache(model)))
         if not observer.layers or not all(layer.reads for layer in observer.layers.values()):
             why = "; ".join(sorted(observer.obstacles)) or "no graph shows attention that keeps keys and values"
             kind = NotImplementedError if UNNUMBERED in why else ValueError

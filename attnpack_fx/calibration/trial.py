@@ -123,7 +123,8 @@ def forced_logits(model: Any, answer: Answer, policy: PackPolicy | None) -> Tens
     cache = hf.empty_cache(model)
     forced = Forced(answer.tokens, cache, answer.prompts, policy)
     with called_through(model, None):
-        out = generated(model, answer.inputs, answer.tokens.shape[1], past_key_values=cache, logits_processor=[forced])
+        more = hf.cache_argument(cache)
+        out = generated(model, answer.inputs, answer.tokens.shape[1], **more, logits_processor=[forced])
     return torch.stack(out.logits, 1)
 
 

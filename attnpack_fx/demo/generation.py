@@ -116,7 +116,7 @@ def _generate(loaded: Loaded, inputs: dict[str, Any], tokens: int, exactly: bool
     with torch.no_grad():
         found = loaded.model.generate(
             **inputs,
-            past_key_values=cache,
+            **hf.cache_argument(cache),
             streamer=watch,
             do_sample=False,
             num_beams=1,

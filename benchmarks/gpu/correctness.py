@@ -508,6 +508,7 @@ def check_observe(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, 
                 least, most = ((odds[:, :, -window:] >= 1 + margin).sum(2) for margin in (1e-4, -1e-4))
                 outside = ((counts < least) | (counts > most)).sum()
                 _judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
+    return errors
 
 
 def _pruning(dtype: torch.dtype, seed: int) -> dict[str, tuple[Any, ...]]:

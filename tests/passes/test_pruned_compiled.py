@@ -25,5 +25,5 @@ def test_compiled_by_inductor():
             ]
             logits, cache = model(given, torch.cat([own[0], own[1, text:], own[1, :text]]))
             close(logits, torch.cat([logits for logits, _ in alone]), 1e-5)
-            assert cache[1][0].shape[2] == max(len(rows) for _, rows in alone)
+            assert max(len(rows) for _, rows in alone) <= cache[1][0].slots < ids.shape[1]
     assert of_tokens(reports) == [("pruned", "FastV")]

@@ -72,7 +72,7 @@ def test_pool(window):
         expected = finished(decoder, hidden, [members[0] for members in groups], part, 1)
         logits, cache = compiled(decoder, Pool(1, window), reports)(ids, features)
     close(logits, expected, 1e-5)
-    assert cache[1][0].shape[2] == len(groups) == 6 + -(-11 // window)
+    assert cache[1][0].slots == len(groups) == 6 + -(-11 // window)
     assert of_tokens(reports) == [("pruned", "Pool")]
 
 
@@ -82,7 +82,7 @@ def test_random_prune():
     with torch.no_grad():
         for seed in (0, 0, 1):
             logits, cache = compiled(decoder, RandomPrune(2, 0.7, seed), [])(ids, features)
-            assert cache[2][0].shape[2] == 6 + 3
+            assert cache[2][0].slots == 6 + 3
             results.append(logits)
         scores = torch.rand(2, 16, generator=torch.Generator().manual_seed(1))
         hidden = behind(decoder, ids, features, 2)
@@ -120,4 +120,4 @@ def test_asap(keep, threshold, lambda_max):
         logits, cache = compiled(decoder, ASAP(1, keep, lambda_max, threshold), [])(ids, features)
     assert (len(owner) > len(rows)) == (threshold < 1)
     close(logits, expected, 1e-5)
-    assert cache[1][0].shape[2] == len(rows) == 6 + keep
+    assert cache[1][0].slots == len(rows) == 6 + keep

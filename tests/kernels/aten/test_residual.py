@@ -23,10 +23,10 @@ def test_nearly_the_best_of_its_rank(seed, n, dim, rank, decay):
     assert (left.mT.double() @ left.double() - torch.eye(r)).abs().max() < 1e-5
     error = (matrices - left @ right).double().norm(dim=(-2, -1))
     singular = torch.linalg.svdvals(matrices.double())
-    best = singular[..., r:].norm(dim=-1)
+    best, best_of_less = (singular[..., kept:].norm(dim=-1) for kept in (r, r - 1))
     assert (error <= singular.norm(dim=-1)).all()
-    if decay < 0.6:  # three iterations tell near singular values apart no better than this
-        assert (error <= 1.2 * best + 1e-5 * singular.norm(dim=-1)).all()
+    if decay < 0.6:  # three iterations may miss the last direction where the next is nearly as strong
+        assert (error <= torch.maximum(1.2 * best, best_of_less) + 1e-5 * singular.norm(dim=-1)).all()
 
 
 def test_matrices_of_lower_rank_and_of_nothing():

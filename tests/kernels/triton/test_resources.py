@@ -30,6 +30,8 @@ EVERYWHERE = (
     "fp32",
     "un-rotated keys, rank 64, GQA",
     "un-rotated keys, rank 16, M-RoPE",
+    "LLaVA-1.5-7B, 4 bits",
+    "LLaVA-1.5-7B, 4 bits, un-rotated keys",
 )
 
 
