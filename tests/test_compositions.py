@@ -9,7 +9,7 @@ COMPOSITIONS = [*legal(2), *triples(TRIPLES)]
 
 
 @pytest.fixture(autouse=True)
-def _alone(one_thread, fresh_dynamo):
+def _alone(fresh_dynamo):
     """What other tests compiled is not reused."""
 
 
