@@ -45,7 +45,9 @@ def run(model, inputs, policy, tokens=None):
     before = model._compiled_call_impl
     attnpack_fx.compile(model, policy=policy)
     try:
-        return generated(model, inputs, TOKENS if tokens is None else tokens.shape[1], past_key_values=cache, **more)
+        return generated(
+            model, inputs, TOKENS if tokens is None else tokens.shape[1], **hf.cache_argument(cache), **more
+        )
     finally:
         model._compiled_call_impl = before
 
