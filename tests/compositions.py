@@ -211,10 +211,13 @@ def _with_layers(model: Any) -> Any:
     return model
 
 
-def failures(subject: Subject, members: Composition) -> list[str]:
-    """What does not hold of a composition on a model, in words; empty where all does."""
+def failures(subject: Subject, members: Composition, off: bool = True) -> list[str]:
+    """What does not hold of a composition on a model, in words; empty where all does.
+
+    off: whether to look at the members where they change nothing, too.
+    """
     try:
-        return [*_wrong(subject, members), *_not_off(subject, members)]
+        return [*_wrong(subject, members), *(_not_off(subject, members) if off else ())]
     except Exception as error:  # whatever it is, it is what a user would get
         return [f"raises {error!r}"]
 

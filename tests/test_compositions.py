@@ -4,8 +4,10 @@ import pytest
 
 from tests.compositions import MEMBERS, MODELS, Composition, Subject, failures, legal, names, refusal, triples
 
-TRIPLES = 20
-COMPOSITIONS = [*legal(2), *triples(TRIPLES)]
+#: Pairs that are checked where they change nothing, too: every so many. The benchmark checks all.
+EVERY = 8
+#: What only a model with vision tokens shows.
+_VISION = ("AVL", "FastV", "ASAP", "RandomPrune", "Pool")
 
 
 @pytest.fixture(autouse=True)
@@ -17,12 +19,25 @@ def _alone(fresh_dynamo):
 @pytest.mark.parametrize("model", MODELS)
 def test_compositions_are_finite_repeatable_small_and_exact_where_they_do_nothing(model):
     subject = Subject(model)
-    wrong = {names(members): found for members in _of(model) if (found := failures(subject, members))}
+    wrong = {}
+    for number, members in enumerate(_of(model)):
+        found = failures(subject, members, off=number % EVERY == 0)
+        if found:
+            wrong[names(members)] = found
     assert not wrong
 
 
 def _of(model: str) -> list[Composition]:
-    return COMPOSITIONS[MODELS.index(model) :: len(MODELS)]
+    """Pairs on the cheapest model that shows them; triples on all, few on Qwen's, whose calls are slow to capture."""
+    seeing = [pair for pair in legal(2) if any(member.name in _VISION for member in pair)]
+    pairs = {"llava-mha": seeing, "llama": [pair for pair in legal(2) if pair not in seeing]}
+    some = triples(20)
+    return pairs.get(model, []) + {"llava-mha": some[:8], "qwen2.5-vl": some[8:12], "llama": some[12:]}[model]
+
+
+def test_every_pair_is_among_them():
+    found = [members for model in MODELS for members in _of(model)]
+    assert len({*found}) == len(found) == len(legal(2)) + 20
 
 
 def test_a_wrong_composition_is_found(monkeypatch):
