@@ -2,109 +2,29 @@
 
 Every operator takes plain tensors, in the terms of `parts.py`; `reference.py` defines what each must compute. The
 functions below are what runs on every device. One with Triton kernels branches to them in its body, by device; on a GPU
-Inductor may see through it and launch them itself (`_show_kernels`); on a CPU it stays one call.
+Inductor may see through it and launch them itself; on a CPU it stays one call (`registering.py`).
 """
 
-import functools
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
-from torch._library.triton import set_wrap_triton_enabled, triton_ops_to_kernels
-from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.export._trace import custom_triton_ops_decomposition_disabled
-from torch.utils._pytree import tree_leaves
 
 from attnpack_fx.kernels import aten
 from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.no_gradient import refuse_gradient
 from attnpack_fx.kernels.parts import ROWS, first_blocks
-
-if importlib.util.find_spec("triton") is not None:
-    from attnpack_fx.kernels import triton
-else:  # Triton has no packages for this platform, so torch has no GPU that needs them
-    triton = None  # type: ignore[assignment]
-
-# A bare Library rather than `torch.library.custom_op`: the latter wraps every call in Python layers that cost 10 us,
-# three times per layer and decode step.
-_LIBRARY = torch.library.Library("attnpack", "FRAGMENT")
-
-
-def _operator(mutates: Sequence[str] = (), visible: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function the operator `attnpack::<its name>`, with the schema its annotations say.
-
-    visible: whether Inductor shall see the Triton kernels it launches on a GPU.
-    """
-
-    def define(function: Callable[..., Any]) -> Any:
-        name = function.__name__
-        schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        packet = getattr(torch.ops.attnpack, name)
-        packet.__doc__ = function.__doc__
-        if visible and triton is not None:
-            _show_kernels(packet.default, function)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        _LIBRARY.impl(name, _launched_at_once(function), "CUDA")
-        return packet
-
-    return define
-
-
-def _launched_at_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs on a device: nothing traces it, and kernels go to the device of the tensors, current or not."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with set_wrap_triton_enabled(False), torch.cuda.device(_device(args)):
-            return function(*args, **kwargs)
-
-    return run
-
-
-def _show_kernels(operator: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
-    """Let Inductor see the kernels inside an operator and launch them itself: `torch.library.triton_op`, on a GPU only.
-
-    On a CPU the operator stays one call: its products are ATen's, which Inductor's lowering would slow down.
-    """
-
-    def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        opaque = custom_triton_ops_decomposition_disabled() or _device(args).type != "cuda"
-        if opaque or (
-            _decodes_rows(operator, args) and not _has_kernels(*args, weights="weights" in operator.__name__)
-        ):
-            return mode.__torch_dispatch__(op, types, args, kwargs)
-        with mode:
-            return function(*args, **(kwargs or {}))
-
-    torch.library.register_torch_dispatch(operator, FunctionalTensorMode, decompose, lib=_LIBRARY)
-    # So that keys of AOTAutograd's cache cover the kernels' source.
-    triton_ops_to_kernels[operator._name] = list(triton.KERNELS)
-
-
-def _decodes_rows(operator: torch._ops.OpOverload, arguments: Sequence[Any]) -> bool:
-    """Whether a layout among the arguments holds blocks of `Rows`, which ATen reads in loops over their tokens."""
-    named = zip(operator._schema.arguments, arguments, strict=False)
-    kinds = [kind for argument, value in named if argument.name.endswith("_blocks") for kind in value[1::2]]
-    return any(kind & ROWS for kind in kinds)
+from attnpack_fx.kernels.registering import LIBRARY, fake, operator, triton
 
 
 def _implementation(tensor: Tensor) -> Any:
     return triton if triton is not None and tensor.is_cuda else aten
 
 
-def _device(arguments: Sequence[Any]) -> torch.device:
-    """Of the first tensor among the arguments of an operator."""
-    return next(tensor.device for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor))
-
-
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"attnpack::{name}", lib=_LIBRARY)
-
-
-@_operator()
+@operator()
 def plan(
     modality: Tensor | None,
     real: Tensor | None,
@@ -131,7 +51,7 @@ def plan(
     return aten.plan(modality, real, like, text, vision_gain, text_gain)
 
 
-@_fake("plan")
+@fake("plan")
 def _(modality, real, like, text, vision_gain, text_gain):
     context = torch.library.get_ctx()
     batch, tokens = like.shape[0], like.shape[2]
@@ -143,7 +63,7 @@ def _(modality, real, like, text, vision_gain, text_gain):
     return *index, like.new_empty((batch, tokens), dtype=torch.int64)
 
 
-@_operator()
+@operator()
 def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Truncated SVD of selected tokens, heads concatenated (AttentionPack, section 3.2).
 
@@ -155,14 +75,14 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return _implementation(x).compress(x, index, rank)
 
 
-@_fake("compress")
+@fake("compress")
 def _(x, index, rank):
     batch, heads, _, dim = x.shape
     rank = torch.sym_min(torch.sym_min(rank, heads * dim), index.shape[1])
     return x.new_empty((batch, index.shape[1], rank)), x.new_empty((batch, heads, rank, dim))
 
 
-@_operator()
+@operator()
 def compress_shared(
     x: Tensor, index: Tensor, rank: int, tolerance: float, given: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +96,7 @@ def compress_shared(
     return aten.compress_shared(x, index, rank, tolerance, given)
 
 
-@_fake("compress_shared")
+@fake("compress_shared")
 def _(x, index, rank, tolerance, given):
     batch, heads, _, dim = x.shape
     if given is not None:
@@ -187,7 +107,7 @@ def _(x, index, rank, tolerance, given):
     return coefficient, x.new_empty((bases, heads, rank, dim)), x.new_empty((batch,), dtype=torch.int64)
 
 
-@_operator()
+@operator()
 def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """What `compress` does before its eigenproblem, for tensors of one shape: `align` makes factors of it.
 
@@ -199,7 +119,7 @@ def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tenso
     return _implementation(x[0]).sketch(x, index, rank)
 
 
-@_fake("sketch")
+@fake("sketch")
 def _(x, index, rank):
     batch, heads, _, dim = x[0].shape
     size = torch.sym_min(torch.sym_min(sketch_size(rank), heads * dim), index.shape[1])
@@ -207,7 +127,7 @@ def _(x, index, rank):
     return coefficient, x[0].new_empty((len(x), batch, heads, dim, size))
 
 
-@_operator()
+@operator()
 def align(coefficient: Sequence[Tensor], basis: Sequence[Tensor], rank: Sequence[int]) -> list[Tensor]:
     """Factors from sketches, all in one eigenproblem: what `compress` returns, sorted and cut to the rank.
 
@@ -217,7 +137,7 @@ def align(coefficient: Sequence[Tensor], basis: Sequence[Tensor], rank: Sequence
     return _implementation(basis[0]).align(coefficient, basis, rank)
 
 
-@_fake("align")
+@fake("align")
 def _(coefficient, basis, rank):
     ranks, factors = iter(rank), []
     for c, b in zip(coefficient, basis, strict=True):
@@ -228,7 +148,7 @@ def _(coefficient, basis, rank):
     return factors
 
 
-@_operator()
+@operator()
 def take_rows(x: Tensor, index: Tensor, spare: int) -> Tensor:
     """Copy selected tokens, token-major, with room behind them.
 
@@ -238,13 +158,13 @@ def take_rows(x: Tensor, index: Tensor, spare: int) -> Tensor:
     return aten.take_rows(x, index, spare)
 
 
-@_fake("take_rows")
+@fake("take_rows")
 def _(x, index, spare):
     batch, heads, _, dim = x.shape
     return x.new_empty((index.shape[1] + spare, batch, heads, dim))
 
 
-@_operator(mutates=("tails",), visible=True)
+@operator(mutates=("tails",), visible=lambda *_: True)
 def append_(tails: Sequence[Tensor], new: Sequence[Tensor], positions: Sequence[int]) -> None:
     """Write new tokens into the spare rows of one tail or more, in place.
 
@@ -254,12 +174,12 @@ def append_(tails: Sequence[Tensor], new: Sequence[Tensor], positions: Sequence[
     _implementation(tails[0]).append_(tails, new, positions)
 
 
-@_fake("append_")
+@fake("append_")
 def _(tails, new, positions):
     return None
 
 
-@_operator()
+@operator()
 def decompress(
     coefficients: Sequence[Tensor],
     bases: Sequence[Tensor],
@@ -289,14 +209,21 @@ def decompress(
     return aten.decompress(coefficients, bases, tail, length, index, slot, *rotary, blocks, scales, owners)
 
 
-@_fake("decompress")
+@fake("decompress")
 def _(coefficients, bases, tail, length, index, slot, cos, sin, interleaved, axes, blocks, scales, owners):
     kept = index.shape[1] - _packed(coefficients, blocks)
     _, batch, heads, dim = tail.shape
     return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
 
 
-@_operator(visible=True)
+def _shown(*arguments: Any, weights: bool = False) -> bool:
+    """Blocks of `Rows` that kernels do not take ATen reads in loops over their tokens, which stay one call."""
+    key_blocks, value_blocks = arguments[-6:-4]
+    rows = any(kind & ROWS for kind in (*key_blocks[1::2], *value_blocks[1::2]))
+    return not rows or _has_kernels(*arguments, weights=weights)
+
+
+@operator(visible=_shown)
 def attention(
     query: Tensor,
     key_coefficients: Sequence[Tensor],
@@ -340,7 +267,7 @@ def attention(
     return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=False)[0]
 
 
-@_operator(visible=True)
+@operator(visible=partial(_shown, weights=True))
 def attention_weights(
     query: Tensor,
     key_coefficients: Sequence[Tensor],
@@ -387,13 +314,13 @@ def _has_kernels(query: Tensor, *arguments: Any, weights: bool) -> bool:
     return fits and triton.takes(query, *arguments)
 
 
-@_fake("attention")
+@fake("attention")
 def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, *_):
     batch, heads, queries, _ = query.shape
     return query.new_empty((batch, heads, queries, value_tail.shape[-1]))
 
 
-@_fake("attention_weights")
+@fake("attention_weights")
 def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *rest):
     batch, heads, queries, _ = query.shape
     slots = _packed(key_coefficients, rest[8]) + length
@@ -406,7 +333,7 @@ def _packed(coefficients: Sequence[Tensor], blocks: Sequence[int]) -> int:
     return sum(coefficients[number].shape[1] for number in first_blocks(len(coefficients), blocks))
 
 
-@_operator()
+@operator()
 def observe(
     query: Tensor,
     key: Tensor,
@@ -436,7 +363,7 @@ def observe(
     return aten.observe(query, key, mask, scale, is_causal, statistic, window, real)
 
 
-@_fake("observe")
+@fake("observe")
 def _(query, key, mask, scale, is_causal, statistic, window, real):
     return query.new_empty(key.shape[:3], dtype=torch.float32)
 
@@ -447,11 +374,11 @@ def _no_part_in_training(ctx, inputs, output):
 
 # It stands in prefills that may be trained through; what it observes is no function of the loss.
 torch.library.register_autograd(
-    "attnpack::observe", lambda ctx, grad: (None,) * 8, setup_context=_no_part_in_training, lib=_LIBRARY
+    "attnpack::observe", lambda ctx, grad: (None,) * 8, setup_context=_no_part_in_training, lib=LIBRARY
 )
 
 
-@_operator()
+@operator()
 def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Append dense rows to a low-rank segment by the small SVD of `[coefficient basis; rows]`; cost independent of T.
 
@@ -463,7 +390,7 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
     return _implementation(basis).fold(coefficient, basis, rows, rank)
 
 
-@_fake("fold")
+@fake("fold")
 def _(coefficient, basis, rows, rank):
     batch, heads, old, dim = basis.shape
     rank = torch.sym_min(torch.sym_min(rank, heads * dim), old + rows.shape[0])
@@ -474,49 +401,11 @@ def _(coefficient, basis, rows, rank):
     )
 
 
-@_operator()
-def no_gradient(grad: Tensor, shape: Sequence[int]) -> Tensor:
-    """What a backward pass through `attention` runs into.
-
-    An operator, because AOTAutograd traces the backward of every graph, also of those that never run it.
-    """
-    raise RuntimeError("the packed cache is not differentiable; run under torch.no_grad() or keep the cache dense")
+refuse_gradient("attention")
+refuse_gradient("attention_weights")
 
 
-@_fake("no_gradient")
-def _(grad, shape):
-    return grad.new_empty(shape)
-
-
-def _remember_shapes(ctx, inputs, output):
-    ctx.shapes = [
-        [tensor.shape for tensor in argument]
-        if isinstance(argument, list | tuple)
-        else getattr(argument, "shape", None)
-        for argument in inputs
-    ]
-
-
-def _refuse_gradient(ctx, grad):
-    def refuse(shape, needed):
-        if isinstance(needed, list):
-            return [refuse(*pair) for pair in zip(shape, needed, strict=True)]
-        return no_gradient(grad, shape) if needed else None
-
-    return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=True))
-
-
-def _refuse_gradients(ctx, grad, grad_weights):
-    return _refuse_gradient(ctx, grad)
-
-
-torch.library.register_autograd("attnpack::attention", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY)
-torch.library.register_autograd(
-    "attnpack::attention_weights", _refuse_gradients, setup_context=_remember_shapes, lib=_LIBRARY
-)
-
-
-@_operator()
+@operator()
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x weight^T + bias` for few rows: on a CPU in fp32 by oneDNN, which streams the weight as it is.
 
@@ -525,186 +414,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return aten.linear(x, weight, bias)
 
 
-@_fake("linear")
+@fake("linear")
 def _(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-# ---- fewer tokens from a decoder layer on: see `aten/prune.py` for `rows`
-# ---------------------------------------------------------------------------
-
-
-def _new_rows(like: Tensor) -> Tensor:
-    size = allocate_size(torch.library.get_ctx()._shape_env)
-    return like.new_empty((like.shape[0], size), dtype=torch.int64)
-
-
-@_operator()
-def gather_tokens(x: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """The rows of x that stay.
-
-    x: `[B or 1, ..., T, ...]` with its tokens in dimension `dim`, not the first. rows: int64 `[B, T']`, logical
-    positions, ascending, filled up with -1; a filler row is a copy of its sample's last.
-    Returns `[B, ..., T', ...]`, of x's dtype.
-    """
-    return aten.gather_tokens(x, rows, dim)
-
-
-@_fake("gather_tokens")
-def _(x, rows, dim):
-    return x.new_empty((rows.shape[0], *x.shape[1:dim], rows.shape[1], *x.shape[dim + 1 :]))
-
-
-@_operator()
-def gather_mask(mask: Tensor, rows: Tensor) -> Tensor:
-    """Rows and columns of an attention mask that stay; columns of filler are masked.
-
-    mask: `[T, T]` or `[B or 1, H or 1, T or 1, T]`, bool (True: attend) or added to the scores. rows: as in
-    `gather_tokens`. Returns `[B, H or 1, T' or 1, T']`.
-    """
-    return aten.gather_mask(mask, rows)
-
-
-@_fake("gather_mask")
-def _(mask, rows):
-    batch, kept = rows.shape
-    heads, queries = (1, kept) if mask.dim() == 2 else (mask.shape[1], 1 if mask.shape[2] == 1 else kept)
-    return mask.new_empty((batch, heads, queries, kept))
-
-
-@_operator()
-def scatter_tokens(full: Tensor, rows: Tensor, part: Tensor) -> Tensor:
-    """`full` `[B, T, C]` with `part` `[B, T', C]` at `rows` `[B, T']`; filler writes nowhere. A new tensor."""
-    return aten.scatter_tokens(full, rows, part)
-
-
-@_fake("scatter_tokens")
-def _(full, rows, part):
-    return full.new_empty(full.shape)
-
-
-@_operator()
-def last_row_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """How much the last real prompt token attends to every token, averaged over query heads.
-
-    query: `[B, Hq, T, D]`; key: `[B, H, T, D]`, `Hq` a multiple of H, both as attention reads them.
-    mask: `[T, T]` or `[B or 1, Hq or 1, T, T]`, bool or added to the scores, None: causal. A token that no query may
-    attend to is padding.
-    Returns fp32 `[B, T]`, rows adding up to 1.
-    """
-    return aten.last_row_scores(query, key, mask, scale)
-
-
-@_fake("last_row_scores")
-def _(query, key, mask, scale):
-    return query.new_empty((query.shape[0], query.shape[2]), dtype=torch.float32)
-
-
-@_operator()
-def kept_rows(scores: Tensor, vision: Tensor, mask: Tensor | None, share: float) -> Tensor:
-    """Which rows stay when of every sample's N vision tokens the `round(share N)` of highest score do.
-
-    scores: fp32 `[B, T]`, among equals earlier tokens win; vision: bool `[B or 1, T]`; mask: as in `last_row_scores`.
-    All other tokens stay, so does the last one whatever it is; padding goes. Returns rows, int64 `[B, T']`; T' depends
-    on the data.
-    """
-    return aten.kept_rows(scores, vision, mask, share)
-
-
-@_fake("kept_rows")
-def _(scores, vision, mask, share):
-    return _new_rows(scores)
-
-
-@_operator()
-def random_scores(like: Tensor, seed: int) -> Tensor:
-    """Uniform numbers of a generator seeded with `seed`, the same at every call: fp32, of the shape of `like`."""
-    return aten.random_scores(like, seed)
-
-
-@_fake("random_scores")
-def _(like, seed):
-    return like.new_empty(like.shape, dtype=torch.float32)
-
-
-@_operator()
-def pooled_rows(vision: Tensor, mask: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
-    """Runs of consecutive vision tokens in groups of `window`, the last of a run smaller; the first of each stays.
-
-    vision: bool `[B, T]`; mask: as in `last_row_scores`.
-    Returns rows, int64 `[B, T']`, and group, int64 `[B, T]`: the position whose row a token is merged into, for other
-    tokens their own, -1 for padding. T' depends on the data.
-    """
-    return aten.pooled_rows(vision, mask, window)
-
-
-@_fake("pooled_rows")
-def _(vision, mask, window):
-    return _new_rows(vision), vision.new_empty(vision.shape, dtype=torch.int64)
-
-
-@_operator()
-def merge_tokens(hidden: Tensor, rows: Tensor, group: Tensor, weight: Tensor) -> Tensor:
-    """Weighted means of groups of tokens: `sum_t w_t h_t / sum_t w_t` over the tokens whose group is the row.
-
-    hidden: `[B, T, C]`; rows: int64 `[B, T']`; group: int64 `[B, T]`, a position that is among rows, or -1.
-    weight: `[B, T]`, not negative; a group of weight 0 keeps its row as it is, so does a group of one.
-    Returns `[B, T', C]` in hidden's dtype, means taken in fp32.
-    """
-    return aten.merge_tokens(hidden, rows, group, weight)
-
-
-@_fake("merge_tokens")
-def _(hidden, rows, group, weight):
-    return hidden.new_empty((hidden.shape[0], rows.shape[1], hidden.shape[2]))
-
-
-@_operator()
-def bidirectional_scores(
-    query: Tensor, key: Tensor, vision: Tensor, mask: Tensor | None, scale: float, strongest: float
-) -> tuple[Tensor, Tensor]:
-    """Attention received under ASAP's soft mask, where vision tokens also see later ones (eq. 2-5).
-
-    query, key, mask, scale: as in `last_row_scores`; vision: bool `[B or 1, T]`; strongest: lambda_max, in (0, 1].
-    With W the scores: `s_j = sum over vision queries i of W_ij`, `lambda_j = lambda_max s^_j` with s^ scaled to [0, 1]
-    over the vision tokens; vision queries see later vision tokens j with `ln(max(lambda_j, 1e-6))` added.
-    Returns fp32 `[B, T]`: attention summed over the real queries, and s, both averaged over query heads.
-    """
-    return aten.bidirectional_scores(query, key, vision, mask, scale, strongest)
-
-
-@_fake("bidirectional_scores")
-def _(query, key, vision, mask, scale, strongest):
-    made = query.new_empty((query.shape[0], query.shape[2]), dtype=torch.float32)
-    return made, torch.empty_like(made)
-
-
-@_operator()
-def merged_rows(
-    hidden: Tensor,
-    attention: Tensor,
-    raw: Tensor,
-    vision: Tensor,
-    mask: Tensor | None,
-    most: int,
-    threshold: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ASAP's choice of tokens: best by attention, similar ones merged (eq. 6), as many others salvaged.
-
-    hidden: `[B, T, C]`; attention, raw: as `bidirectional_scores` returns them; vision, mask: as in `kept_rows`;
-    most: how many vision tokens stay; threshold: the cosine above which one absorbs another of no larger weight.
-    Returns rows int64 `[B, T']`, group int64 `[B, T]` and weight fp32 `[B, T]`, as `merge_tokens` takes them. T'
-    depends on the data.
-    """
-    return aten.merged_rows(hidden, attention, raw, vision, mask, most, threshold)
-
-
-@_fake("merged_rows")
-def _(hidden, attention, raw, vision, mask, most, threshold):
-    return _new_rows(raw), raw.new_empty(raw.shape, dtype=torch.int64), torch.empty_like(raw)
-
-
-for _name in ("gather_tokens", "scatter_tokens", "merge_tokens"):
-    torch.library.register_autograd(
-        f"attnpack::{_name}", _refuse_gradient, setup_context=_remember_shapes, lib=_LIBRARY
-    )

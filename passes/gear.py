@@ -65,7 +65,7 @@ class GEAR(RowCoding):
             coded = keep_outliers(coded, rows, left_out)
         if not self.rank:
             return coded
-        return with_residual(coded, rows, grouping, self.rank if prefill else self.flush_rank, self.rank)
+        return with_residual(coded, rows, self.rank if prefill else self.flush_rank, self.rank)
 
     def _group(self, rows: Tensor, channel: bool) -> int:
         if self.backbone == "kivi":

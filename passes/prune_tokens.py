@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels import ops_prune  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.follow_tokens import Followed, follow
 from attnpack_fx.passes.layer_boundary import Boundary, find_boundary, prompt_sites

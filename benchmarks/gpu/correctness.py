@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from attnpack_fx.kernels import ops, reference
+from attnpack_fx.kernels import ops, ops_prune, reference
 from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.part import Part, Result, Run, WrongResultError, left_out, markdown, measured
@@ -523,8 +523,8 @@ def _pruning(dtype: torch.dtype, seed: int) -> dict[str, tuple[Any, ...]]:
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() & real[:, None, None]
     vision = torch.rand((2, tokens), generator=random) < 0.7
     scores, raw = torch.rand((2, 2, tokens), generator=random)
-    rows = ops.kept_rows(scores, vision, mask, 0.4)
-    pooled, group = ops.pooled_rows(vision, mask, 3)
+    rows = ops_prune.kept_rows(scores, vision, mask, 0.4)
+    pooled, group = ops_prune.pooled_rows(vision, mask, 3)
     return {
         "bidirectional_scores": (query, key, vision, mask, 0.25, 1.0),
         "gather_mask": (mask, rows),
@@ -535,7 +535,7 @@ def _pruning(dtype: torch.dtype, seed: int) -> dict[str, tuple[Any, ...]]:
         "merged_rows": (hidden, scores, raw, vision, mask, 20, 0.3),
         "pooled_rows": (vision, mask, 3),
         "random_scores": (scores, 5),
-        "scatter_tokens": (hidden, rows, ops.gather_tokens(hidden, rows, 1)),
+        "scatter_tokens": (hidden, rows, ops_prune.gather_tokens(hidden, rows, 1)),
     }
 
 
@@ -544,10 +544,10 @@ def check_pruning(name: str, machine: Machine, dtype: torch.dtype, seed: int) ->
     errors: dict[str, float] = {}
     for number in range(3):
         arguments = _pruning(dtype, seed + number)[name]
-        expected = getattr(ops, name)(*arguments)
+        expected = getattr(ops_prune, name)(*arguments)
         here = _on(machine, arguments)
         poison(machine)
-        actual = getattr(ops, name)(*here)
+        actual = getattr(ops_prune, name)(*here)
         pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
         for item, (one, other) in enumerate(pairs):
             what = f"{name}, result {item} of prompt {number}"

@@ -23,7 +23,7 @@ def normalised(raw: Tensor, seen: Tensor) -> Tensor:
 def bidirectional_scores(
     query: Tensor, key: Tensor, vision: Tensor, mask: Tensor | None, scale: float, strongest: float
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.bidirectional_scores`; one head's `[T, T]` at a time."""
+    """See `ops_prune.bidirectional_scores`; one head's `[T, T]` at a time."""
     batch, heads, tokens, _ = query.shape
     real, seen = prunable(vision, mask, (batch, tokens))
     group = heads // key.shape[1]
@@ -58,7 +58,7 @@ def merged_rows(
     most: int,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.merged_rows`."""
+    """See `ops_prune.merged_rows`."""
     batch, tokens, _ = hidden.shape
     real, seen = prunable(vision, mask, (batch, tokens))
     kept = best(attention, seen, seen.sum(1).clamp(max=most))

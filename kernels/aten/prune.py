@@ -27,7 +27,7 @@ def prunable(vision: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> tup
 
 
 def last_row_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """See `ops.last_row_scores`."""
+    """See `ops_prune.last_row_scores`."""
     batch, _, tokens, _ = query.shape
     heads = key.shape[1]
     real = real_tokens(mask, (batch, tokens), query.device)
@@ -43,7 +43,7 @@ def last_row_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: floa
 
 
 def kept_rows(scores: Tensor, vision: Tensor, mask: Tensor | None, share: float) -> Tensor:
-    """See `ops.kept_rows`."""
+    """See `ops_prune.kept_rows`."""
     batch, tokens = scores.shape
     real, seen = prunable(vision, mask, (batch, tokens))
     count = (seen.sum(1).double() * share).round().long()
@@ -66,7 +66,7 @@ def filled(rows: Tensor) -> Tensor:
 
 
 def gather_tokens(x: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """See `ops.gather_tokens`."""
+    """See `ops_prune.gather_tokens`."""
     batch, kept = rows.shape
     shape = [1] * x.dim()
     shape[0], shape[dim] = batch, kept
@@ -77,7 +77,7 @@ def gather_tokens(x: Tensor, rows: Tensor, dim: int) -> Tensor:
 
 
 def gather_mask(mask: Tensor, rows: Tensor) -> Tensor:
-    """See `ops.gather_mask`."""
+    """See `ops_prune.gather_mask`."""
     if mask.dim() == 2:
         mask = mask[None, None]
     if mask.shape[2] != 1:
@@ -88,7 +88,7 @@ def gather_mask(mask: Tensor, rows: Tensor) -> Tensor:
 
 
 def scatter_tokens(full: Tensor, rows: Tensor, part: Tensor) -> Tensor:
-    """See `ops.scatter_tokens`."""
+    """See `ops_prune.scatter_tokens`."""
     # Filler writes to an extra last row, which is cut off.
     out = torch.cat([full, full.new_zeros((full.shape[0], 1, full.shape[2]))], 1)
     places = torch.where(rows < 0, full.shape[1], rows)
@@ -97,13 +97,13 @@ def scatter_tokens(full: Tensor, rows: Tensor, part: Tensor) -> Tensor:
 
 
 def random_scores(like: Tensor, seed: int) -> Tensor:
-    """See `ops.random_scores`."""
+    """See `ops_prune.random_scores`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(like.shape, generator=generator).to(like.device)
 
 
 def merge_tokens(hidden: Tensor, rows: Tensor, group: Tensor, weight: Tensor) -> Tensor:
-    """See `ops.merge_tokens`."""
+    """See `ops_prune.merge_tokens`."""
     batch, tokens, width = hidden.shape
     places = torch.where(group < 0, tokens, group)
     weights = torch.where(group < 0, 0.0, weight.float())
@@ -119,7 +119,7 @@ def merge_tokens(hidden: Tensor, rows: Tensor, group: Tensor, weight: Tensor) ->
 
 
 def pooled_rows(vision: Tensor, mask: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
-    """See `ops.pooled_rows`."""
+    """See `ops_prune.pooled_rows`."""
     batch, tokens = vision.shape
     real, seen = prunable(vision, mask, (batch, tokens))
     place = torch.arange(tokens, device=vision.device).expand(batch, tokens)

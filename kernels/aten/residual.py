@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.row_codes import FLOATS, Grouping, real
+from attnpack_fx.kernels.aten.coded_rows import decode
+from attnpack_fx.kernels.aten.row_codes import real
 from attnpack_fx.kernels.parts import Rows
 
 #: GEAR's default.
 ITERATIONS = 3
 
 
-def with_residual(coded: Rows[Tensor], rows: Tensor, grouping: Grouping, rank: int, width: int) -> Rows[Tensor]:
+def with_residual(coded: Rows[Tensor], rows: Tensor, rank: int, width: int) -> Rows[Tensor]:
     """The same rows with a residual of rank `rank`, its factors zero-padded to `width` columns, in the rows' dtype.
 
-    rows: `[B, n, H, D]`, what was coded with `grouping`.
+    rows: `[B, n, H, D]`, what was coded.
     """
-    error = (rows.float() - approximated(coded, grouping, rows)) * real(rows)
+    error = (rows.float() - decode(coded, rows.shape[3])) * real(rows)
     left, right = low_rank(error.transpose(1, 2), rank)
     spare = width - left.shape[-1]
     left, right = F.pad(left, (0, spare)), F.pad(right, (0, 0, 0, spare))
@@ -48,24 +49,3 @@ def low_rank(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         left = torch.linalg.qr(matrices @ right).Q
         right = matrices.mT @ left
     return left, right.mT
-
-
-def approximated(coded: Rows[Tensor], grouping: Grouping, rows: Tensor) -> Tensor:
-    """What codes and outliers stand for, fp32 `[B, n, H, D]`; `rows`: that shape."""
-    bits, D = coded.form.bits, rows.shape[3]
-    if bits in FLOATS:
-        levels = coded.codes.view(FLOATS[bits]).float()
-    else:
-        shifts = torch.arange(0, 8, bits, device=rows.device, dtype=torch.uint8)
-        fields = (coded.codes[..., None] >> shifts & 2**bits - 1).flatten(3)[..., :D]
-        levels = fields.float() if coded.codebook is None else coded.codebook[fields.int()]
-    grouping = grouping.within(rows)
-    found = levels * grouping.spread(coded.scale.float(), rows)
-    if coded.zero is not None:
-        found += grouping.spread(coded.zero.float(), rows)
-    if coded.places is not None and coded.outliers is not None:
-        sample, column = (coded.places >= 0).nonzero(as_tuple=True)
-        flat = found.flatten(1)
-        flat[sample, coded.places[sample, column].long()] = coded.outliers[sample, column].float()
-        found = flat.view_as(rows)
-    return found

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from attnpack_fx.kernels import ops, reference_prune
+from attnpack_fx.kernels import ops_prune, reference_prune
 
 attnpack = torch.ops.attnpack
 
@@ -199,9 +199,9 @@ def test_schemas_and_shapes(mask):
 def test_a_gradient_is_refused(operator):
     x = torch.randn(2, 6, 3, requires_grad=True)
     calls = {
-        "gather_tokens": lambda: ops.gather_tokens(x, ROWS, 1),
-        "scatter_tokens": lambda: ops.scatter_tokens(x, ROWS, torch.randn(2, 4, 3)),
-        "merge_tokens": lambda: ops.merge_tokens(x, ROWS, torch.zeros(2, 6).long(), torch.ones(2, 6)),
+        "gather_tokens": lambda: ops_prune.gather_tokens(x, ROWS, 1),
+        "scatter_tokens": lambda: ops_prune.scatter_tokens(x, ROWS, torch.randn(2, 4, 3)),
+        "merge_tokens": lambda: ops_prune.merge_tokens(x, ROWS, torch.zeros(2, 6).long(), torch.ones(2, 6)),
     }
     with pytest.raises(RuntimeError, match="not differentiable"):
         calls[operator]().sum().backward()
