@@ -8,16 +8,26 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a value is a whole number of at least `least`; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_share(value: Any, least: float = 0.0, most: float = 1.0) -> bool:
+    """Whether a value is a number from `least` to `most`; neither a bool nor NaN is."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and least <= value <= most
+
+
 def checked_count(owner: str, name: str, value: Any, least: int = 0) -> None:
     """A number of something."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         _refuse(owner, name, value, f"a whole number of at least {least}", f"{name}={max(least, 16)}")
 
 
 def checked_share(owner: str, name: str, value: Any, least: float = 0.0, most: float = 1.0, open: bool = False) -> None:
     """A number in `[least, most]`, or with `open` in `(least, most]`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not least <= value <= most or (open and value == least):
+    if not is_share(value, least, most) or (open and value == least):
         _refuse(owner, name, value, f"a number in {'(' if open else '['}{least:g}, {most:g}]", f"{name}=0.5")
 
 

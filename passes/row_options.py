@@ -1,8 +1,7 @@
 """Options that codes for dense tokens have in common: what they may be, and how many tokens are coded at once."""
 
-import math
-
 from attnpack_fx.kernels.aten.row_codes import INTEGERS
+from attnpack_fx.passes.fields import is_count, is_share
 
 
 def check_bits(method: str, bits: object) -> None:
@@ -13,7 +12,7 @@ def check_bits(method: str, bits: object) -> None:
 
 def check_count(method: str, name: str, count: object, least: int = 1) -> None:
     """Raise `ValueError` for anything but an int of at least `least`."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+    if not is_count(count, least):
         raise ValueError(
             f"{method}: {name}: got {count!r}, expected an int >= {least}, e.g. {method}({name}={max(least, 32)})"
         )
@@ -21,8 +20,7 @@ def check_count(method: str, name: str, count: object, least: int = 1) -> None:
 
 def check_share(method: str, name: str, share: object) -> None:
     """Raise `ValueError` for anything but a number in [0, 1]."""
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not number or not math.isfinite(share) or not 0 <= share <= 1:  # type: ignore[arg-type, operator]
+    if not is_share(share):
         raise ValueError(f"{method}: {name}: got {share!r}, expected a share in [0, 1], e.g. {method}({name}=0.01)")
 
 

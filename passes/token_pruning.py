@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels import ops_prune  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.passes.fields import is_count, is_share
 from attnpack_fx.passes.method import Method, Stage
 
 
@@ -81,11 +82,11 @@ def keep(prompt: Prompt, scores: Node, share: float) -> Pruning:
 
 def checked_count(method: Method, name: str, value: Any, example: str, least: int = 1) -> None:
     """Raise ValueError unless `value` is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_count(value, least):
         raise ValueError(f"{method.name}.{name}: got {value!r}, expected an int of at least {least}; e.g. {example}")
 
 
 def checked_share(method: Method, name: str, value: Any, example: str) -> None:
     """Raise ValueError unless `value` is a number from 0 to 1."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+    if not is_share(value):
         raise ValueError(f"{method.name}.{name}: got {value!r}, expected a number from 0 to 1; e.g. {example}")
