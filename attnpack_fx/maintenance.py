@@ -28,14 +28,20 @@ def maintain(layers: Sequence[CachedLayer], policy: PackPolicy) -> None:
     merged: set[int | None] = set()
     for method in acting(policy.passes, Stage.MERGE):
         numbered = {layer.number: layer for layer in active}
-        for lower, upper in method.pairs(len(layers)):
-            if lower in numbered and upper in numbered:
-                merging.merge(numbered[lower], numbered[upper], method, codings[0] if codings else None)
+        for lower, upper in method.pairs(_depth(layers, policy)):
+            if lower not in numbered or upper not in numbered:
+                continue
+            if merging.merge(numbered[lower], numbered[upper], method, codings[0] if codings else None):
                 merged |= {lower, upper}
     for method in codings:
         for layer in active:
             if layer.number not in merged:
                 coding.code(layer, method)
+
+
+def _depth(layers: Sequence[CachedLayer], policy: PackPolicy) -> int:
+    """How many decoder layers there are, as far as they show: also those whose cache is not packed count."""
+    return policy.layer_count or 1 + max((layer.number for layer in layers if layer.number is not None), default=-1)
 
 
 def _regroup_and_fold(layer: CachedLayer, policy: PackPolicy) -> None:

@@ -25,19 +25,22 @@ log = logging.getLogger(__name__)
 _KINDS: tuple[Kind, Kind] = ("key", "value")
 
 
-def merge(lower: CachedLayer, upper: CachedLayer, method: Merging, coding: RowCoding | None) -> None:
-    """Merge what is due of two adjacent layers; coding: how directions are stored, None: as they are."""
-    for layer in (lower, upper):
-        place_all(layer)
+def merge(lower: CachedLayer, upper: CachedLayer, method: Merging, coding: RowCoding | None) -> bool:
+    """Merge what is due of two adjacent layers; coding: how directions are stored, None: as they are.
+
+    Returns whether they can be merged: False where they hold different tokens.
+    """
     if not _alike(lower, upper):
         log.info("layers %s and %s hold different tokens and stay apart", lower.number, upper.number)
-        return
+        return False
     pinned = lower.key.held.pinned
     count = method.due(lower.key.lease.length - pinned, lower.prefill)
     if coding is not None:
         count = min(due(lower, coding))
     if not count:
-        return
+        return True
+    for layer in (lower, upper):
+        place_all(layer)
     layers, rows = (lower, upper), {}
     retained = torch.zeros((lower.key.held.placement.index.shape[0], count), dtype=torch.bool, device=lower.key.device)
     for kind in _KINDS:
@@ -64,6 +67,7 @@ def merge(lower: CachedLayer, upper: CachedLayer, method: Merging, coding: RowCo
             made = made if shared is None else _sharing(made, shared)
             shared = made if shared is None else shared
             setattr(layer, kind, made)
+    return True
 
 
 def _alike(lower: CachedLayer, upper: CachedLayer) -> bool:

@@ -7,9 +7,10 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
-from attnpack_fx.passes.asks import acts_on_cache, asks_for_modality, codes_unrotated, heads_apart, observation
+from attnpack_fx.passes.asks import acting, acts_on_cache, asks_for_modality, codes_unrotated, heads_apart, observation
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation
+from attnpack_fx.passes.method import Stage
 from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_count, layer_number, layer_of, through_no_ops
 from attnpack_fx.passes.plan_tokens import TokenPlanner, asks_for_loss, gain, share_basis
 from attnpack_fx.passes.state import (
@@ -124,10 +125,12 @@ def compress(
             observed=None if scores is None or rows is None else flat.add(rows),
         )
     )
+    alone = acting(policy.passes, Stage.MERGE) and (number is None or state.carries)
     return SiteReport(
         layer,
         site.kind,
         "compressed",
+        reason="not merged: this graph does not show which layers are its neighbours" if alone else "",
         key_rank={str(name): how.key.rank for name, how in stored.items()},
         value_rank={str(name): how.value.rank for name, how in stored.items()},
         key_space="rotated" if rotation is None else "unrotated",

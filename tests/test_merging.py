@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpack_fx import KIVI, MiniCache, Quantize, cache_bytes
+from attnpack_fx import KIVI, MiniCache, PackPolicy, Quantize, cache_bytes
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.coding import code
 from attnpack_fx.kernels.parts import Rows
+from attnpack_fx.maintenance import maintain
 from attnpack_fx.merging import merge
 from tests.layer_inputs import Mirror, mirrored
 from tests.stored_inputs import DIM, HEADS, Way
@@ -187,8 +188,21 @@ def test_what_both_hold_counts_once_whatever_is_done(coding):
 def test_layers_that_hold_other_tokens_stay_apart():
     lower, upper = pair(Way())[0], pair(Way(padding=1))[1]
     before = lower.layer.key.held.segments
-    merge(lower.layer, upper.layer, MiniCache(), None)
+    assert not merge(lower.layer, upper.layer, MiniCache(), None)
     assert lower.layer.key.held.segments == before and not upper.layer.key.segments
+    # What cannot be merged is coded all the same.
+    coding = KIVI(8, group=2, residual=2)
+    maintain(
+        [lower.layer, upper.layer], PackPolicy(vision_rank=None, passes=(MiniCache(first=0.5), coding), layer_count=4)
+    )
+    assert all(isinstance(each.layer.key.segments[-1].blocks[0], Rows) for each in (lower, upper))
+
+
+def test_layers_whose_cache_is_not_packed_count_as_layers():
+    """Of four layers, numbers 2 and 3 are the deeper half, whether or not others are packed."""
+    lower, upper = pair(Way())
+    maintain([lower.layer, upper.layer], PackPolicy(vision_rank=None, passes=(MiniCache(gamma=0.0),)))
+    assert shared(lower.layer, upper.layer)
 
 
 def test_retained_tokens_are_exact_and_stay_when_others_are_coded():
