@@ -128,4 +128,6 @@ def _behind(read: Tensor, counts: tuple[int, ...], rest: Tensor, more: tuple[int
 
 
 def _none(rest: Resting) -> Resting:
-    return Resting((), rest.tail[:0], rest.index[:, :0], (), None, None, rest.started)
+    # New tensors: of a view all memory would live on.
+    tail, index = rest.tail.new_empty((0, *rest.tail.shape[1:])), rest.index.new_empty((rest.index.shape[0], 0))
+    return Resting((), tail, index, (), None, None, rest.started)

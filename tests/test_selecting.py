@@ -160,6 +160,15 @@ def test_a_step_reads_less_and_nothing_is_stored_twice():
     assert cache_bytes((layer.key, layer.value)) < before + room
 
 
+def test_what_woke_is_stored_once():
+    mirror = mirrored(Way(vision=640, batch=1), factors=False)
+    before = cache_bytes((mirror.layer.key, mirror.layer.value))
+    select(mirror.layer, Some(share=0.2))
+    wake(mirror.layer)
+    # A tail that a step will follow has a quarter of room.
+    assert cache_bytes((mirror.layer.key, mirror.layer.value)) < 1.3 * before
+
+
 def test_where_all_is_read_nothing_is_copied():
     mirror = mirrored(Way())
     mirror.score = mirror.score * 0
