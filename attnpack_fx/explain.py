@@ -75,7 +75,8 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
         backend = partial(attnpack_backend, options={"policy": policy}, observer=graphs.append)
         with called_through(model, backend):
             packed = _run(model, inputs)
-    layers = [_layer(number, before, after) for number, (before, after) in enumerate(zip(dense, packed, strict=True))]
+    pairs = zip(dense, packed, strict=True)
+    layers = [_layer(number, before, after, _steps(model)) for number, (before, after) in enumerate(pairs)]
     return Report(
         policy=policy.to_dict(),
         graphs=[[asdict(site) for site in sites] for sites in graphs],
@@ -102,7 +103,12 @@ def _run(model: torch.nn.Module, inputs: dict[str, Any]) -> list[tuple[Tensor, T
     return list(zip(leaves[0::2], leaves[1::2], strict=True))
 
 
-def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def _steps(model: torch.nn.Module) -> int:
+    """Decode steps of a run."""
+    return _DECODE_STEPS if callable(getattr(model, "generate", None)) else 0
+
+
+def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tensor], steps: int) -> dict[str, Any]:
     key, value = packed
     report: dict[str, Any] = {
         "layer": number,
@@ -121,8 +127,8 @@ def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tens
             "tokens": key.tokens | _left(key),
             "key_rank": key.ranks,
             "value_rank": value.ranks,
-            "key_error": _relative_error(key, dense[0]),
-            "value_error": _relative_error(value, dense[1]),
+            "key_error": _relative_error(key, dense[0], steps),
+            "value_error": _relative_error(value, dense[1], steps),
             "key_space": "rotated" if key.held.angles is None else "unrotated",
             "fold_error": _fold_error(key, value),
         }
@@ -146,11 +152,10 @@ def _fold_error(key: PackedTensor, value: PackedTensor) -> float | None:
     return max(bounds, default=None)
 
 
-def _relative_error(packed: PackedTensor, dense: Tensor) -> float:
+def _relative_error(packed: PackedTensor, dense: Tensor, steps: int) -> float:
     """Frobenius error over the stored prompt tokens: later tokens may differ because the text does."""
-    prompt = dense.shape[2] - _DECODE_STEPS if packed.lease.length else packed.placement.tokens
+    prompt = dense.shape[2] - steps
     stored = packed.stored[:, :, :prompt, None]
-    prompt = stored.shape[2]
     reference = dense[:, :, :prompt].float() * stored
     difference = packed.dense()[:, :, :prompt].float() - reference
     return float(difference.norm() / reference.norm().clamp(min=torch.finfo(torch.float32).tiny))

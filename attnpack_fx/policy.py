@@ -126,7 +126,6 @@ class PackPolicy:
         if self.layer_count is not None:
             checked_int("layer_count", self.layer_count, 1, "use None where the graph shows it")
         checked_bool("strict", self.strict)
-        self._set("passes", tuple(self.passes))
         _check_combinations(self)
 
     @classmethod
