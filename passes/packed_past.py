@@ -91,7 +91,8 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
         if mask is not None and len(shape_of(mask)) == 2:  # type: ignore[arg-type]
             mask = graph.call_function(operator.getitem, (mask, (None, None)))
         if heads:
-            query, mask = _of_heads(state, query, heads), _mask_of_heads(state, site.mask, mask, heads)
+            mask = _mask_of_heads(state, site, mask, heads)
+            query = _of_heads(state, query, heads)
         coefficients, bases, blocks, scales, owners = zip(*map(state.blocks, (key.packed, value.packed)), strict=True)
         arguments = (
             query,
@@ -131,17 +132,18 @@ def _of_heads(state: GraphState, query: Node, heads: int) -> Node:
     return state.graph.call_method("flatten", (apart, 0, 1))
 
 
-def _mask_of_heads(state: GraphState, given: Node | None, mask: Node | None, heads: int) -> Node | None:
-    """A mask of four dims for (sample, head) pairs; given: as it was written."""
-    if given is None or mask is None:
+def _mask_of_heads(state: GraphState, site: Site, mask: Node | None, heads: int) -> Node | None:
+    """The site's mask, given four dims, for (sample, head) pairs."""
+    if site.mask is None or mask is None:
         return mask
-    shape = shape_of(given)
+    shape = shape_of(site.mask)
     assert shape is not None
     if len(shape) == 2 or (isinstance(shape[0], int) and shape[0] == 1 and shape[1] == 1):
         return mask
     if isinstance(shape[1], int) and shape[1] == 1:
         return state.graph.call_method("repeat_interleave", (mask, heads, 0))
-    return _of_heads(state, mask, heads)
+    samples = state.graph.call_method("size", (site.query, 0))
+    return _of_heads(state, state.graph.call_method("expand", (mask, samples, -1, -1, -1)), heads)
 
 
 def _remember(state: GraphState, site: Site, key: Appended, value: Appended) -> None:
