@@ -78,12 +78,16 @@ def cache_argument(cache: Any) -> dict[str, Any]:
     return {"cache" if (major, minor) >= (5, 24) else "past_key_values": cache}
 
 
+def image_tokens(model: Any) -> tuple[int, ...]:
+    """The ids of tokens that stand for images or videos, ascending."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return tuple(sorted({token for name in names if isinstance(token := getattr(model.config, name, None), int)}))
+
+
 def image_positions(model: Any, input_ids: Tensor) -> Tensor:
     """Bool `[B, T]`: which prompt tokens stand for images; all False for a model that has no token for them."""
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    tokens = {token for name in names if isinstance(token := getattr(model.config, name, None), int)}
     found = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token in tokens:
+    for token in image_tokens(model):
         found |= input_ids == token
     return found
 

@@ -134,11 +134,18 @@ def _coded(
         codes = to_float8(x.float() / unit.masked_fill(unit == 0, 1) * top, bits)
         # A hair below, lest the product with the top be beyond what fp32 holds.
         return codes, (unit / top).clamp_(max=torch.finfo(x.dtype).max / top * (1 - 1e-6)), zero
-    if asymmetric:
-        fields, scale, zero = _spread(x.float(), dims, bits, filler)
-    else:
-        fields, scale = _encode(x, dims, bits, filler)
+    fields, scale, zero = fields_of(x, dims, bits, filler, asymmetric)
     return pack(fields, bits), scale, zero
+
+
+def fields_of(
+    x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None, asymmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fields of x in 8, 4 or 2 bits, int8 or (asymmetric) uint8, and their scale and zero point, fp32, 1 in `dims`."""
+    if asymmetric:
+        return _spread(x.float(), dims, bits, filler)
+    fields, scale = _encode(x, dims, bits, filler)
+    return fields, scale, torch.zeros_like(scale)
 
 
 def _spread(x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

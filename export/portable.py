@@ -1,0 +1,165 @@
+"""`attnpack::attention` in operations that every runtime has: what an exported step decomposes it to.
+
+The operator stays one opaque node while a step is captured, so that no guard on its inner shapes is recorded; then
+`torch.export.ExportedProgram.run_decompositions` replaces it by this. Products are re-associated as in the ATen
+implementation, nothing packed in the rotated space is decompressed, and no key or value head is repeated.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnpack_fx.kernels.parts import ASYMMETRIC, ROWS, first_blocks, formats
+
+
+def attention(
+    query: Tensor,
+    key_coefficients: Sequence[Tensor],
+    key_bases: Sequence[Tensor],
+    value_coefficients: Sequence[Tensor],
+    value_bases: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    length: int,
+    index: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ragged: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    key_blocks: Sequence[int],
+    value_blocks: Sequence[int],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
+) -> Tensor:
+    """See `ops.attention`: for slots in logical order (an empty `index`), an additive mask and a full tail.
+
+    Segments are low rank, in numbers as they are or codes of 8, 4 or 2 bits, or rows as they are.
+    """
+    assert mask is not None and not ragged and not interleaved and axes is None
+    batch, heads, queries, dim = query.shape
+    kv_heads = key_tail.shape[2]
+    group = heads // kv_heads
+    # Query heads of a KV head stand together: [B, H, G Tq, D].
+    q = (query * scale).reshape(batch, kv_heads, group * queries, dim)
+    keys = segments(key_coefficients, key_bases, key_blocks, key_scales, key_tail)
+    values = segments(value_coefficients, value_bases, value_blocks, value_scales, value_tail)
+    scores, start = [], 0
+    for segment in keys:
+        end = start + segment[0].shape[-2]
+        if cos is None or sin is None or statically_known_true(start >= cos.shape[1]):
+            scores.append(_scores(q, *segment))
+        else:
+            # Kept before rotary embedding: rebuilt, which takes no more products than turning queries for every slot.
+            rows = segment[0] if len(segment) == 1 else segment[0][:, None] @ segment[1]
+            scores.append(q @ rotated(rows, cos[:, start:end], sin[:, start:end]).mT)
+        start = end
+    together = torch.cat(scores, -1).reshape(batch, heads, queries, -1)
+    weights = torch.softmax((together + mask).float(), -1).to(query.dtype)
+    weights = weights.reshape(batch, kv_heads, group * queries, -1)
+    out, start = None, 0
+    for segment in values:
+        end = start + segment[0].shape[-2]
+        part = _attended(weights[..., start:end], *segment)
+        out, start = part if out is None else out + part, end
+    assert out is not None
+    return out.reshape(batch, heads, queries, value_tail.shape[3])
+
+
+def segments(
+    coefficients: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    blocks: Sequence[int],
+    scales: Sequence[Tensor],
+    tail: Tensor,
+) -> list[tuple[Tensor, ...]]:
+    """`(coefficient [B, N, R], basis [B, H, R, D])` of a low-rank segment, `(rows [B, H, N, D],)` of others, the tail's
+    last.
+    """
+    found: list[list[tuple[Tensor, ...]]] = []
+    firsts, remaining = first_blocks(len(coefficients), blocks), iter(scales)
+    for number, (coefficient, basis) in enumerate(zip(coefficients, bases, strict=True)):
+        kind = blocks[2 * number + 1] if blocks else 0
+        if number in firsts:
+            found.append([])
+        if kind & ROWS:
+            found[-1].append((coefficient.transpose(1, 2),))
+            continue
+        bits, basis_bits = formats(kind)
+        if bits or basis_bits:
+            scale = next(remaining)
+            zero = scale[:, 2:] if kind & ASYMMETRIC else None
+            dtype, rank = tail.dtype, basis.shape[2]
+            if bits:
+                offset = None if zero is None else zero[:, 0, None]
+                coefficient = numbers(coefficient, rank, bits, scale[:, 0, None], offset, dtype)
+            if basis_bits:
+                offset = None if zero is None else zero[:, 1, None, :, None]
+                basis = numbers(basis, tail.shape[3], basis_bits, scale[:, 1, None, :, None], offset, dtype)
+        found[-1].append((coefficient, basis))
+    tail = tail.permute(1, 2, 0, 3)
+    # Columns of several blocks side by side are one low-rank matrix.
+    joined = [
+        each[0] if len(each) == 1 else (torch.cat([c for c, _ in each], 2), torch.cat([b for _, b in each], 2))
+        for each in found
+    ]
+    return [*joined, (tail,)]
+
+
+def numbers(codes: Tensor, size: int, bits: int, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What codes of 8, 4 or 2 bits stand for, `[..., size]`: `kernels/aten/quantize.py`, by arithmetic alone.
+
+    Runtimes differ in the shifts and masks of bytes they know; all of them divide and round down.
+    """
+    level = codes.float()
+    if bits < 8:
+        base = float(2**bits)
+        fields = []
+        for _ in range(8 // bits):
+            above = torch.floor(level / base)
+            fields.append(level - above * base)
+            level = above
+        level = torch.stack(fields, -1).flatten(-2)[..., :size]
+        if zero is None:
+            # Two's complement; of two bits half a level higher.
+            level = level - base * torch.floor(level / (base / 2)) + (0.5 if bits == 2 else 0.0)
+    level = level * scale
+    return (level if zero is None else level + zero).to(dtype)
+
+
+def _scores(q: Tensor, *segment: Tensor) -> Tensor:
+    if len(segment) == 1:
+        return q @ segment[0].mT
+    coefficient, basis = segment
+    latent = q @ basis.mT
+    return (latent.flatten(1, 2) @ coefficient.mT).unflatten(1, latent.shape[1:3])
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x `[B, H, N, D]` with the pairs `(i, i + E / 2)` turned by `[B, N, E]`; dims from E on stay."""
+    size = cos.shape[-1]
+    turning, rest = x[..., :size], x[..., size:]
+    first, second = turning.chunk(2, -1)
+    turned = turning * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    return turned if size == x.shape[-1] else torch.cat([turned, rest], -1)
+
+
+def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys `[B, H, T, D]` before rotary embedding, which may also scale them."""
+    cos, sin = cos.float(), sin.float()
+    squares = cos * cos + sin * sin
+    return rotated(x.float(), cos / squares, -sin / squares).to(x.dtype)
+
+
+def _attended(weights: Tensor, *segment: Tensor) -> Tensor:
+    if len(segment) == 1:
+        return weights @ segment[0]
+    coefficient, basis = segment
+    latent = weights.flatten(1, 2) @ coefficient
+    return latent.unflatten(1, weights.shape[1:3]) @ basis
