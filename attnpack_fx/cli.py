@@ -1,25 +1,23 @@
-"""The command line: `attnpack demo` and `attnpack explain`.
+"""The command line: `attnpack demo`, `attnpack explain`, and commands of other packages.
 
-Heavy imports happen inside the commands, so that help and wrong arguments are answered at once.
+Those are entry points of the group `attnpack_fx.commands`: functions that add a parser to the commands, and set `run`
+to what it runs. Heavy imports happen inside the commands, so that help and wrong arguments are answered at once.
 """
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnpack_fx.arguments import add_prompt, add_ranks, policy_of, positive, settle
 from attnpack_fx.demo.errors import UserError, require
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from attnpack_fx.policy import PackPolicy, Rank, RankSpec
-
-_DTYPES = ("float32", "bfloat16", "float16")
 _TEXT = "Explain in a few sentences how a key/value cache makes the generation of text faster."
 
 
@@ -28,10 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "demo":
-            _demo(arguments)
-        else:
-            _explain(arguments)
+        arguments.run(arguments)
     except UserError as error:
         print(f"attnpack {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -52,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         "memory, speed and error, and draw a picture. Without --model: on the small trained model of the "
         "repository.",
     )
-    _common(demo)
+    add_prompt(demo)
+    add_ranks(demo)
     demo.add_argument("--model", metavar="ID_OR_PATH", help="a transformers model of yours")
     demo.add_argument(
         "--out",
@@ -62,13 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         help="the picture (%(default)s)",
     )
     trained = demo.add_argument_group("without --model")
-    trained.add_argument("--questions", type=_positive, metavar="N", help="questions of each task and number of images")
+    trained.add_argument("--questions", type=positive, metavar="N", help="questions of each task and number of images")
     trained.add_argument(
         "--images", type=_counts, metavar="N,N,...", help="numbers of images in a prompt, 1 to 16 (1,4,16)"
     )
     trained.add_argument("--quick", action="store_true", help="fewer of everything")
     own = demo.add_argument_group("with --model")
-    own.add_argument("--max-new-tokens", type=_positive, metavar="N", help="length of the answer (64)")
+    own.add_argument("--max-new-tokens", type=positive, metavar="N", help="length of the answer (64)")
 
     explain = commands.add_parser(
         "explain",
@@ -77,32 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         "attention site.",
     )
     explain.add_argument("model", metavar="ID_OR_PATH")
-    _common(explain)
+    add_prompt(explain)
+    add_ranks(explain)
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
+    demo.set_defaults(run=_demo)
+    explain.set_defaults(run=_explain)
+    for entry in sorted(entry_points(group="attnpack_fx.commands"), key=lambda entry: entry.name):
+        entry.load()(commands)
     return parser
-
-
-def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a picture for the prompt; may be repeated",
-    )
-    parser.add_argument("--prompt", metavar="TEXT", help="the question to the model")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (float32)")
-    rank = "R, or KEYS,VALUES; 'full' is lossless, 'none' leaves it dense"
-    parser.add_argument(
-        "--vision-rank",
-        type=_rank,
-        default=argparse.SUPPRESS,
-        metavar="R",
-        help=f"rank of vision tokens: {rank}",
-    )
-    parser.add_argument(
-        "--text-rank", type=_rank, default=argparse.SUPPRESS, metavar="R", help="rank of all other tokens"
-    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -117,7 +95,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {arguments.out}: expected a name that ends in .png, .pdf or .svg")
     require("transformers", "matplotlib", "PIL", "tqdm", *(() if arguments.model else ("sklearn",)))
-    _settle()
+    settle()
     from tqdm import tqdm
 
     with tqdm(unit="step", leave=False, file=sys.stderr) as progress:
@@ -135,7 +113,7 @@ def _trained(arguments: argparse.Namespace, progress: "tqdm") -> str:
     settings = trained.QUICK if arguments.quick else trained.Settings()
     given = {name: value for name in ("questions", "images") if (value := getattr(arguments, name)) is not None}
     try:
-        policy = _policy(arguments, vision_rank=trained.VISION_RANK)
+        policy = policy_of(arguments, vision_rank=trained.VISION_RANK)
         return trained.run(load(str(trained_model())), replace(settings, **given), policy, arguments.out, progress)
     except PolicyError as error:
         raise UserError(str(error)) from error
@@ -148,7 +126,7 @@ def _own(arguments: argparse.Namespace, progress: "tqdm") -> str:
 
     images = open_images(arguments.image)
     try:
-        policy = _policy(arguments)
+        policy = policy_of(arguments)
         loaded = load(arguments.model, arguments.dtype or "float32")
         return own.run(
             loaded, arguments.prompt, images, arguments.max_new_tokens or 64, policy, arguments.out, progress
@@ -159,26 +137,19 @@ def _own(arguments: argparse.Namespace, progress: "tqdm") -> str:
 
 def _explain(arguments: argparse.Namespace) -> None:
     require("transformers", "PIL")
-    _settle()
+    settle()
     from attnpack_fx.demo.generation import explained
     from attnpack_fx.demo.load import load, model_inputs, open_images
     from attnpack_fx.policy import PolicyError
 
     images = open_images(arguments.image)
     try:
-        policy = _policy(arguments)
+        policy = policy_of(arguments)
         loaded = load(arguments.model, arguments.dtype or "float32")
         report = explained(loaded, model_inputs(loaded, arguments.prompt or _TEXT, images), policy)
     except PolicyError as error:
         raise UserError(str(error)) from error
     print(json.dumps(report, indent=2) if arguments.json else report)
-
-
-def _policy(arguments: argparse.Namespace, **defaults: "RankSpec") -> "PackPolicy":
-    from attnpack_fx.policy import PackPolicy
-
-    given = {name: getattr(arguments, name) for name in ("vision_rank", "text_rank") if hasattr(arguments, name)}
-    return PackPolicy(**{**defaults, **given})
 
 
 def _refuse(arguments: argparse.Namespace, reason: str, *names: str) -> None:
@@ -187,34 +158,11 @@ def _refuse(arguments: argparse.Namespace, reason: str, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {reason}")
 
 
-def _settle() -> None:
-    """Keep what libraries have to say to developers off the terminal, unless it is asked for."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 on")
-    return int(text)
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    counts = tuple(sorted({_positive(part.strip()) for part in text.split(",")}))
+    counts = tuple(sorted({positive(part.strip()) for part in text.split(",")}))
     if counts[-1] > 16:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers from 1 to 16, e.g. 1,4,16")
     return counts
-
-
-def _rank(text: str) -> "RankSpec":
-    if text == "none":
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) > 2 or not all(part == "full" or (part.isdecimal() and int(part) >= 1) for part in parts):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected a rank such as 64, KEYS,VALUES such as 64,16, 'full' or 'none'"
-        )
-    ranks: list[Rank] = ["full" if part == "full" else int(part) for part in parts]
-    return ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])
 
 
 if __name__ == "__main__":

@@ -98,24 +98,21 @@ class PackedGenerator:
         sampling = Sampling(temperature, top_k, top_p) if do_sample else None
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         ends = self._ends if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        logits, prompt_positions = self._prompt(
+            input_ids, attention_mask, pixel_values, image_grid_thw, image_features, position_ids
+        )
         ids = input_ids.cpu().long()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu().long()
-        if ids.dim() != 2 or mask.shape != ids.shape or ids.shape[1] < 1:
-            raise ArtefactError(
-                f"generate: got input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}, expected two [B, T]"
-            )
-        if bool((mask[:, -1] == 0).any()):
-            raise ArtefactError("generate: attention_mask: got padding behind a prompt, expected it before (left)")
-        features = self._features(ids, pixel_values, image_features)
-        positions = self._positions(ids, mask, image_grid_thw, position_ids)
-        logits, planned = self._prefill(ids, mask, positions, features)
-        prompt_positions = planned.positions(positions, ["prompt"])["prompt_position_ids"]
         assert self.state is not None
         decode = self.sessions["decode"]
         held = decode.hold(self.state.packed)
         tokens, done = [ids], torch.zeros(len(ids), dtype=torch.bool)
         for number in range(max_new_tokens):
             scores = logits[:, -1].float().cpu()
+            if not bool(scores.isfinite().all()):
+                raise ArtefactError(
+                    f"generate: the logits of token {number} hold NaN or Inf, so no token after it means anything; in "
+                    "float16 that is often an overflow: export in float32"
+                )
             new = most_likely(scores) if sampling is None else sampling.draw(scores, generator)
             if self._pad is not None:
                 new = new.masked_fill(done, self._pad)
@@ -132,6 +129,50 @@ class PackedGenerator:
                 held = decode.hold(self.state.packed)
             logits = self._decode(new[:, None], number, held)
         return torch.cat(tokens, 1)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_features: Tensor | Sequence[Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, CacheState]:
+        """Logits `[B, 1, V]` behind a prompt, and its packed cache; arguments and errors as in `generate`.
+
+        For hosts with a loop of their own: `CacheState.packed` is what the decode step takes besides tokens and past.
+        """
+        _refuse(unused)
+        logits, _ = self._prompt(input_ids, attention_mask, pixel_values, image_grid_thw, image_features, position_ids)
+        assert self.state is not None
+        return logits, self.state
+
+    def _prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        image_grid_thw: Tensor | None,
+        image_features: Tensor | Sequence[Tensor] | None,
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits behind a prompt, and the positions of its tokens that stay dense; the state is new."""
+        ids = input_ids.cpu().long()
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu().long()
+        if ids.dim() != 2 or mask.shape != ids.shape or ids.shape[1] < 1:
+            raise ArtefactError(
+                f"generate: got input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}, expected two [B, T]"
+            )
+        if bool((mask[:, -1] == 0).any()):
+            raise ArtefactError("generate: attention_mask: got padding behind a prompt, expected it before (left)")
+        features = self._features(ids, pixel_values, image_features)
+        positions = self._positions(ids, mask, image_grid_thw, position_ids)
+        logits, planned = self._prefill(ids, mask, positions, features)
+        return logits, planned.positions(positions, ["prompt"])["prompt_position_ids"]
 
     def _features(
         self, ids: Tensor, pixel_values: Tensor | None, given: Tensor | Sequence[Tensor] | None

@@ -50,7 +50,9 @@ class Session(ABC):
         moved = self._moved(tensors)
         sizes = check(self.name, specs, moved, self.step.ranges, held.sizes if held is not None else {})
         made = self._run(moved, held, sizes)
-        return {spec.name: tensor for spec, tensor in zip(self.step.outputs, made, strict=True)}
+        named = {spec.name: tensor for spec, tensor in zip(self.step.outputs, made, strict=True)}
+        check(f"{self.name}, what it returned", self.step.outputs, named, self.step.ranges, sizes)
+        return named
 
     def allocated(self, sizes: Mapping[str, int]) -> list[Tensor] | None:
         """Room for the outputs; None where their sizes do not follow from those of the inputs."""
