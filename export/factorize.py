@@ -22,7 +22,7 @@ from attnpack_fx.kernels.aten.svd import sketch_size
 #: Iterations: of the subspace, of Newton-Schulz (each takes a direction's length 1.5 times nearer to 1).
 _SUBSPACE, _NEWTON = 3, 24
 #: Jacobi sweeps of the first and of the second eigenproblem.
-_SWEEPS = 6, 2
+_SWEEPS = 7, 2
 #: Steps of Newton-Schulz on the basis itself, which correct what the coupled form has gathered in rounding.
 _POLISH = 2
 #: Added to the eigenvalues of a Gram matrix, as a share of their sum. Rounding takes those of lower rank to -1e-6, and
