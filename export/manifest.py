@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from attnpack_fx.export.signature import ArtefactError, Range, TensorSpec
 from attnpack_fx.policy import PackPolicy
@@ -128,7 +128,9 @@ def _verify(folder: Path, name: str, size: int, digest: str) -> None:
     try:
         inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, or links in a circle
-        raise ArtefactError(f"{folder}: the manifest names {name!r}, which is no file ({error}); export again") from None
+        raise ArtefactError(
+            f"{folder}: the manifest names {name!r}, which is no file ({error}); export again"
+        ) from None
     if not inside:
         raise ArtefactError(f"{folder}: the manifest names {name}, which is outside the artefact; do not use it")
     if not there:
@@ -172,5 +174,5 @@ def _range(name: str, least: Any, most: Any) -> Range:
     return Range(least, most)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -24,7 +24,9 @@ def factors(seed: int, batch: int, n: int, heads: int, r: int, dim: int, dtype: 
 
 
 def specification(bits: int, basis_bits: int, asymmetric: bool, rank: int) -> BlockSpec:
-    return BlockSpec("coefficient", "basis", "scale" if bits or basis_bits else None, rank, bits, basis_bits, asymmetric)
+    return BlockSpec(
+        "coefficient", "basis", "scale" if bits or basis_bits else None, rank, bits, basis_bits, asymmetric
+    )
 
 
 @given(
@@ -58,7 +60,7 @@ def test_a_block_has_the_bytes_of_quantize(seed, batch, n, filler, heads, r, dim
     for name, expected, how in (("coefficient", codes, bits), ("basis", basis_codes, basis_bits)):
         assert made[name].dtype == (torch.int8 if how == 8 and not asymmetric else torch.uint8 if how else dtype)
         found = made[name].view(torch.uint8) if how else made[name]
-        if how in (2, 8) and asymmetric or how == 2:
+        if (how in (2, 8) and asymmetric) or how == 2:
             # Filler holds anything.
             hidden = nothing if name == "coefficient" else torch.zeros((), dtype=torch.bool)
             found, expected = found.masked_fill(hidden, 0), expected.masked_fill(hidden, 0)

@@ -97,8 +97,12 @@ def test_layers_that_pack_less_have_rows_in_the_same_slots():
     found = layout(policy, layers=3)
     assert found.modalities == ("vision", "text")
     packed = named(found.packed())
-    rows = {layer: {name for name in packed if len(packed[name][1]) == 4 and f".{layer}." in name} for layer in range(3)}
-    rows = {layer: {name for name in names if "basis" not in name and "prompt" not in name} for layer, names in rows.items()}
+    rows = {
+        layer: {name for name in packed if len(packed[name][1]) == 4 and f".{layer}." in name} for layer in range(3)
+    }
+    rows = {
+        layer: {name for name in names if "basis" not in name and "prompt" not in name} for layer, names in rows.items()
+    }
     assert rows == {
         0: {"packed_text.0.key", "packed_text.0.value"},
         1: {"packed.1.key", "packed.1.value"},

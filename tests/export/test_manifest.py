@@ -119,7 +119,9 @@ def test_an_entry_of_a_wrong_type(folder, name, value):
     refused(folder, str(folder))
 
 
-@pytest.mark.parametrize("name", ["target", "device", "policy", "model", "versions", "steps", "files", "format", "kind"])
+@pytest.mark.parametrize(
+    "name", ["target", "device", "policy", "model", "versions", "steps", "files", "format", "kind"]
+)
 def test_an_entry_that_is_missing(folder, name):
     kept = content(folder)
     del kept[name]

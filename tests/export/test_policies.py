@@ -5,7 +5,20 @@ from dataclasses import MISSING, fields
 import pytest
 import torch
 
-from attnpack_fx import AVL, GEAR, H2O, KIVI, Columns, FastV, LayerPlan, MiniCache, Partial, PackPolicy, Quantize, Stored
+from attnpack_fx import (
+    AVL,
+    GEAR,
+    H2O,
+    KIVI,
+    Columns,
+    FastV,
+    LayerPlan,
+    MiniCache,
+    PackPolicy,
+    Partial,
+    Quantize,
+    Stored,
+)
 from attnpack_fx.export.layout import Layout
 from attnpack_fx.export.policies import layout_of
 from attnpack_fx.kernels.parts import E4M3
@@ -29,7 +42,12 @@ REFUSED = {
     "energy of keys": (PackPolicy(vision_rank=(Energy(0.9), 4)), "ranks by energy"),
     "energy of text": (PackPolicy(vision_rank=8, text_rank=Energy(0.9, at_most=4)), "ranks by energy"),
     "energy of a plan": (
-        PackPolicy(layers=(LayerPlan(None, None, "rotated"), LayerPlan(Stored(*[Columns(((8, 0),), 0.9)] * 2), None, "rotated"))),
+        PackPolicy(
+            layers=(
+                LayerPlan(None, None, "rotated"),
+                LayerPlan(Stored(*[Columns(((8, 0),), 0.9)] * 2), None, "rotated"),
+            )
+        ),
         "ranks by energy",
     ),
     "a bound on folds": (
@@ -44,7 +62,10 @@ REFUSED = {
     "GEAR": (PackPolicy(vision_rank=None, passes=(GEAR(),)), "GEAR"),
     "codes of the tail": (PackPolicy(vision_rank=8, passes=(Quantize(target="tail"),)), "Quantize.*of passes"),
     "codes of all": (PackPolicy(vision_rank=8, passes=(Quantize(target=("bases", "tail")),)), "Quantize"),
-    "floats of 8 bits": (PackPolicy(vision_rank=8, passes=(Quantize(bits="e4m3"),)), r"floats of 8 bits.*Quantize\(bits=8\)"),
+    "floats of 8 bits": (
+        PackPolicy(vision_rank=8, passes=(Quantize(bits="e4m3"),)),
+        r"floats of 8 bits.*Quantize\(bits=8\)",
+    ),
     "floats in some columns": (
         PackPolicy(vision_rank=8, passes=(Quantize(bits=((4, "e5m2"), (None, 4))),)),
         "floats of 8 bits",

@@ -123,7 +123,7 @@ def test_specifications_come_back_from_json(name, dtype, shape):
     ],
 )
 def test_other_specifications_are_refused(changes):
-    with pytest.raises(ArtefactError, match="manifest: got .*expected"):
+    with pytest.raises(ArtefactError, match=r"manifest: got .*expected"):
         TensorSpec.from_json({"name": "a", "dtype": "int8", "shape": [1]} | changes)
 
 

@@ -52,7 +52,10 @@ def test_tokens_go_where_pack_puts_them(policy, seed, batch, tokens, share):
     random = torch.Generator().manual_seed(seed)
     dense = torch.randn((batch, HEADS, tokens, DIM), generator=random)
     key, _ = pack(dense, dense, policy, modality=vision, real=real)
-    expected = {"dense": found.index["prompt"], **{name: index for name, index in found.index.items() if name != "prompt"}}
+    expected = {
+        "dense": found.index["prompt"],
+        **{name: index for name, index in found.index.items() if name != "prompt"},
+    }
     sizes = {name: index.shape[1] for name, index in expected.items()}
     assert {name: size for name, size in sizes.items() if size} == {
         name: size for name, size in key.tokens.items() if size

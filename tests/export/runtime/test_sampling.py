@@ -24,7 +24,9 @@ def probabilities(sampling: Sampling, logits: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         seen = []
         draw = torch.multinomial
-        patch.setattr(torch, "multinomial", lambda weights, *rest, **how: seen.append(weights) or draw(weights, *rest, **how))
+        patch.setattr(
+            torch, "multinomial", lambda weights, *rest, **how: seen.append(weights) or draw(weights, *rest, **how)
+        )
         sampling.draw(logits, torch.Generator().manual_seed(0))
     return seen[0]
 

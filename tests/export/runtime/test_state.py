@@ -202,7 +202,15 @@ def test_filler_in_the_window_is_folded_as_zero():
 
 @pytest.mark.parametrize(
     ("prompt", "window", "fold_every", "recent", "expected"),
-    [(0, 6, 4, 3, 0), (0, 7, 4, 3, 4), (5, 2, 4, 3, 4), (9, 3, 4, 3, 8), (2, 0, 4, 3, 0), (9, 9, None, 3, 0), (0, 9, 4, 0, 8)],
+    [
+        (0, 6, 4, 3, 0),
+        (0, 7, 4, 3, 4),
+        (5, 2, 4, 3, 4),
+        (9, 3, 4, 3, 8),
+        (2, 0, 4, 3, 0),
+        (9, 9, None, 3, 0),
+        (0, 9, 4, 0, 8),
+    ],
 )
 def test_when_folds_are_due(prompt, window, fold_every, recent, expected):
     none = torch.zeros((1, 0), dtype=torch.int64)
@@ -240,3 +248,34 @@ def test_what_a_fold_leaves_keeps_nothing_else_alive():
     twin.fold(8)
     for tensor in (*twin.state.window.values(), twin.state.packed["prompt_mask"], twin.state.mask):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_positions_of_three_axes_are_folded_along():
+    """Generated tokens have the same position on every axis, from the offset on."""
+    batch, prompt, window, count = 2, 3, 4, 5
+    policy = PackPolicy(vision_rank=None, text_rank=3, fold_every=1)
+    layout = layout_of(policy, layers=1, kv_heads=HEADS, head_dim=DIM, axes=3, dtype=torch.float32, vision=True)
+    random = torch.Generator().manual_seed(0)
+    packed = {
+        spec.name: torch.zeros(spec.resolved({"batch_size": batch, "text_length": 0, "prompt_length": prompt}))
+        for spec in layout.packed()
+    }
+    packed |= {"text_mask": torch.zeros((batch, 0)).long(), "prompt_mask": torch.ones((batch, prompt)).long()}
+    packed["text_position_ids"] = torch.zeros((3, batch, 0)).long()
+    packed["position_offset"] = torch.tensor([[7], [9]])
+    state = CacheState.empty(layout, packed)
+    present = {f"present.0.{kind}": torch.randn((batch, HEADS, window, DIM), generator=random) for kind in KINDS}
+    places = torch.arange(window).expand(batch, -1)
+    state.grow(present, torch.ones_like(places), places)
+    positions = torch.randint(9, (3, batch, prompt), generator=random)
+    asked = []
+
+    def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(positions)
+        return torch.ones((batch, count, DIM)), torch.zeros((batch, count, DIM))
+
+    left = fold(state, layout, count, positions, angles)
+    expected = torch.cat([positions, (places[:, :2] + packed["position_offset"]).expand(3, -1, -1)], 2)
+    assert len(asked) == 1 and torch.equal(asked[0], expected)
+    assert torch.equal(state.packed["text_position_ids"], expected)
+    assert left.shape == (3, batch, 0) and torch.equal(state.positions, places[:, 2:])
