@@ -68,7 +68,7 @@ def orthonormal(z: Tensor) -> Tensor:
 
 def _inverse_root(gram: Tensor) -> Tensor:
     """`(G + shift)^-1/2` of positive semidefinite matrices `[n, k, k]`."""
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] + 1e-30
+    trace = _trace(gram)
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
 
     def closer(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def _eigenvectors(gram: Tensor, sweeps: int) -> Tensor:
         gap = diagonal[:, half:] - diagonal[:, :half]
         off = gram[:, :half, half:].diagonal(dim1=-2, dim2=-1)
         # The smaller of the two angles: t = tan = 2 off sign(gap) / (|gap| + sqrt(gap^2 + 4 off^2)).
-        tangent = 2 * off * torch.where(gap < 0, -1.0, 1.0) / (gap.abs() + (gap * gap + 4 * off * off).sqrt() + 1e-30)
+        tangent = 2 * off * torch.where(gap < 0, -1.0, 1.0) / _divisor(gap.abs() + (gap * gap + 4 * off * off).sqrt())
         cosine = 1 / (1 + tangent * tangent).sqrt()
         sine = tangent * cosine
         rows = _pairs_turned(gram, cosine[:, :, None], sine[:, :, None], 1)
@@ -104,11 +104,20 @@ def _eigenvectors(gram: Tensor, sweeps: int) -> Tensor:
         return gram.index_select(1, order).index_select(2, order), vectors.index_select(2, order)
 
     # In units of the trace: squares of what is far smaller than 1e-19 would vanish.
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device).expand(count, size, size).clone()
-    gram, vectors = _repeated(turned, (gram / (trace + 1e-30), identity), sweeps * (size - 1))
+    gram, vectors = _repeated(turned, (gram / _trace(gram), identity), sweeps * (size - 1))
     sorting = gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
     return vectors.gather(2, sorting[:, None].expand(-1, size, -1))
+
+
+def _trace(gram: Tensor) -> Tensor:
+    """`[n, 1, 1]`, something else for zero."""
+    return _divisor(gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None])
+
+
+def _divisor(x: Tensor) -> Tensor:
+    """At least 1e-30. Not by a sum: optimisers of ONNX graphs take that for a sum with zero, and leave it out."""
+    return x.clamp(min=1e-30)
 
 
 def _pairs_turned(x: Tensor, cosine: Tensor, sine: Tensor, dim: int) -> Tensor:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 
 from attnpack_fx.export.factorize import orthonormal, starting_basis, truncated_svd
 from tests.kernels.inputs import SEEDS, relative_error
@@ -154,15 +154,40 @@ class Factors(nn.Module):
         return truncated_svd(a, self.rank, self.start)
 
 
-def test_the_exported_program_gives_the_same():
+@pytest.fixture(scope="module")
+def program() -> ExportedProgram:
+    """For 3 matrices of 16 columns, any number of tokens, and rank 5."""
+    dynamic = ({1: Dim("tokens", min=0, max=4096)},)
+    return export(Factors(16, 5), (torch.randn(3, 9, 16),), dynamic_shapes=dynamic, strict=False)
+
+
+def matrices(tokens: int) -> Tensor:
+    """Of a batch where one sample has no tokens."""
+    a = torch.randn((3, tokens, 16), generator=torch.Generator().manual_seed(tokens))
+    a[1] = 0
+    return a
+
+
+def test_the_exported_program_gives_the_same(program):
     """A loop for every root and every eigenproblem, for any number of tokens."""
-    program = export(
-        Factors(24, 5), (torch.randn(2, 9, 24),), dynamic_shapes=({1: Dim("tokens", min=0, max=4096)},), strict=False
-    )
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert names.count("while_loop") == 2 * (3 * 2 + 1) + 2
     assert not any(word in name for name in names for word in ("linalg", "svd", "aten.qr"))
     for tokens in (0, 1, 9, 40):
-        a = torch.randn((2, tokens, 24), generator=torch.Generator().manual_seed(tokens))
+        a = matrices(tokens)
         for made, expected in zip(program.module()(a), factored(a, 5), strict=True):
             torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_onnx_runtime_gives_the_same(program, tmp_path):
+    """Of zero matrices too: of samples without tokens of a kind, and where there are none at all."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    made = torch.onnx.export(program, dynamo=True, opset_version=23, input_names=["a"], verbose=False)
+    made.save(tmp_path / "factors.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "factors.onnx", providers=["CPUExecutionProvider"])
+    for tokens in (0, 1, 9, 40):
+        a = matrices(tokens)
+        coefficient, basis = (torch.from_numpy(each) for each in session.run(None, {"a": a.numpy()}))
+        assert coefficient.isfinite().all() and basis.isfinite().all()
+        expected = factored(a, 5)
+        torch.testing.assert_close(coefficient @ basis, expected[0] @ expected[1], atol=1e-4, rtol=1e-4)
