@@ -103,8 +103,8 @@ def _eigenvectors(gram: Tensor, sweeps: int) -> Tensor:
         vectors = _pairs_turned(vectors, cosine[:, None], sine[:, None], 2)
         return gram.index_select(1, order).index_select(2, order), vectors.index_select(2, order)
 
-    # In units of the trace: squares of what is far smaller than 1e-19 would vanish.
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device).expand(count, size, size).clone()
+    # In units of the trace: squares of what is far smaller than 1e-19 would vanish.
     gram, vectors = _repeated(turned, (gram / _trace(gram), identity), sweeps * (size - 1))
     sorting = gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
     return vectors.gather(2, sorting[:, None].expand(-1, size, -1))

@@ -52,15 +52,14 @@ def test_a_block_has_the_bytes_of_quantize(seed, batch, n, filler, heads, r, dim
     nothing = places >= (n - filler * (torch.arange(batch) > 0))[:, None, None]
     coefficient = coefficient.masked_fill(nothing, 0)
     made = _block(specification(bits, basis_bits, asymmetric, r), coefficient, basis, nothing)
-    codes, basis_codes, scale = quantize(coefficient, basis, bits, basis_bits, asymmetric)
-    if n == 0 and bits:
-        # There is nothing to decode: any scale will do, as long as it is a number.
-        assert made["scale"].isfinite().all()
-        scale[:, ::2] = made["scale"][:, ::2]
+    # With the row of filler that the step adds, since sums over other numbers of rows round in other ways.
+    padded = torch.nn.functional.pad(coefficient, (0, 0, 0, 1))
+    codes, basis_codes, scale = quantize(padded, basis, bits, basis_bits, asymmetric)
+    codes = codes[:, :-1]
     for name, expected, how in (("coefficient", codes, bits), ("basis", basis_codes, basis_bits)):
         assert made[name].dtype == (torch.int8 if how == 8 and not asymmetric else torch.uint8 if how else dtype)
         found = made[name].view(torch.uint8) if how else made[name]
-        if (how in (2, 8) and asymmetric) or how == 2:
+        if asymmetric or how == 2:
             # Filler holds anything.
             hidden = nothing if name == "coefficient" else torch.zeros((), dtype=torch.bool)
             found, expected = found.masked_fill(hidden, 0), expected.masked_fill(hidden, 0)
