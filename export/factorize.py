@@ -6,8 +6,9 @@ Runtimes of artefacts have no `svd`, `qr` or `cholesky`. For a batch of matrices
     B = A Q,   B^T B = V L V^T,                         coefficient = B V_R,   basis = (Q V_R)^T
 
 with `orth(Z) = Z (Z^T Z)^-1/2` by the Newton-Schulz iteration (Higham 2008, section 6.7, coupled form), twice, and
-the eigenproblem [k, k] by cyclic Jacobi, where a round turns k / 2 disjoint pairs at once (Brent and Luk 1985). All
-in fp32: directions below 1e-4 of the largest singular value are rounding.
+the eigenproblem [k, k] by cyclic Jacobi, where a round turns k / 2 disjoint pairs at once (Brent and Luk 1985). The
+Gram matrix of B has lost what is below 3e-4 of the largest singular value, but that of B V has columns of graded
+lengths, each to its own precision, and is turned once more. All in fp32: directions below 1e-6 are rounding.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,15 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from attnpack_fx.kernels.aten.svd import sketch_size
 
-#: Iterations: of the subspace, of Newton-Schulz (each takes a direction's length 1.5 times nearer to 1), Jacobi sweeps.
-_SUBSPACE, _NEWTON, _SWEEPS = 3, 26, 7
+#: Iterations: of the subspace, of Newton-Schulz (each takes a direction's length 1.5 times nearer to 1).
+_SUBSPACE, _NEWTON = 3, 24
+#: Jacobi sweeps of the first and of the second eigenproblem.
+_SWEEPS = 7, 2
 #: Steps of Newton-Schulz on the basis itself, which correct what the coupled form has gathered in rounding.
-_POLISH = 4
-#: Added to the eigenvalues of a Gram matrix, as a share of their sum: what fp32 cannot tell from zero.
-_SHIFT = 1e-7
+_POLISH = 2
+#: Added to the eigenvalues of a Gram matrix, as a share of their sum. Rounding takes those of lower rank to -1e-6, and
+#: negative ones would grow without a bound.
+_SHIFT = 2e-6
 
 
 def starting_basis(width: int, rank: int) -> Tensor:
@@ -44,11 +48,15 @@ def truncated_svd(a: Tensor, rank: int, start: Tensor) -> tuple[Tensor, Tensor]:
     q = start.expand(a.shape[0], -1, -1)
     for _ in range(_SUBSPACE):
         q = orthonormal(a.mT @ orthonormal(a @ q))
+    # Where the matrix has a lower rank, the other columns are rounding, of any length: now they get that of 1.
+    q = orthonormal(q)
     for _ in range(_POLISH):
         q = 1.5 * q - 0.5 * q @ (q.mT @ q)
     product = a @ q
-    turn = _eigenvectors(product.mT @ product)[:, :, :rank]
-    return product @ turn, (q @ turn).mT
+    for sweeps in _SWEEPS:
+        turn = _eigenvectors(product.mT @ product, sweeps)
+        product, q = product @ turn, q @ turn
+    return product[:, :, :rank], q[:, :, :rank].mT
 
 
 def orthonormal(z: Tensor) -> Tensor:
@@ -60,7 +68,7 @@ def orthonormal(z: Tensor) -> Tensor:
 
 def _inverse_root(gram: Tensor) -> Tensor:
     """`(G + shift)^-1/2` of positive semidefinite matrices `[n, k, k]`."""
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] + 1e-30
+    trace = _trace(gram)
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
 
     def closer(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +79,7 @@ def _inverse_root(gram: Tensor) -> Tensor:
     return _repeated(closer, start, _NEWTON)[1] / trace.sqrt()
 
 
-def _eigenvectors(gram: Tensor) -> Tensor:
+def _eigenvectors(gram: Tensor, sweeps: int) -> Tensor:
     """Eigenvectors of symmetric matrices `[n, k, k]`, k even, as columns, those of large eigenvalues first."""
     count, size, _ = gram.shape
     half = size // 2
@@ -87,7 +95,7 @@ def _eigenvectors(gram: Tensor) -> Tensor:
         gap = diagonal[:, half:] - diagonal[:, :half]
         off = gram[:, :half, half:].diagonal(dim1=-2, dim2=-1)
         # The smaller of the two angles: t = tan = 2 off sign(gap) / (|gap| + sqrt(gap^2 + 4 off^2)).
-        tangent = 2 * off * torch.where(gap < 0, -1.0, 1.0) / (gap.abs() + (gap * gap + 4 * off * off).sqrt() + 1e-30)
+        tangent = 2 * off * torch.where(gap < 0, -1.0, 1.0) / _divisor(gap.abs() + (gap * gap + 4 * off * off).sqrt())
         cosine = 1 / (1 + tangent * tangent).sqrt()
         sine = tangent * cosine
         rows = _pairs_turned(gram, cosine[:, :, None], sine[:, :, None], 1)
@@ -95,12 +103,21 @@ def _eigenvectors(gram: Tensor) -> Tensor:
         vectors = _pairs_turned(vectors, cosine[:, None], sine[:, None], 2)
         return gram.index_select(1, order).index_select(2, order), vectors.index_select(2, order)
 
-    # In units of the trace: squares of what is far smaller than 1e-19 would vanish.
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device).expand(count, size, size).clone()
-    gram, vectors = _repeated(turned, (gram / (trace + 1e-30), identity), _SWEEPS * (size - 1))
+    # In units of the trace: squares of what is far smaller than 1e-19 would vanish.
+    gram, vectors = _repeated(turned, (gram / _trace(gram), identity), sweeps * (size - 1))
     sorting = gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
     return vectors.gather(2, sorting[:, None].expand(-1, size, -1))
+
+
+def _trace(gram: Tensor) -> Tensor:
+    """`[n, 1, 1]`, something else for zero."""
+    return _divisor(gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None])
+
+
+def _divisor(x: Tensor) -> Tensor:
+    """At least 1e-30. Not by a sum: optimisers of ONNX graphs take that for a sum with zero, and leave it out."""
+    return x.clamp(min=1e-30)
 
 
 def _pairs_turned(x: Tensor, cosine: Tensor, sine: Tensor, dim: int) -> Tensor:

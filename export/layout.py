@@ -89,7 +89,8 @@ class Layout:
         if stored is None:
             return None
         columns: Columns = getattr(stored, kind)
-        lossless = not columns.quantised and columns.rank >= self.heads * self.dim(kind)
+        exact = not columns.quantised and columns.energy is None
+        lossless = exact and columns.rank >= self.heads * self.dim(kind)
         return None if lossless else columns
 
     def ranks(self) -> dict[Modality, int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from attnpack_fx.export.signature import ArtefactError, Range, TensorSpec
 from attnpack_fx.policy import PackPolicy
@@ -16,6 +16,7 @@ from attnpack_fx.policy import PackPolicy
 FORMAT = 1
 NAME = "manifest.json"
 TARGETS = ("onnx", "tensorrt", "aoti")
+DEVICES = ("any", "cpu", "cuda")
 _KIND = "attnpack-fx artefact"
 
 
@@ -78,12 +79,12 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
         content = json.loads((place / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"{place}: no {NAME} there; expected a folder that attnpack_fx.export wrote") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtefactError(f"{place / NAME}: cannot be read ({error}); export the model again") from None
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise ArtefactError(f"{place / NAME}: got no {_KIND}; expected a folder that attnpack_fx.export wrote")
     found = content.get("format")
-    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+    if not _is_count(found) or not 1 <= found <= FORMAT:
         raise ArtefactError(
             f"{place}: got format {found!r}, expected 1 to {FORMAT}; install a newer attnpack-fx, or export again"
         )
@@ -92,15 +93,17 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
             content["target"],
             {name: _step_from_json(step) for name, step in content["steps"].items()},
             PackPolicy.from_dict(content["policy"]),
-            content["model"],
+            dict(content["model"].items()),
             content["device"],
-            content["versions"],
+            dict(content["versions"].items()),
         )
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ArtefactError(f"{place / NAME}: not as attnpack_fx.export writes it ({error!r}); export again") from None
     if manifest.target not in TARGETS:
         raise ArtefactError(f"{place}: got target {manifest.target!r}, expected one of {', '.join(TARGETS)}")
+    if manifest.device not in DEVICES:
+        raise ArtefactError(f"{place}: got device {manifest.device!r}, expected one of {', '.join(DEVICES)}")
     for step in manifest.steps.values():
         if step.file not in files:
             raise ArtefactError(f"{place / NAME}: the step's file {step.file} has no checksum; export again")
@@ -122,9 +125,15 @@ def versions(*packages: str) -> dict[str, str]:
 
 def _verify(folder: Path, name: str, size: int, digest: str) -> None:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, or links in a circle
+        raise ArtefactError(
+            f"{folder}: the manifest names {name!r}, which is no file ({error}); export again"
+        ) from None
+    if not inside:
         raise ArtefactError(f"{folder}: the manifest names {name}, which is outside the artefact; do not use it")
-    if not path.is_file():
+    if not there:
         raise ArtefactError(f"{path}: missing; copy the whole folder, or export again")
     if path.stat().st_size != size:
         raise ArtefactError(
@@ -149,9 +158,21 @@ def _step_to_json(step: StepFiles) -> dict[str, Any]:
 
 
 def _step_from_json(value: Mapping[str, Any]) -> StepFiles:
+    if not isinstance(value["file"], str):
+        raise TypeError(f"got a file {value['file']!r}, expected its name")
     return StepFiles(
         value["file"],
         tuple(map(TensorSpec.from_json, value["inputs"])),
         tuple(map(TensorSpec.from_json, value["outputs"])),
-        {name: Range(int(least), int(most)) for name, (least, most) in value["ranges"].items()},
+        {name: _range(name, *bounds) for name, bounds in value["ranges"].items()},
     )
+
+
+def _range(name: str, least: Any, most: Any) -> Range:
+    if not _is_count(least) or not _is_count(most) or least > most:
+        raise ValueError(f"got {least!r} to {most!r} as the range of {name}, expected two sizes")
+    return Range(least, most)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -47,12 +47,14 @@ class TensorSpec:
     def from_json(cls, value: Any) -> "TensorSpec":
         """Raises `ArtefactError` for anything that `to_json` does not write."""
         try:
-            name, dtype, shape = value["name"], DTYPES[value["dtype"]], tuple(value["shape"])
+            name, dtype, shape = value["name"], DTYPES[value["dtype"]], value["shape"]
         except (TypeError, KeyError) as error:
             raise ArtefactError(f"manifest: got {value!r}, expected a tensor's name, dtype and shape") from error
-        if not isinstance(name, str) or not all(_is_size(size) for size in shape):
-            raise ArtefactError(f"manifest: got {value!r}, expected sizes that are numbers or names of dimensions")
-        return cls(name, dtype, shape)
+        if not isinstance(name, str) or not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+            raise ArtefactError(
+                f"manifest: got {value!r}, expected a name, and sizes that are numbers or names of dimensions"
+            )
+        return cls(name, dtype, tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ def check(
         tensor = given[spec.name]
         for expected_size, size in zip(spec.shape, tensor.shape, strict=True):
             if isinstance(expected_size, str) and "+" in expected_size:
+                if unknown := set(terms(expected_size)) - sizes.keys():
+                    raise ArtefactError(
+                        f"{step}: {spec.name}: got a size for {expected_size} without tensors that have "
+                        f"{_some(unknown)}; give them together"
+                    )
                 wanted = sum(sizes[name] for name in terms(expected_size))
                 if size != wanted:
                     raise _unlike(step, spec, tensor, f"{expected_size} = {wanted}")
@@ -125,7 +132,9 @@ def _unlike(step: str, spec: TensorSpec, tensor: Tensor, more: str) -> ArtefactE
 
 
 def _is_size(size: Any) -> bool:
-    return isinstance(size, str) or (isinstance(size, int) and not isinstance(size, bool) and size >= 0)
+    if isinstance(size, str):
+        return all(name.isidentifier() for name in terms(size))
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 0
 
 
 def _told(tensor: Tensor) -> str:

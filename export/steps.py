@@ -294,8 +294,11 @@ class _Cache:
 
 
 def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores `[B, 1, Tq, T]`; no row is all -inf, whose softmax would be NaN."""
-    least = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=sees.device)
+    """What is added to scores `[B, 1, Tq, T]`; no row is all -inf, whose softmax would be NaN.
+
+    Half the least number: with a score below zero, that itself would be -inf in fp16.
+    """
+    least = torch.full((), torch.finfo(dtype).min / 2, dtype=dtype, device=sees.device)
     return torch.where(sees, torch.zeros((), dtype=dtype, device=sees.device), least)[:, None]
 
 

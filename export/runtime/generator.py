@@ -53,7 +53,7 @@ class PackedGenerator:
             )
             self._image_tokens = torch.tensor(facts["image_tokens"], dtype=torch.int64)
             self._ends, self._pad = list(facts["eos"]), facts["pad"]
-        except (KeyError, TypeError, NotImplementedError) as error:
+        except (KeyError, TypeError, ValueError, NotImplementedError) as error:
             raise ArtefactError(f"{self.folder}: its manifest contradicts itself ({error!r}); export again") from error
         self.sessions: dict[str, Session] = load(self.folder, self.manifest, threads, providers)
         #: Of the last call of `generate`; None before.

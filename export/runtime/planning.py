@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.export.layout import Layout, Modality
+from attnpack_fx.export.signature import ArtefactError
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.aten.plan import saves_memory
 from attnpack_fx.passes.plan_tokens import gain
@@ -61,8 +62,11 @@ def _worth(policy: PackPolicy, layout: Layout, modality: Modality, tokens: int) 
 def mrope_positions(ids: Tensor, real: Tensor, image: Tensor, grids: Tensor, merge: int) -> Tensor:
     """Positions `[3, B, T]` of prompts with images, as the Qwen-VL line has them: time, height and width of patches.
 
-    image: bool `[B, T]`; grids: int `[images, 3]`, patches before `merge` of them in each direction are merged.
+    image: bool `[B, T]`; grids: int `[images, 3]`, patches before `merge` of them in each direction are merged. Raises
+    `ArtefactError` where these are not the grids of the prompts' images.
     """
+    if grids.dim() != 2 or grids.shape[1] != 3:
+        raise ArtefactError(f"image_grid_thw: got {list(grids.shape)}, expected [images, 3]")
     found = torch.zeros((3, *ids.shape), dtype=torch.int64)
     remaining = iter(grids.tolist())
     for sample in range(ids.shape[0]):
@@ -73,10 +77,21 @@ def mrope_positions(ids: Tensor, real: Tensor, image: Tensor, grids: Tensor, mer
                 found[:, sample, places[place]] = position
                 place, position = place + 1, position + 1
                 continue
-            time, height, width = next(remaining)
+            time, height, width = next(remaining, (0, 0, 0))
             height, width = height // merge, width // merge
             axes = torch.meshgrid(*map(torch.arange, (time, height, width)), indexing="ij")
             count = time * height * width
+            if not count or int(image[sample, places[place : place + count]].sum()) < count:
+                raise _other_images(grids, image)
             found[:, sample, places[place : place + count]] = torch.stack([axis.flatten() for axis in axes]) + position
             place, position = place + count, position + max(time, height, width)
+    if next(remaining, None) is not None:
+        raise _other_images(grids, image)
     return found
+
+
+def _other_images(grids: Tensor, image: Tensor) -> ArtefactError:
+    return ArtefactError(
+        f"image_grid_thw: got {grids.tolist()}, which are not the images of {int(image.sum())} image tokens in "
+        "input_ids; give the processor's, for the same prompts"
+    )

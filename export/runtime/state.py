@@ -84,15 +84,15 @@ def fold(state: CacheState, layout: Layout, count: int, prompt_positions: Tensor
                 assert turns is not None
                 oldest = turned_back(oldest, *turns)
             packed |= _joined(packed, layout, layer, kind, oldest)
-            packed[names[0]] = prompt[:, :, count:].contiguous()
-            state.window[names[1]] = window[:, :, max(0, count - kept) :].contiguous()
+            packed[names[0]] = _copy(prompt[:, :, count:])
+            state.window[names[1]] = _copy(window[:, :, max(0, count - kept) :])
     packed["text_mask"] = torch.cat([packed["text_mask"], mask[:, :count]], 1)
     if "text_position_ids" in packed:
         packed["text_position_ids"] = torch.cat([packed["text_position_ids"], every[..., :count]], -1)
-    packed["prompt_mask"] = packed["prompt_mask"][:, count:].contiguous()
+    packed["prompt_mask"] = _copy(packed["prompt_mask"][:, count:])
     beyond = max(0, count - kept)
-    state.mask, state.positions = state.mask[:, beyond:].contiguous(), state.positions[:, beyond:].contiguous()
-    return prompt_positions[..., count:].contiguous()
+    state.mask, state.positions = _copy(state.mask[:, beyond:]), _copy(state.positions[:, beyond:])
+    return _copy(prompt_positions[..., count:])
 
 
 def _joined(packed: Mapping[str, Tensor], layout: Layout, layer: int, kind: str, rows: Tensor) -> dict[str, Tensor]:
@@ -109,3 +109,8 @@ def _joined(packed: Mapping[str, Tensor], layout: Layout, layer: int, kind: str,
         block.coefficient: torch.nn.functional.pad(coefficient, (0, missing)),
         block.basis: torch.nn.functional.pad(basis, (0, 0, 0, missing)),
     }
+
+
+def _copy(part: Tensor) -> Tensor:
+    """Even of what is contiguous: a view would keep all of it alive."""
+    return part.clone(memory_format=torch.contiguous_format)
