@@ -1,4 +1,4 @@
-"""Sizes that TensorRT engines are built for: kernels are chosen for typical ones, memory is reserved for the largest."""
+"""Sizes that TensorRT engines are for: kernels are chosen for typical ones, memory is reserved for the largest."""
 
 from collections.abc import Mapping
 from dataclasses import replace

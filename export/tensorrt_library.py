@@ -20,7 +20,9 @@ def library(name: str | None = None) -> ModuleType:
     """
     if name is not None:
         if name not in LIBRARIES:
-            raise ValueError(f"library: got {name!r}, expected one of {', '.join(LIBRARIES)}, or None for what there is")
+            raise ValueError(
+                f"library: got {name!r}, expected one of {', '.join(LIBRARIES)}, or None for what there is"
+            )
         return require(name, _EXTRAS[name])
     failures = []
     for each, extra in _EXTRAS.items():
@@ -50,7 +52,7 @@ def logger(trt: ModuleType) -> Any:
         severity.INFO: logging.DEBUG,
     }
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

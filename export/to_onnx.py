@@ -69,9 +69,7 @@ def prepare(model: nn.Module, caller: str) -> None:
         raise ValueError(f"{caller}: got a model in {dtype}, expected float32 or float16; use model.to(torch.float16)")
 
 
-def write_models(
-    steps: Sequence[Program], folder: Path, opset: int, told: Callable[[str], None]
-) -> dict[str, str]:
+def write_models(steps: Sequence[Program], folder: Path, opset: int, told: Callable[[str], None]) -> dict[str, str]:
     """Write one ONNX model a step and their weights, in one file; the models' names by those of steps."""
     weights = SharedWeights(folder)
     files = {}
@@ -100,10 +98,20 @@ def _model(each: Program, opset: int) -> "onnx_ir.Model":
     assert made is not None
     model: onnx_ir.Model = made.model
     model.producer_name = "attnpack-fx"
+    _free(model, [spec.name for spec in (*step.inputs, *step.outputs)])
     for values, specs in ((model.graph.inputs, step.inputs), (model.graph.outputs, step.outputs)):
         for value, spec in zip(values, specs, strict=True):
             _named(value, spec)
     return model
+
+
+def _free(model: "onnx_ir.Model", names: Sequence[str]) -> None:
+    """Let no value inside a model have a name of its inputs or outputs: PyTorch names these without a look there."""
+    outside = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in names and id(value) not in outside:
+                value.name = f"{value.name}.inside"
 
 
 def _named(value: "onnx_ir.Value", spec: TensorSpec) -> None:

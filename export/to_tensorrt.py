@@ -59,22 +59,34 @@ def export_tensorrt(
     prepare(model, "export_tensorrt")
     if "torch_tensorrt" in builders.values():
         torch_tensorrt_engines.module(trt)
+        if compute_capabilities is not None:
+            raise ValueError(
+                f"compute_capabilities: got {compute_capabilities!r}, but Torch-TensorRT takes none; leave it out, or "
+                "take builder='onnx'"
+            )
     tell("capture")
     programs = capture(model, policy, example, profiles.chosen(dims))
-    programs = replace(programs, steps=tuple(profiles.within(each) for each in programs.steps))
-    for each in programs.steps:
-        if builders.get(each.step.name) == "torch_tensorrt":
-            torch_tensorrt_engines.refuse_loops(each)
+    converted = {name for name, how in builders.items() if how == "torch_tensorrt"}
+    programs = replace(programs, steps=tuple(_within(each, each.step.name in converted) for each in programs.steps))
     with new_folder(Path(path)) as folder:
         files = {each.step.name: f"{each.step.name}.engine" for each in programs.steps}
-        parsed = [each for each in programs.steps if builders.get(each.step.name) != "torch_tensorrt"]
+        parsed = [each for each in programs.steps if each.step.name not in converted]
         _from_onnx(trt, parsed, folder, files, capabilities, tell)
         for each in programs.steps:
-            if each not in parsed:
+            if each.step.name in converted:
                 tell(f"{each.step.name} by Torch-TensorRT")
                 (folder / files[each.step.name]).write_bytes(torch_tensorrt_engines.engine(trt, each))
         _finish(trt, folder, programs, files, processor, capabilities)
     return Path(path)
+
+
+def _within(each: Program, converted: bool) -> Program:
+    """A step for the sizes that its engine will be for. Raises `NotImplementedError` where it can be none."""
+    each = profiles.within(each)
+    if not converted:
+        return each
+    torch_tensorrt_engines.refuse_loops(each)
+    return torch_tensorrt_engines.within(each)
 
 
 def _from_onnx(

@@ -5,7 +5,7 @@ Its converters know ATen operators, which the steps are made of once `attnpack::
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +14,12 @@ from torch import fx
 from attnpack_fx.export import profiles
 from attnpack_fx.export.program import Program
 from attnpack_fx.export.require import require
+from attnpack_fx.export.runtime.tensorrt_session import INPUT
+
+#: attn_bias_is_causal: our masks are not those of causal attention alone, which it is taken for by default.
+#: decompose_attention: its own attention layer has no grouped heads.
+_OPTIONS: dict[str, Any] = {"min_block_size": 1, "attn_bias_is_causal": False, "decompose_attention": True}
+_PACKED = ("vision_length", "text_length")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,18 @@ def module(trt: ModuleType | None = None) -> ModuleType:
     return found
 
 
+def within(each: Program) -> Program:
+    """A step for fewer sizes: in a reshape, Torch-TensorRT takes a size of 0 for that of the input's dimension.
+
+    Low-rank segments, whose weights are reshaped, are therefore never empty; other tensors may be.
+    """
+    ranges = {
+        name: replace(allowed, least=max(1, allowed.least)) if name in _PACKED else allowed
+        for name, allowed in each.ranges.items()
+    }
+    return replace(each, ranges=ranges)
+
+
 def refuse_loops(each: Program) -> None:
     """Raises `NotImplementedError` for a program with a loop."""
     loops = {str(node.target) for node in each.program.graph.nodes if "while_loop" in str(node.target)}
@@ -56,12 +74,14 @@ def refuse_loops(each: Program) -> None:
 
 
 def engine(trt: ModuleType, each: Program) -> bytes:
-    """The serialised engine of a step, whose inputs and outputs are in the step's order, under other names.
+    """The serialised engine of a step; its inputs and outputs are called `tensors_0`, `output0` and so on.
 
     Raises `RuntimeError` where an operator is not converted, or no engine is built.
     """
     found = module(trt)
     refuse_loops(each)
+    expected = [INPUT.format(number) for number in range(len(each.step.inputs))]
+    assert list(each.program.graph_signature.user_inputs) == expected, "of `Step.forward`"
     try:
         made: bytes = found.dynamo.convert_exported_program_to_serialized_trt_engine(
             each.program, arg_inputs=_inputs(found, each), require_full_compilation=True, **_OPTIONS
@@ -85,17 +105,13 @@ def coverage(each: Program) -> Coverage:
     for name, part in [("", partitioned), *partitioned.named_children()]:
         if not isinstance(part, fx.GraphModule):
             continue
-        called = [node for node in part.graph.nodes if node.op == "call_function" and node.target != operator.getitem]
+        called = [node.target for node in part.graph.nodes if node.op == "call_function"]
         if "_run_on_acc" in name:
             inside += len(called)
         else:
-            outside += [str(node.target) for node in called]
+            # Between parts, outputs are taken from tuples.
+            outside += [str(target) for target in called if target != operator.getitem]
     return Coverage(inside + len(outside), inside, tuple(sorted(set(outside))))
-
-
-#: attn_bias_is_causal: our masks are not those of causal attention alone, which it is taken for by default.
-#: decompose_attention: its own attention layer has no grouped heads.
-_OPTIONS: dict[str, Any] = {"min_block_size": 1, "attn_bias_is_causal": False, "decompose_attention": True}
 
 
 def _inputs(found: ModuleType, each: Program) -> list[list[Any]]:
@@ -106,7 +122,5 @@ def _inputs(found: ModuleType, each: Program) -> list[list[Any]]:
         if not spec.dims:
             made.append(found.Input(shape=least, dtype=spec.dtype, name=spec.name))
             continue
-        made.append(
-            found.Input(min_shape=least, opt_shape=typical, max_shape=most, dtype=spec.dtype, name=spec.name)
-        )
+        made.append(found.Input(min_shape=least, opt_shape=typical, max_shape=most, dtype=spec.dtype, name=spec.name))
     return [made]
