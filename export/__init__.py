@@ -9,5 +9,6 @@ Nothing here imports onnx, onnxruntime, TensorRT or transformers before it is ne
 from attnpack_fx.export.runtime import PackedGenerator
 from attnpack_fx.export.signature import ArtefactError
 from attnpack_fx.export.to_onnx import export_onnx
+from attnpack_fx.export.to_tensorrt import export_tensorrt
 
-__all__ = ["ArtefactError", "PackedGenerator", "export_onnx"]
+__all__ = ["ArtefactError", "PackedGenerator", "export_onnx", "export_tensorrt"]

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,26 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def finish(
-    folder: Path, target: str, programs: Programs, files: dict[str, str], device: str, processor: Any, *packages: str
+    folder: Path,
+    target: str,
+    programs: Programs,
+    files: dict[str, str],
+    device: str,
+    processor: Any,
+    *packages: str,
+    more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the processor, and the manifest of all that is in the folder; files: of every step, by its name."""
+    """Write the processor, and the manifest of all that is in the folder; files: of every step, by its name.
+
+    packages, more: whose versions the manifest gets, and versions of what no package is.
+    """
     if processor is not None:
         processor.save_pretrained(folder / PROCESSOR)
     steps = {
         each.step.name: StepFiles(files[each.step.name], tuple(each.step.inputs), tuple(each.step.outputs), each.ranges)
         for each in programs.steps
     }
-    made = manifest.versions(*packages)
+    made = {**manifest.versions(*packages), **(more or {})}
     manifest.write(folder, Manifest(target, steps, programs.policy, facts(programs), device, made))
 
 

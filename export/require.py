@@ -6,16 +6,18 @@ from types import ModuleType
 #: What to install for an extra.
 _HOW = {
     "export": 'pip install "attnpack-fx[export]"',
-    "tensorrt": 'pip install "attnpack-fx[tensorrt]"',
+    "tensorrt": 'pip install "attnpack-fx[tensorrt]" --extra-index-url https://pypi.nvidia.com',
+    "tensorrt-rtx": 'pip install "attnpack-fx[tensorrt-rtx]"',
 }
 
 
-def require(name: str, extra: str) -> ModuleType:
-    """The library of that name. Raises `ImportError` that says which extra has it, and what went wrong.
+def require(name: str, *extras: str) -> ModuleType:
+    """The library of that name. Raises `ImportError` that says which extras have it, and what went wrong.
 
     Any exception counts: some libraries fail in other ways where a driver is missing.
     """
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise ImportError(f"{name} is needed, and cannot be imported ({error}); {_HOW[extra]}", name=name) from error
+        how = " or ".join(_HOW[extra] for extra in extras)
+        raise ImportError(f"{name} is needed, and cannot be imported ({error}); {how}", name=name) from error

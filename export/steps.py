@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnpack_fx.export.coding import coded
+from attnpack_fx.export.coding import coded, stored
 from attnpack_fx.export.factorize import starting_basis, truncated_svd
 from attnpack_fx.export.layout import KINDS, BlockSpec, Layout, Modality
 from attnpack_fx.export.model import Parts, added_to_layers, image_features
@@ -337,7 +337,11 @@ def _block(block: BlockSpec, coefficient: Tensor, basis: Tensor, filler: Tensor)
     basis_codes, *of_rows = coded(basis, (1, 3), block.basis_bits, block.asymmetric, None)
     pairs = [(c.flatten(1), r.flatten(1)) for c, r in zip(of_columns, of_rows, strict=True)]
     scale = torch.stack([each for pair in pairs[: 1 + block.asymmetric] for each in pair], 1)
-    return {block.coefficient: codes[:, :-1], block.basis: basis_codes, block.scale: scale}
+    return {
+        block.coefficient: stored(codes[:, :-1], block.bits, block.asymmetric),
+        block.basis: stored(basis_codes, block.basis_bits, block.asymmetric),
+        block.scale: scale,
+    }
 
 
 def _rows(rows: Tensor) -> Rows[Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,33 +46,42 @@ def export_onnx(
     Returns the folder. Raises `NotImplementedError` for models and policies that cannot be exported, `ImportError`
     where onnx, onnxscript or onnxruntime's `export` extra is missing, ValueError for a dtype ONNX Runtime lacks.
     """
-    require("onnx", "export")
-    require("onnxscript", "export")
     told = progress or (lambda text: None)
-    dtype = next(model.parameters()).dtype
-    if dtype not in (torch.float32, torch.float16):
-        raise ValueError(
-            f"export_onnx: got a model in {dtype}, expected float32 or float16; use model.to(torch.float16)"
-        )
+    prepare(model, "export_onnx")
     if opset not in (18, 20, 21, 23):
         raise ValueError(f"export_onnx: opset: got {opset!r}, expected 18, 20, 21 or 23")
     told("capture")
     programs = capture(model, policy, example, dims)
     with new_folder(Path(path)) as folder:
-        weights = SharedWeights(folder)
-        files = {}
-        for each in programs.steps:
-            told(f"{each.step.name} to ONNX")
-            files[each.step.name] = f"{each.step.name}.onnx"
-            weights.save(_model(each, opset), files[each.step.name])
-        weights.close()
-        told("check")
-        for file in files.values():
-            _check(folder / file)
+        files = write_models(programs.steps, folder, opset, told)
         config = genai.config(facts(programs), programs.layout, files["decode"])
         (folder / genai.NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         finish(folder, "onnx", programs, files, "any", processor, "onnx", "onnxscript")
     return Path(path)
+
+
+def prepare(model: nn.Module, caller: str) -> None:
+    """Raises `ImportError` where the libraries that write ONNX are missing, ValueError for a dtype no runtime has."""
+    require("onnx", "export")
+    require("onnxscript", "export")
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"{caller}: got a model in {dtype}, expected float32 or float16; use model.to(torch.float16)")
+
+
+def write_models(steps: Sequence[Program], folder: Path, opset: int, told: Callable[[str], None]) -> dict[str, str]:
+    """Write one ONNX model a step and their weights, in one file; the models' names by those of steps."""
+    weights = SharedWeights(folder)
+    files = {}
+    for each in steps:
+        told(f"{each.step.name} to ONNX")
+        files[each.step.name] = f"{each.step.name}.onnx"
+        weights.save(_model(each, opset), files[each.step.name])
+    weights.close()
+    told("check")
+    for file in files.values():
+        _check(folder / file)
+    return files
 
 
 def _model(each: Program, opset: int) -> "onnx_ir.Model":
@@ -89,10 +98,20 @@ def _model(each: Program, opset: int) -> "onnx_ir.Model":
     assert made is not None
     model: onnx_ir.Model = made.model
     model.producer_name = "attnpack-fx"
+    _free(model, [spec.name for spec in (*step.inputs, *step.outputs)])
     for values, specs in ((model.graph.inputs, step.inputs), (model.graph.outputs, step.outputs)):
         for value, spec in zip(values, specs, strict=True):
             _named(value, spec)
     return model
+
+
+def _free(model: "onnx_ir.Model", names: Sequence[str]) -> None:
+    """Let no value inside a model have a name of its inputs or outputs: PyTorch names these without a look there."""
+    outside = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in names and id(value) not in outside:
+                value.name = f"{value.name}.inside"
 
 
 def _named(value: "onnx_ir.Value", spec: TensorSpec) -> None:

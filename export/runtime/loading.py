@@ -33,4 +33,12 @@ def load(folder: Path, manifest: Manifest, threads: int | None, providers: Seque
 
         device = torch.device(manifest.device)
         return {name: AotiSession(name, step, folder / step.file, device) for name, step in manifest.steps.items()}
-    raise ArtefactError(f"{folder}: got target {manifest.target!r}, expected onnx or aoti")
+    if manifest.target == "tensorrt":
+        from attnpack_fx.export.runtime.tensorrt_session import TensorRTSession
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        return {
+            name: TensorRTSession(name, step, folder / step.file, device, manifest.versions)
+            for name, step in manifest.steps.items()
+        }
+    raise ArtefactError(f"{folder}: got target {manifest.target!r}, expected onnx, tensorrt or aoti")

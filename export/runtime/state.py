@@ -78,8 +78,8 @@ def fold(state: CacheState, layout: Layout, count: int, prompt_positions: Tensor
         for kind in KINDS:
             names = f"prompt.{layer}.{kind}", f"past_key_values.{layer}.{kind}"
             prompt, window = packed[names[0]], state.window[names[1]]
-            rows = torch.cat([prompt, window], 2)
-            oldest = rows[:, :, :count].masked_fill(gone[:, None, :, None], 0)
+            rows = torch.cat([prompt, window.to(prompt.device)], 2)
+            oldest = rows[:, :, :count].masked_fill(gone.to(rows.device)[:, None, :, None], 0)
             if kind == "key" and "text" in layout.turned(layer):
                 assert turns is not None
                 oldest = turned_back(oldest, *turns)

@@ -135,13 +135,13 @@ def _coded(
         # A hair below, lest the product with the top be beyond what fp32 holds.
         return codes, (unit / top).clamp_(max=torch.finfo(x.dtype).max / top * (1 - 1e-6)), zero
     fields, scale, zero = fields_of(x, dims, bits, filler, asymmetric)
-    return pack(fields, bits), scale, zero
+    return pack(fields.to(torch.uint8 if asymmetric else torch.int8), bits), scale, zero
 
 
 def fields_of(
     x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None, asymmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fields of x in 8, 4 or 2 bits, int8 or (asymmetric) uint8, and their scale and zero point, fp32, 1 in `dims`."""
+    """Fields of x in 8, 4 or 2 bits, as whole numbers in fp32, their scale and zero point, fp32 and 1 in `dims`."""
     if asymmetric:
         return _spread(x.float(), dims, bits, filler)
     fields, scale = _encode(x, dims, bits, filler)
@@ -162,15 +162,15 @@ def _spread(x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None) 
     scale = (high / last - low / last).clamp_(max=torch.finfo(x.dtype).max / last * (1 - 1e-6))
     step = scale.masked_fill(scale == 0, 1)
     fields = (x / step - low / step).round_().clamp_(0, last).masked_fill_(scale == 0, 0)
-    return fields.to(torch.uint8), scale, low
+    return fields, scale, low
 
 
 def _encode(x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Fields of x as int8, and their scales, fp32: of size 1 in `dims`, over which they are shared."""
+    """Fields of x and their scales, fp32, these of size 1 in `dims`, over which they are shared."""
     low, _, offset = LEVELS[bits]
     if x.numel() == 0:
         shape = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
-        return x.new_zeros(x.shape, dtype=torch.int8), x.new_zeros(shape, dtype=torch.float32)
+        return x.new_zeros(x.shape, dtype=torch.float32), x.new_zeros(shape, dtype=torch.float32)
     reach = -(low + offset)
     ceiling = torch.finfo(x.dtype).max / reach
     x = x.float()
@@ -191,7 +191,7 @@ def _encode(x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None) 
     # A scale fitted to all may take the largest level beyond what the dtype holds.
     scale = (step * unit).clamp_(-ceiling, ceiling)
     step = torch.where(scale == 0, 1, scale / unit)
-    return _fields(x, step, bits).to(torch.int8), scale
+    return _fields(x, step, bits), scale
 
 
 def _fields(x: Tensor, step: Tensor | float, bits: int) -> Tensor:
