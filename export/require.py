@@ -6,7 +6,7 @@ from types import ModuleType
 #: What to install for an extra.
 _HOW = {
     "export": 'pip install "attnpack-fx[export]"',
-    "tensorrt": 'pip install "attnpack-fx[tensorrt]" --extra-index-url https://pypi.nvidia.com',
+    "tensorrt": 'pip install "attnpack-fx[tensorrt]", with the package index of NVIDIA as --extra-index-url',
     "tensorrt-rtx": 'pip install "attnpack-fx[tensorrt-rtx]"',
 }
 
