@@ -93,6 +93,8 @@ def _vision(parts: Parts, example: Mapping[str, Any]) -> VisionStep:
 
 def _captured(step: Step, parts: Parts, ranges: Mapping[str, Range]) -> Program:
     names = {size for spec in step.inputs for size in spec.shape if isinstance(size, str) and "+" not in size}
+    if step.name != "prefill":  # whose prompts may be longer than what a step takes after them
+        ranges = {**ranges, "sequence_length": replace(ranges["sequence_length"], least=1)}
     dims = {name: Dim(name, min=ranges[name].least, max=ranges[name].most) for name in sorted(names)}
     tensors = [_example(spec, parts) for spec in step.inputs]
     shapes = [
