@@ -6,8 +6,9 @@
 Nothing here imports onnx, onnxruntime, TensorRT or transformers before it is needed.
 """
 
+from attnpack_fx.export.model import features
 from attnpack_fx.export.runtime import PackedGenerator
 from attnpack_fx.export.signature import ArtefactError
 from attnpack_fx.export.to_onnx import export_onnx
 
-__all__ = ["ArtefactError", "PackedGenerator", "export_onnx"]
+__all__ = ["ArtefactError", "PackedGenerator", "export_onnx", "features"]

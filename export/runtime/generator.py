@@ -67,6 +67,7 @@ class PackedGenerator:
         *,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         image_features: Tensor | Sequence[Tensor] | None = None,
         position_ids: Tensor | None = None,
         max_new_tokens: int = 64,
@@ -81,14 +82,14 @@ class PackedGenerator:
     ) -> Tensor:
         """Tokens int64 `[B, T + new]`, the prompt's first, as `model.generate` returns them.
 
-        input_ids, attention_mask: int64 `[B, T]`, padding on the left, 0 in the mask. pixel_values, image_grid_thw: as
-        the processor makes them; image_features: instead of pixels, `[F, hidden]`, or those of DeepStack behind them,
-        as `attnpack_fx.export.features` makes them. position_ids: int64 `[B, T]`, or `[3, B, T]` under M-RoPE, where
+        input_ids, attention_mask: int64 `[B, T]`, padding on the left, 0 in the mask. pixel_values, image_grid_thw,
+        image_sizes: as the processor makes them; image_features: instead of pixels, `[F, hidden]`, or those of
+        DeepStack behind them, as `attnpack_fx.export.features` makes them. position_ids: int64 `[B, T]`, or `[3, B, T]` under M-RoPE, where
         they do not follow from the prompt and its images (videos).
         do_sample, temperature, top_k, top_p, seed: as in `Sampling`; greedy without do_sample. eos_token_id: instead of
         the model's, `()` for none; a sample that is through goes on with the pad token. on_token: called with the new
-        tokens `[B]` of every step. Other inputs that processors make (`token_type_ids`, `mm_token_type_ids`,
-        `image_sizes`) are not needed.
+        tokens `[B]` of every step. Other inputs that processors make (`token_type_ids`,
+        `mm_token_type_ids`) are not needed.
 
         Raises `ArtefactError` for tensors that do not fit the artefact, and ValueError for options that make no sense.
         """
@@ -106,7 +107,8 @@ class PackedGenerator:
             )
         if bool((mask[:, -1] == 0).any()):
             raise ArtefactError("generate: attention_mask: got padding behind a prompt, expected it before (left)")
-        features = self._features(ids, pixel_values, image_features)
+        cut = {**unused, "image_grid_thw": image_grid_thw, "image_sizes": image_sizes}
+        features = self._features(ids, pixel_values, image_features, cut)
         positions = self._positions(ids, mask, image_grid_thw, position_ids)
         logits, planned = self._prefill(ids, mask, positions, features)
         prompt_positions = planned.positions(positions, ["prompt"])["prompt_position_ids"]
@@ -134,9 +136,13 @@ class PackedGenerator:
         return torch.cat(tokens, 1)
 
     def _features(
-        self, ids: Tensor, pixel_values: Tensor | None, given: Tensor | Sequence[Tensor] | None
+        self,
+        ids: Tensor,
+        pixel_values: Tensor | None,
+        given: Tensor | Sequence[Tensor] | None,
+        cut: Mapping[str, Tensor | None],
     ) -> dict[str, Tensor]:
-        """What prefill takes for image tokens."""
+        """What prefill takes for image tokens; cut: grids and sizes of images, by name."""
         names = [spec.name for spec in self.manifest.steps["prefill"].inputs if "features" in spec.name]
         count = int(torch.isin(ids, self._image_tokens).sum())
         if not names:
@@ -151,6 +157,7 @@ class PackedGenerator:
                     "generate: pixel_values: this artefact has no vision step, as it was exported without an example "
                     "with images; give image_features, or export again with example=processor(...)"
                 )
+            self._check_images(cut)
             vision = self.sessions["vision"]
             dtype = vision.step.inputs[0].dtype
             made = list(vision.run({"pixel_values": pixel_values.to(dtype)}).values())
@@ -165,6 +172,17 @@ class PackedGenerator:
                 "pixels that belong to the prompt"
             )
         return dict(zip(names, made, strict=True))
+
+    def _check_images(self, cut: Mapping[str, Tensor | None]) -> None:
+        """Whether images are cut as those that the vision step was made with."""
+        for name, expected in self.manifest.model.get("images", {}).items():
+            found = cut.get(name)
+            got = None if found is None else found.tolist()
+            if got != expected:
+                raise ArtefactError(
+                    f"generate: {name}: got {got}, expected {expected}, for which the vision step was exported; give "
+                    "image_features=attnpack_fx.export.features(model, inputs), or export again with such an example"
+                )
 
     def _positions(self, ids: Tensor, mask: Tensor, grids: Tensor | None, given: Tensor | None) -> Tensor:
         if given is not None:
@@ -216,6 +234,6 @@ class PackedGenerator:
 
 def _refuse(unused: Mapping[str, Any]) -> None:
     """What processors make besides is ignored; anything else is a mistake."""
-    known = {"token_type_ids", "mm_token_type_ids", "image_sizes"}
+    known = {"token_type_ids", "mm_token_type_ids", "batch_num_images"}
     if wrong := sorted(unused.keys() - known):
         raise TypeError(f"generate: got an unexpected option {wrong[0]!r}")
