@@ -9,6 +9,7 @@ Nothing here imports onnx, onnxruntime, TensorRT or transformers before it is ne
 from attnpack_fx.export.model import features
 from attnpack_fx.export.runtime import PackedGenerator
 from attnpack_fx.export.signature import ArtefactError
+from attnpack_fx.export.to_aoti import export_aoti
 from attnpack_fx.export.to_onnx import export_onnx
 
-__all__ = ["ArtefactError", "PackedGenerator", "export_onnx", "features"]
+__all__ = ["ArtefactError", "PackedGenerator", "export_aoti", "export_onnx", "features"]

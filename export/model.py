@@ -169,8 +169,8 @@ def features(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     parts = parts_of(model)
     if not parts.image_tokens or "pixel_values" not in inputs:
         raise ValueError(
-            f"features: got {type(model).__name__} and inputs {sorted(inputs)}, expected a model that takes images, and "
-            "pixel_values; leave image_features out for text alone"
+            f"features: got {type(model).__name__} and inputs {sorted(inputs)}, expected a model that takes images, "
+            "and pixel_values; leave image_features out for text alone"
         )
     return image_features(model, image_inputs(parts, inputs))
 

@@ -84,12 +84,12 @@ class PackedGenerator:
 
         input_ids, attention_mask: int64 `[B, T]`, padding on the left, 0 in the mask. pixel_values, image_grid_thw,
         image_sizes: as the processor makes them; image_features: instead of pixels, `[F, hidden]`, or those of
-        DeepStack behind them, as `attnpack_fx.export.features` makes them. position_ids: int64 `[B, T]`, or `[3, B, T]` under M-RoPE, where
-        they do not follow from the prompt and its images (videos).
+        DeepStack behind them, as `attnpack_fx.export.features` makes them. position_ids: int64 `[B, T]`, or
+        `[3, B, T]` under M-RoPE, where they do not follow from the prompt and its images (videos).
         do_sample, temperature, top_k, top_p, seed: as in `Sampling`; greedy without do_sample. eos_token_id: instead of
         the model's, `()` for none; a sample that is through goes on with the pad token. on_token: called with the new
-        tokens `[B]` of every step. Other inputs that processors make (`token_type_ids`,
-        `mm_token_type_ids`) are not needed.
+        tokens `[B]` of every step. Other inputs that processors make (`token_type_ids`, `mm_token_type_ids`)
+        are not needed.
 
         Raises `ArtefactError` for tensors that do not fit the artefact, and ValueError for options that make no sense.
         """
