@@ -19,11 +19,12 @@ from torch._higher_order_ops.while_loop import while_loop
 from attnpack_fx.kernels.aten.svd import sketch_size
 
 #: Iterations: of the subspace, of Newton-Schulz (each takes a direction's length 1.5 times nearer to 1), Jacobi sweeps.
-_SUBSPACE, _NEWTON, _SWEEPS = 3, 26, 7
+_SUBSPACE, _NEWTON, _SWEEPS = 3, 18, 7
 #: Steps of Newton-Schulz on the basis itself, which correct what the coupled form has gathered in rounding.
 _POLISH = 4
-#: Added to the eigenvalues of a Gram matrix, as a share of their sum: what fp32 cannot tell from zero.
-_SHIFT = 1e-7
+#: Added to the eigenvalues of a Gram matrix, as a share of their sum: well above what rounding leaves of a zero, which
+#: may be negative, where Newton-Schulz diverges, and which its inverse root would blow up.
+_SHIFT = 1e-5
 
 
 def starting_basis(width: int, rank: int) -> Tensor:
