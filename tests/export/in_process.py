@@ -47,9 +47,7 @@ def generator(
     artefact.finish(folder, "onnx", programs, {name: name for name in modules}, "any", None)
 
     def load(folder: Path, manifest: Any, *options: Any) -> dict[str, Session]:
-        return {
-            name: ModuleSession(name, step, modules[name], programs.parts) for name, step in manifest.steps.items()
-        }
+        return {name: ModuleSession(name, step, modules[name], programs.parts) for name, step in manifest.steps.items()}
 
     with patch.object(runtime, "load", load):
         return PackedGenerator(folder)
