@@ -101,7 +101,16 @@ def _captured(step: Step, parts: Parts, ranges: Mapping[str, Range]) -> Program:
         }
         for spec in step.inputs
     ]
-    program = torch.export.export(step, (tensors,), dynamic_shapes=(shapes,), strict=False)
+    try:
+        program = torch.export.export(step, (tensors,), dynamic_shapes=(shapes,), strict=False)
+    except RuntimeError as error:
+        if not isinstance(step, VisionStep):
+            raise
+        what = str(error).partition("\n")[0]
+        raise NotImplementedError(
+            f"export: the vision tower of {type(parts.model).__name__} cannot be captured ({what}); leave `example` "
+            "out, and give generate image_features=attnpack_fx.export.features(model, inputs)"
+        ) from error
     program = program.run_decompositions({torch.ops.attnpack.attention.default: portable.attention})
     return Program(step, program, {name: ranges[name] for name in sorted(names)})
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import attnpack_fx
 from attnpack_fx import Columns, LayerPlan, PackPolicy, Quantize, Stored
-from attnpack_fx.export import ArtefactError, PackedGenerator, export_onnx, features
+from attnpack_fx.export import ArtefactError, PackedGenerator, export_onnx, features, steps
 from attnpack_fx.export.model import parts_of
 from attnpack_fx.export.policies import exportable
+from attnpack_fx.export.program import capture
 from attnpack_fx.export.runtime.planning import mrope_positions
 from attnpack_fx.ranks import PerLayer
 from tests.export.comparing import assert_same, of_artefact, of_model
@@ -208,6 +209,17 @@ def test_vision_among_the_text_of_a_layer() -> None:
     plans = (LayerPlan(_EIGHT, None, "rotated"), LayerPlan(None, _EIGHT, "rotated"))
     with pytest.raises(NotImplementedError, match="layer 1, which packs text and not vision"):
         exportable(PackPolicy(layers=plans), parts_of(ZOO["llava-gqa"].build("sdpa")))
+
+
+def test_a_vision_tower_that_asks_for_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asking(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+        pixels = inputs["pixel_values"]
+        return [pixels if pixels.sum() > 0 else -pixels]
+
+    monkeypatch.setattr(steps, "image_features", asking)
+    model, inputs = of("llava-gqa")
+    with pytest.raises(NotImplementedError, match=r"cannot be captured \(.*export\.features\(model, inputs\)"):
+        capture(model, FULL, inputs)
 
 
 def test_what_no_processor_makes() -> None:
