@@ -159,7 +159,7 @@ def test_onnx_of_deepstack_and_three_axes(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("without_inductor")
 def test_onnx_of_folds(tmp_path: Path) -> None:
-    policy = POLICIES["folds unrotated"]
+    policy = replace(POLICIES["folds unrotated"], vision_rank="full")
     model, inputs = of("llava-gqa")
     export_onnx(model, policy, tmp_path / "artefact", example=inputs)
     made = PackedGenerator(tmp_path / "artefact", threads=1)
