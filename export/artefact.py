@@ -10,6 +10,7 @@ from typing import Any
 from attnpack_fx.export import manifest
 from attnpack_fx.export.manifest import Manifest, StepFiles
 from attnpack_fx.export.program import Programs
+from attnpack_fx.export.steps import VisionStep
 
 #: Where the processor or tokenizer lies in an artefact, for hosts that have transformers.
 PROCESSOR = "processor"
@@ -73,6 +74,7 @@ def facts(programs: Programs) -> dict[str, Any]:
         return None
 
     ends = token("eos_token_id")
+    vision = next((each.step for each in programs.steps if isinstance(each.step, VisionStep)), None)
     return {
         "type": config.model_type,
         "decoder": text.model_type,
@@ -85,6 +87,7 @@ def facts(programs: Programs) -> dict[str, Any]:
         "deepstack": parts.deepstack,
         "merge": getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1),
         "image_tokens": list(parts.image_tokens),
+        "images": {} if vision is None else {name: given.tolist() for name, given in vision.fixed.items()},
         "dtype": str(parts.dtype).removeprefix("torch."),
         "vocabulary": parts.vocabulary,
         "context": getattr(text, "max_position_embeddings", None),

@@ -14,6 +14,8 @@ from attnpack_fx.hf import image_tokens
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 #: Models that put one feature vector in the place of every image token, and leave the rest to such a decoder.
 VISION = ("llava", "llava_next", "llava_onevision", "vipllava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+#: What processors make of images; all but the pixels says how they were cut.
+_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
 #: Under which transformers finds the attention of a step.
 _ATTENTION = "attnpack_export"
 
@@ -155,20 +157,45 @@ def _attend(
     return out.transpose(1, 2), None
 
 
-def image_features(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """What the vision tower makes of a processor's images: features `[F, hidden]`, then those for deeper layers."""
+@torch.no_grad()
+def features(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """What `PackedGenerator.generate` takes as `image_features`, computed in PyTorch: for artefacts without a vision
+    step, and images of other sizes than those of its example.
+
+    model: the one that was exported, in eval mode. inputs: as its processor makes them.
+    Returns features `[F, hidden]` of all image tokens in turn, then those for deeper layers (DeepStack). Raises
+    `NotImplementedError` for models that cannot be exported, ValueError for those of text and inputs without images.
+    """
+    parts = parts_of(model)
+    if not parts.image_tokens or "pixel_values" not in inputs:
+        raise ValueError(
+            f"features: got {type(model).__name__} and inputs {sorted(inputs)}, expected a model that takes images, "
+            "and pixel_values; leave image_features out for text alone"
+        )
+    return image_features(model, image_inputs(parts, inputs))
+
+
+def image_inputs(parts: Parts, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a processor's inputs, those that the vision tower takes, where the model is and in its dtype."""
+    given = {name: torch.as_tensor(inputs[name]).to(parts.device) for name in _IMAGE_INPUTS if name in inputs}
+    return given | {"pixel_values": given["pixel_values"].to(parts.dtype)}
+
+
+def image_features(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the vision tower makes of images: features `[F, hidden]`, then those for deeper layers."""
     if any_count(model):
         return [_clip_features(model, inputs["pixel_values"]).flatten(0, 1)]
-    names = ("pixel_values", "image_grid_thw", "image_sizes")
-    found = model.get_image_features(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
-    features = found.pooler_output
-    rows = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
-    return [rows.flatten(0, -2), *(getattr(found, "deepstack_features", None) or ())]
+    found = model.get_image_features(**inputs, return_dict=True)
+    every = (found.pooler_output, *(getattr(found, "deepstack_features", None) or ()))
+    # Some towers list images one by one.
+    rows = (torch.cat(list(each)) if isinstance(each, (list, tuple)) else each for each in every)
+    return [each.flatten(0, -2) for each in rows]
 
 
 def any_count(model: Any) -> bool:
-    """Whether one vision step serves any number of images: where all are of one size."""
-    return model.config.model_type in ("llava", "vipllava")
+    """Whether one vision step serves any number of images: where all are of one size, unlike those of Pixtral."""
+    config = model.config
+    return config.model_type in ("llava", "vipllava") and config.vision_config.model_type != "pixtral"
 
 
 def _clip_features(model: Any, pixel_values: Tensor) -> Tensor:

@@ -35,6 +35,13 @@ def layout_of(
     plans = tuple(policy.layer(number, layers, width, width, vision=vision) for number in range(layers))
     names: tuple[Modality, ...] = ("vision", "text")
     modalities = tuple(name for name in names if any(plan.of(name) is not None for plan in plans))
+    if "vision" in modalities:
+        for number, plan in enumerate(plans):
+            if plan.vision is None and plan.text is not None:
+                raise NotImplementedError(
+                    f"export: got layer {number}, which packs text and not vision, unlike other layers: there vision "
+                    "tokens are packed with the text, which takes slots of its own; pack both there, or neither"
+                )
     layout = Layout(plans, kv_heads, head_dim, head_dim, modalities, axes, dtype)
     for layer in range(layers):
         for modality in modalities:

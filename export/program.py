@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 
 from attnpack_fx.export import portable
 from attnpack_fx.export.layout import Layout
-from attnpack_fx.export.model import Parts, any_count, exporting, parts_of
+from attnpack_fx.export.model import Parts, any_count, exporting, image_inputs, parts_of
 from attnpack_fx.export.policies import exportable
 from attnpack_fx.export.signature import Range, TensorSpec
 from attnpack_fx.export.steps import AnglesStep, DecodeStep, PrefillStep, Step, VisionStep
@@ -86,9 +86,7 @@ def capture(
 
 
 def _vision(parts: Parts, example: Mapping[str, Any]) -> VisionStep:
-    given = {name: example[name] for name in ("pixel_values", "image_grid_thw", "image_sizes") if name in example}
-    pixels = given["pixel_values"].to(parts.device, parts.dtype)
-    return VisionStep(parts, {**given, "pixel_values": pixels}, any_count(parts.model))
+    return VisionStep(parts, image_inputs(parts, example), any_count(parts.model))
 
 
 def _captured(step: Step, parts: Parts, ranges: Mapping[str, Range]) -> Program:
@@ -105,7 +103,16 @@ def _captured(step: Step, parts: Parts, ranges: Mapping[str, Range]) -> Program:
         }
         for spec in step.inputs
     ]
-    program = torch.export.export(step, (tensors,), dynamic_shapes=(shapes,), strict=False)
+    try:
+        program = torch.export.export(step, (tensors,), dynamic_shapes=(shapes,), strict=False)
+    except RuntimeError as error:
+        if not isinstance(step, VisionStep):
+            raise
+        what = str(error).partition("\n")[0]
+        raise NotImplementedError(
+            f"export: the vision tower of {type(parts.model).__name__} cannot be captured ({what}); leave `example` "
+            "out, and give generate image_features=attnpack_fx.export.features(model, inputs)"
+        ) from error
     program = program.run_decompositions({torch.ops.attnpack.attention.default: portable.attention})
     return Program(step, program, {name: ranges[name] for name in sorted(names)})
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attnpack_fx.export.coding import coded, stored
+from attnpack_fx.export.constants import Folding
 from attnpack_fx.export.factorize import starting_basis, truncated_svd
 from attnpack_fx.export.layout import KINDS, BlockSpec, Layout, Modality
 from attnpack_fx.export.model import Parts, added_to_layers, image_features
@@ -45,14 +46,14 @@ class Step(nn.Module):
 
 
 class VisionStep(Step):
-    """Features of images; grids and sizes of images are those of the example, and part of the artefact."""
+    """Features of images; unless `dynamic`, how many there are, their grids and sizes are those of the example."""
 
     name = "vision"
 
     def __init__(self, parts: Parts, example: Mapping[str, Tensor], dynamic: bool) -> None:
         super().__init__()
         self.parts, self.model = parts, parts.model
-        self.fixed = {name: tensor for name, tensor in example.items() if name != "pixel_values"}
+        self.fixed = {name: tensor for name, tensor in example.items() if name != "pixel_values" and not dynamic}
         sizes = tuple(example["pixel_values"].shape)
         images: tuple[int | str, ...] = ("image_count", *sizes[1:]) if dynamic else sizes
         self.inputs = [TensorSpec("pixel_values", parts.dtype, images)]
@@ -60,7 +61,8 @@ class VisionStep(Step):
         self.outputs = [TensorSpec(name, parts.dtype, ("feature_length", parts.hidden)) for name in names]
 
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        features = image_features(self.model, {**given, **self.fixed})
+        with Folding():
+            features = image_features(self.model, {**given, **self.fixed})
         return {spec.name: made for spec, made in zip(self.outputs, features, strict=True)}
 
 

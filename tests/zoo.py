@@ -38,6 +38,8 @@ class Example:
 
 
 ZOO: dict[str, Example] = {}
+#: Further architectures, which differ from those of `ZOO` outside the decoder's layers: for tests of exports.
+MORE: dict[str, Example] = {}
 
 
 def _add(
@@ -47,6 +49,7 @@ def _add(
     inputs: Callable[[int, int], dict[str, Tensor]],
     packed_layers: tuple[int, ...] = (0, 1),
     dense_reason: str | None = None,
+    zoo: dict[str, Example] = ZOO,
 ) -> None:
     def build(attn_implementation: str) -> transformers.PreTrainedModel:
         with _seeded(0):
@@ -56,7 +59,7 @@ def _add(
         made.generation_config.pad_token_id = 0
         return made
 
-    ZOO[name] = Example(name, build, inputs, packed_layers, dense_reason)
+    zoo[name] = Example(name, build, inputs, packed_layers, dense_reason)
 
 
 def _liven(model: nn.Module) -> None:
@@ -223,6 +226,24 @@ def _llava_next() -> transformers.LlavaNextConfig:
         image_grid_pinpoints=[[56, 56]],
         image_seq_length=4,
     )
+
+
+def _llava_onevision() -> transformers.LlavaOnevisionConfig:
+    return transformers.LlavaOnevisionConfig(
+        vision_config=_siglip(28),
+        text_config=transformers.Qwen2Config(**_DECODER),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[56, 56]],
+    )
+
+
+def _vipllava() -> transformers.VipLlavaConfig:
+    config = transformers.VipLlavaConfig(vision_config=_clip(56), text_config=_llama(), image_token_index=IMAGE)
+    # transformers before 5.24 has the plural.
+    layers = "vision_feature_layers" if "vision_feature_layers" in vars(config) else "vision_feature_layer"
+    setattr(config, layers, (-1, -2))
+    return config
 
 
 def _video_llava() -> transformers.VideoLlavaConfig:
@@ -432,4 +453,22 @@ _add(
     text_inputs,
     packed_layers=(),
     dense_reason="sliding window",
+)
+
+_add(
+    "llava-onevision",
+    transformers.LlavaOnevisionForConditionalGeneration,
+    _llava_onevision,
+    _image_inputs(4 + 4 * 5, (5, 3, 28, 28), _next_sizes),
+    zoo=MORE,
+)
+_add("vipllava", transformers.VipLlavaForConditionalGeneration, _vipllava, _llava_inputs, zoo=MORE)
+_add("qwen2", transformers.Qwen2ForCausalLM, lambda: transformers.Qwen2Config(**_DECODER), text_inputs, zoo=MORE)
+_add("llama-tied", transformers.LlamaForCausalLM, lambda: _llama(tie_word_embeddings=True), text_inputs, zoo=MORE)
+_add(
+    "qwen2-sliding",
+    transformers.Qwen2ForCausalLM,
+    lambda: transformers.Qwen2Config(**_DECODER, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+    text_inputs,
+    zoo=MORE,
 )

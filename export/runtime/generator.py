@@ -14,9 +14,10 @@ from attnpack_fx.export.manifest import Manifest
 from attnpack_fx.export.policies import layout_of
 from attnpack_fx.export.runtime import state as states
 from attnpack_fx.export.runtime.loading import load
-from attnpack_fx.export.runtime.planning import Plan, mrope_positions, plan
+from attnpack_fx.export.runtime.planning import plan
+from attnpack_fx.export.runtime.prompting import Images, Prompt, Prompting
 from attnpack_fx.export.runtime.sampling import Sampling, most_likely
-from attnpack_fx.export.runtime.session import Session
+from attnpack_fx.export.runtime.session import Held, Session
 from attnpack_fx.export.runtime.state import CacheState
 from attnpack_fx.export.signature import DTYPES, ArtefactError
 
@@ -51,11 +52,11 @@ class PackedGenerator:
                 dtype=DTYPES[facts["dtype"]],
                 vision=bool(facts["image_tokens"]),
             )
-            self._image_tokens = torch.tensor(facts["image_tokens"], dtype=torch.int64)
             self._ends, self._pad = list(facts["eos"]), facts["pad"]
         except (KeyError, TypeError, ValueError, NotImplementedError) as error:
             raise ArtefactError(f"{self.folder}: its manifest contradicts itself ({error!r}); export again") from error
         self.sessions: dict[str, Session] = load(self.folder, self.manifest, threads, providers)
+        self._prompting = Prompting(self.manifest, self.layout, self.sessions.get("vision"))
         #: Of the last call of `generate`; None before.
         self.state: CacheState | None = None
 
@@ -65,10 +66,6 @@ class PackedGenerator:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        image_features: Tensor | Sequence[Tensor] | None = None,
-        position_ids: Tensor | None = None,
         max_new_tokens: int = 64,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -77,43 +74,28 @@ class PackedGenerator:
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         on_token: Callable[[Tensor], None] | None = None,
-        **unused: Any,
+        **images: Any,
     ) -> Tensor:
         """Tokens int64 `[B, T + new]`, the prompt's first, as `model.generate` returns them.
 
-        input_ids, attention_mask: int64 `[B, T]`, padding on the left, 0 in the mask. pixel_values, image_grid_thw: as
-        the processor makes them; image_features: instead of pixels, `[F, hidden]`, or those of DeepStack behind them,
-        as `attnpack_fx.export.features` makes them. position_ids: int64 `[B, T]`, or `[3, B, T]` under M-RoPE, where
-        they do not follow from the prompt and its images (videos).
+        input_ids, attention_mask, images: the prompt, as `prefill` takes it.
         do_sample, temperature, top_k, top_p, seed: as in `Sampling`; greedy without do_sample. eos_token_id: instead of
         the model's, `()` for none; a sample that is through goes on with the pad token. on_token: called with the new
-        tokens `[B]` of every step. Other inputs that processors make (`token_type_ids`, `mm_token_type_ids`,
-        `image_sizes`) are not needed.
+        tokens `[B]` of every step.
 
         Raises `ArtefactError` for tensors that do not fit the artefact, and ValueError for options that make no sense.
         """
-        _refuse(unused)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, expected at least 1")
         sampling = Sampling(temperature, top_k, top_p) if do_sample else None
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         ends = self._ends if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-        logits, prompt_positions = self._prompt(
-            input_ids, attention_mask, pixel_values, image_grid_thw, image_features, position_ids
-        )
-        ids = input_ids.cpu().long()
-        assert self.state is not None
+        logits, state = self.prefill(input_ids, attention_mask, **images)
         decode = self.sessions["decode"]
-        held = decode.hold(self.state.packed)
-        tokens, done = [ids], torch.zeros(len(ids), dtype=torch.bool)
+        held = decode.hold(state.packed)
+        tokens, done = [input_ids.cpu().long()], torch.zeros(len(input_ids), dtype=torch.bool)
         for number in range(max_new_tokens):
-            scores = logits[:, -1].float().cpu()
-            if not bool(scores.isfinite().all()):
-                raise ArtefactError(
-                    f"generate: the logits of token {number} hold NaN or Inf, so no token after it means anything; in "
-                    "float16 that is often an overflow: export in float32"
-                )
-            new = most_likely(scores) if sampling is None else sampling.draw(scores, generator)
+            new = self._next(logits, number, sampling, generator)
             if self._pad is not None:
                 new = new.masked_fill(done, self._pad)
             tokens.append(new[:, None])
@@ -123,11 +105,10 @@ class PackedGenerator:
                 done = done | torch.isin(new, torch.tensor(list(ends)))
             if number == max_new_tokens - 1 or bool(done.all()):
                 break
-            if count := states.due(self.state, self.manifest.policy):
-                angles = self._angles if "angles" in self.sessions else None
-                prompt_positions = states.fold(self.state, self.layout, count, prompt_positions, angles)
-                held = decode.hold(self.state.packed)
-            logits = self._decode(new[:, None], number, held)
+            if count := states.due(state, self.manifest.policy):
+                states.fold(state, self.layout, count, self._angles if "angles" in self.sessions else None)
+                held = decode.hold(state.packed)
+            logits = self._decode(state, new[:, None], number, held)
         return torch.cat(tokens, 1)
 
     @torch.no_grad()
@@ -138,110 +119,55 @@ class PackedGenerator:
         *,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         image_features: Tensor | Sequence[Tensor] | None = None,
         position_ids: Tensor | None = None,
         **unused: Any,
     ) -> tuple[Tensor, CacheState]:
-        """Logits `[B, 1, V]` behind a prompt, and its packed cache; arguments and errors as in `generate`.
+        """Logits `[B, 1, V]` behind a prompt, and its packed cache.
 
         For hosts with a loop of their own: `CacheState.packed` is what the decode step takes besides tokens and past.
+
+        input_ids, attention_mask: int64 `[B, T]`, padding on the left, 0 in the mask. pixel_values, image_grid_thw,
+        image_sizes: as the processor makes them; image_features: instead of pixels, `[F, hidden]`, or those of
+        DeepStack behind them, as `attnpack_fx.export.features` makes them. position_ids: int64 `[B, T]`, or
+        `[3, B, T]` under M-RoPE, where they do not follow from the prompt and its images (videos). Other inputs that
+        processors make (`token_type_ids`, `mm_token_type_ids`) are not needed.
         """
         _refuse(unused)
-        logits, _ = self._prompt(input_ids, attention_mask, pixel_values, image_grid_thw, image_features, position_ids)
-        assert self.state is not None
+        cut = {**unused, "image_grid_thw": image_grid_thw, "image_sizes": image_sizes}
+        images = Images(pixel_values, image_features, cut)
+        prompt = self._prompting.prompt(input_ids, attention_mask, images, position_ids)
+        logits, self.state = self._packed(prompt)
         return logits, self.state
 
-    def _prompt(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        pixel_values: Tensor | None,
-        image_grid_thw: Tensor | None,
-        image_features: Tensor | Sequence[Tensor] | None,
-        position_ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits behind a prompt, and the positions of its tokens that stay dense; the state is new."""
-        ids = input_ids.cpu().long()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu().long()
-        if ids.dim() != 2 or mask.shape != ids.shape or ids.shape[1] < 1:
-            raise ArtefactError(
-                f"generate: got input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}, expected two [B, T]"
-            )
-        if bool((mask[:, -1] == 0).any()):
-            raise ArtefactError("generate: attention_mask: got padding behind a prompt, expected it before (left)")
-        features = self._features(ids, pixel_values, image_features)
-        positions = self._positions(ids, mask, image_grid_thw, position_ids)
-        logits, planned = self._prefill(ids, mask, positions, features)
-        return logits, planned.positions(positions, ["prompt"])["prompt_position_ids"]
-
-    def _features(
-        self, ids: Tensor, pixel_values: Tensor | None, given: Tensor | Sequence[Tensor] | None
-    ) -> dict[str, Tensor]:
-        """What prefill takes for image tokens."""
-        names = [spec.name for spec in self.manifest.steps["prefill"].inputs if "features" in spec.name]
-        count = int(torch.isin(ids, self._image_tokens).sum())
-        if not names:
-            if pixel_values is not None or given is not None:
-                raise ArtefactError("generate: got images, but this model takes text alone")
-            return {}
-        if given is not None:
-            made = [given] if isinstance(given, Tensor) else list(given)
-        elif pixel_values is not None:
-            if "vision" not in self.sessions:
-                raise ArtefactError(
-                    "generate: pixel_values: this artefact has no vision step, as it was exported without an example "
-                    "with images; give image_features, or export again with example=processor(...)"
-                )
-            vision = self.sessions["vision"]
-            dtype = vision.step.inputs[0].dtype
-            made = list(vision.run({"pixel_values": pixel_values.to(dtype)}).values())
-        else:
-            facts = self.manifest.model
-            made = [torch.zeros((0, facts["hidden"]), dtype=self.layout.dtype) for _ in names]
-        if len(made) != len(names):
-            raise ArtefactError(f"generate: image_features: got {len(made)} tensors, expected {len(names)}: {names}")
-        if any(each.shape[0] != count for each in made):
-            raise ArtefactError(
-                f"generate: got {made[0].shape[0]} features of images for {count} image tokens in input_ids; give the "
-                "pixels that belong to the prompt"
-            )
-        return dict(zip(names, made, strict=True))
-
-    def _positions(self, ids: Tensor, mask: Tensor, grids: Tensor | None, given: Tensor | None) -> Tensor:
-        if given is not None:
-            return given.cpu().long()
-        plain = (mask.cumsum(1) - 1).clamp(min=0)
-        if self.layout.axes == 1:
-            return plain
-        image = torch.isin(ids, self._image_tokens) & (mask > 0)
-        if not bool(image.any()):
-            return plain[None].expand(self.layout.axes, -1, -1).contiguous()
-        if grids is None:
-            raise ArtefactError(
-                "generate: this model's positions depend on the grid of every image: give image_grid_thw, or "
-                "position_ids [3, B, T]"
-            )
-        return mrope_positions(ids, mask > 0, image, grids, int(self.manifest.model["merge"]))
-
-    def _prefill(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, features: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Plan]:
-        """Logits of the prompt's last tokens; the state is new."""
-        real = mask > 0
-        planned = plan(self.manifest.policy, self.layout, torch.isin(ids, self._image_tokens), real)
+    def _packed(self, prompt: Prompt) -> tuple[Tensor, CacheState]:
+        real, positions = prompt.mask > 0, prompt.positions
+        planned = plan(self.manifest.policy, self.layout, prompt.image, real)
         indices = {f"{name}_index": index for name, index in planned.index.items()}
-        rows = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        made = self.sessions["prefill"].run({**rows, **features, **indices})
+        rows = {"input_ids": prompt.ids, "attention_mask": prompt.mask, "position_ids": positions}
+        made = self.sessions["prefill"].run({**rows, **prompt.features, **indices})
         logits = made.pop("logits")
         highest = positions if positions.dim() == 2 else positions.amax(0)
         packed = made | planned.masks() | planned.positions(positions, self.layout.turns)
         packed["position_offset"] = highest.masked_fill(~real, 0).amax(1, keepdim=True) + 1
-        self.state = CacheState.empty(self.layout, packed)
-        return logits, planned
+        dense = planned.positions(positions, ["prompt"])["prompt_position_ids"]
+        return logits, CacheState.empty(self.layout, packed, dense)
 
-    def _decode(self, new: Tensor, number: int, held: Any) -> Tensor:
-        state = self.state
-        assert state is not None
+    def _next(
+        self, logits: Tensor, number: int, sampling: Sampling | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """The token `[B]` after the last of `logits`."""
+        scores = logits[:, -1].float().cpu()
+        if not bool(scores.isfinite().all()):
+            raise ArtefactError(
+                f"generate: the logits of token {number} hold NaN or Inf, so no token after it means anything; in "
+                "float16 that is often an overflow: export in float32"
+            )
+        return most_likely(scores) if sampling is None else sampling.draw(scores, generator)
+
+    def _decode(self, state: CacheState, new: Tensor, number: int, held: Held) -> Tensor:
+        """Logits behind a new token `[B, 1]`, the number-th; the state has grown by it."""
         mask = torch.cat([state.mask, torch.ones_like(new)], 1)
         place = torch.full_like(new, number)
         given = {"input_ids": new, "attention_mask": mask, "position_ids": place, **state.window}
@@ -257,6 +183,6 @@ class PackedGenerator:
 
 def _refuse(unused: Mapping[str, Any]) -> None:
     """What processors make besides is ignored; anything else is a mistake."""
-    known = {"token_type_ids", "mm_token_type_ids", "image_sizes"}
+    known = {"token_type_ids", "mm_token_type_ids", "batch_num_images"}
     if wrong := sorted(unused.keys() - known):
         raise TypeError(f"generate: got an unexpected option {wrong[0]!r}")

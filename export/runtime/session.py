@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.export.manifest import StepFiles
+from attnpack_fx.export.runtime.filler import filled, unfilled
 from attnpack_fx.export.signature import check
 
 
@@ -25,7 +26,7 @@ class Held:
 
 
 class Session(ABC):
-    """Runs one step. Subclasses say how; every tensor is checked here before.
+    """Runs one step. Subclasses say how; every tensor is checked here before, and filled up where that is too short.
 
     device: where tensors have to be.
     """
@@ -36,7 +37,7 @@ class Session(ABC):
     def hold(self, tensors: Mapping[str, Tensor]) -> Held:
         """Check some of the step's inputs, for many calls of `run`. Raises `ArtefactError`."""
         specs = [spec for spec in self.step.inputs if spec.name in tensors]
-        moved = self._moved(tensors)
+        moved, _ = filled(self.step, self._moved(tensors))
         sizes = check(self.name, specs, moved, self.step.ranges)
         return Held(moved, sizes, self._bind(moved))
 
@@ -47,12 +48,12 @@ class Session(ABC):
         """
         have = held.tensors if held is not None else {}
         specs = [spec for spec in self.step.inputs if spec.name not in have]
-        moved = self._moved(tensors)
+        moved, short = filled(self.step, self._moved(tensors))
         sizes = check(self.name, specs, moved, self.step.ranges, held.sizes if held is not None else {})
         made = self._run(moved, held, sizes)
         named = {spec.name: tensor for spec, tensor in zip(self.step.outputs, made, strict=True)}
         check(f"{self.name}, what it returned", self.step.outputs, named, self.step.ranges, sizes)
-        return named
+        return {spec.name: unfilled(spec, named[spec.name], short) for spec in self.step.outputs}
 
     def allocated(self, sizes: Mapping[str, int]) -> list[Tensor] | None:
         """Room for the outputs; None where their sizes do not follow from those of the inputs."""

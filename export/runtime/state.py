@@ -20,16 +20,17 @@ class CacheState:
     """packed: the inputs of decode that stay, by name. window: `past_key_values`, in turn.
 
     mask: int64 `[B, W]`, which tokens of the window there are; positions: int64 `[B, W]`, where they stand, from
-    `position_offset` on.
+    `position_offset` on. prompt_positions: int64 `[B, n]`, or `[3, B, n]`, of the prompt's tokens that are as they are.
     """
 
     packed: dict[str, Tensor]
     window: dict[str, Tensor]
     mask: Tensor
     positions: Tensor
+    prompt_positions: Tensor
 
     @classmethod
-    def empty(cls, layout: Layout, packed: Mapping[str, Tensor]) -> "CacheState":
+    def empty(cls, layout: Layout, packed: Mapping[str, Tensor], prompt_positions: Tensor) -> "CacheState":
         offset = packed["position_offset"]
         batch = offset.shape[0]
         window = {
@@ -37,12 +38,12 @@ class CacheState:
             for spec in layout.window("past_key_values", "past_sequence_length")
         }
         none = offset[:, :0]
-        return cls(dict(packed), window, none, none)
+        return cls(dict(packed), window, none, none, prompt_positions)
 
     @property
     def bytes(self) -> int:
         """What the cache takes."""
-        held = (*self.packed.values(), *self.window.values(), self.mask, self.positions)
+        held = (*self.packed.values(), *self.window.values(), self.mask, self.positions, self.prompt_positions)
         return sum(tensor.nbytes for tensor in held)
 
     def grow(self, present: Mapping[str, Tensor], mask: Tensor, positions: Tensor) -> None:
@@ -59,18 +60,14 @@ def due(state: CacheState, policy: PackPolicy) -> int:
     return max(0, dense - policy.recent) // policy.fold_every * policy.fold_every
 
 
-def fold(state: CacheState, layout: Layout, count: int, prompt_positions: Tensor, angles: Angles | None) -> Tensor:
-    """Fold the oldest `count` tokens into the text; prompt_positions: `[B or 3 B, n]` of the prompt's dense tokens.
-
-    angles: where keys of text are packed before rotary embedding. Returns the positions of those prompt tokens that are
-    left.
-    """
+def fold(state: CacheState, layout: Layout, count: int, angles: Angles | None) -> None:
+    """Fold the oldest `count` tokens into the text. angles: where its keys are packed before rotary embedding."""
     packed, kept = state.packed, state.packed["prompt_mask"].shape[1]
     offset = packed["position_offset"]
     own = state.positions + offset
-    if prompt_positions.dim() == 3:
-        own = own[None].expand(prompt_positions.shape[0], -1, -1)
-    every = torch.cat([prompt_positions, own], -1)
+    if state.prompt_positions.dim() == 3:
+        own = own[None].expand(state.prompt_positions.shape[0], -1, -1)
+    every = torch.cat([state.prompt_positions, own], -1)
     mask = torch.cat([packed["prompt_mask"], state.mask], 1)
     gone = mask[:, :count] == 0
     turns = None if angles is None else angles(every[..., :count])
@@ -92,7 +89,7 @@ def fold(state: CacheState, layout: Layout, count: int, prompt_positions: Tensor
     packed["prompt_mask"] = _copy(packed["prompt_mask"][:, count:])
     beyond = max(0, count - kept)
     state.mask, state.positions = _copy(state.mask[:, beyond:]), _copy(state.positions[:, beyond:])
-    return _copy(prompt_positions[..., count:])
+    state.prompt_positions = _copy(state.prompt_positions[..., count:])
 
 
 def _joined(packed: Mapping[str, Tensor], layout: Layout, layer: int, kind: str, rows: Tensor) -> dict[str, Tensor]:

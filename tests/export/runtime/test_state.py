@@ -86,7 +86,7 @@ class Twin:
                 basis[:, :size] = v[:, :size]
                 held |= {block.coefficient: coefficient, block.basis: basis.unflatten(2, (HEADS, DIM)).transpose(1, 2)}
             held[f"prompt.0.{kind}"] = tail_of(source)
-        self.state = CacheState.empty(self.layout, held)
+        self.state = CacheState.empty(self.layout, held, self.prompt_positions)
 
     def positions(self, logical: Tensor) -> Tensor:
         """Position ids of logical positions, which padding does not count in."""
@@ -109,7 +109,7 @@ class Twin:
         stored = Stored(*[Columns(((self.way.rank, 0),))] * 2)
         self.pair.key, self.pair.value = folding.fold(self.pair.key, self.pair.value, count, stored, None)
         angles = None if self.way.angles == "none" else angles_for(self.way)
-        self.prompt_positions = fold(self.state, self.layout, count, self.prompt_positions, angles)
+        fold(self.state, self.layout, count, angles)
 
     def check(self) -> None:
         state, layout = self.state, self.layout
@@ -127,7 +127,7 @@ class Twin:
         # Appended tokens join placed ones as they are folded.
         assert torch.equal(placed, (index >= 0).long())
         assert state.mask.shape == state.positions.shape == (self.way.batch, tail.shape[2] - prompt)
-        assert self.prompt_positions.shape == (self.way.batch, prompt)
+        assert self.state.prompt_positions.shape == (self.way.batch, prompt)
         for name in layout.turns:
             own = state.packed[f"{name}_position_ids"]
             start = sum(state.packed[f"{each}_mask"].shape[1] for each in names[: names.index(name)])
@@ -192,7 +192,7 @@ def test_filler_in_the_window_is_folded_as_zero():
     twin = Twin(Way(rank=3, vision=0, text=6, packed_text=True))
     twin.append(4)
     twin.state.mask[0, 1] = 0
-    fold(twin.state, twin.layout, 3, twin.prompt_positions, None)
+    fold(twin.state, twin.layout, 3, None)
     for kind in KINDS:
         (segment,) = twin.layout.segments(0, kind)
         assert rows(twin.state, segment)[0, :, -2].abs().amax() < 1e-6
@@ -218,13 +218,13 @@ def test_when_folds_are_due(prompt, window, fold_every, recent, expected):
     mask = none.new_ones((1, window))
     text = None if fold_every is None else 4
     policy = PackPolicy(text_rank=text, fold_every=fold_every, recent=recent)
-    assert due(CacheState(packed, {}, mask, mask), policy) == expected
+    assert due(CacheState(packed, {}, mask, mask, packed["prompt_mask"]), policy) == expected
 
 
 def test_an_empty_window_has_the_layout_of_the_model():
     layout = layout_for(Way(vision=9, rank=4), layers=3)
     packed = {"position_offset": torch.zeros((2, 1), dtype=torch.int64), "prompt_mask": torch.ones((2, 3))}
-    state = CacheState.empty(layout, packed)
+    state = CacheState.empty(layout, packed, torch.zeros((2, 3), dtype=torch.int64))
     assert list(state.window) == [f"past_key_values.{layer}.{kind}" for layer in range(3) for kind in KINDS]
     assert all(each.shape == (2, HEADS, 0, DIM) and each.dtype == torch.float32 for each in state.window.values())
     assert state.mask.shape == state.positions.shape == (2, 0)
@@ -263,19 +263,19 @@ def test_positions_of_three_axes_are_folded_along():
     packed |= {"text_mask": torch.zeros((batch, 0)).long(), "prompt_mask": torch.ones((batch, prompt)).long()}
     packed["text_position_ids"] = torch.zeros((3, batch, 0)).long()
     packed["position_offset"] = torch.tensor([[7], [9]])
-    state = CacheState.empty(layout, packed)
+    positions = torch.randint(9, (3, batch, prompt), generator=random)
+    state = CacheState.empty(layout, packed, positions)
     present = {f"present.0.{kind}": torch.randn((batch, HEADS, window, DIM), generator=random) for kind in KINDS}
     places = torch.arange(window).expand(batch, -1)
     state.grow(present, torch.ones_like(places), places)
-    positions = torch.randint(9, (3, batch, prompt), generator=random)
     asked = []
 
     def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
         asked.append(positions)
         return torch.ones((batch, count, DIM)), torch.zeros((batch, count, DIM))
 
-    left = fold(state, layout, count, positions, angles)
+    fold(state, layout, count, angles)
     expected = torch.cat([positions, (places[:, :2] + packed["position_offset"]).expand(3, -1, -1)], 2)
     assert len(asked) == 1 and torch.equal(asked[0], expected)
     assert torch.equal(state.packed["text_position_ids"], expected)
-    assert left.shape == (3, batch, 0) and torch.equal(state.positions, places[:, 2:])
+    assert state.prompt_positions.shape == (3, batch, 0) and torch.equal(state.positions, places[:, 2:])
