@@ -42,6 +42,19 @@ def of_artefact(generator: PackedGenerator, inputs: Mapping[str, Any], tokens: i
 
 
 def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = 1e-4) -> None:
-    """Same tokens; logits that differ by at most `tolerance` of the largest."""
-    assert torch.equal(actual[0], expected[0])
-    assert (actual[1] - expected[1]).abs().max() <= tolerance * expected[1].abs().max()
+    """Same tokens, and logits that differ by at most `tolerance` of the largest.
+
+    Where the two most likely tokens are no further apart than that, either may come; after it nothing is compared.
+    """
+    bound = tolerance * float(expected[1].abs().max())
+    steps = expected[1].shape[1]
+    made, wanted = actual[0][:, -steps:], expected[0][:, -steps:]
+    for sample in range(len(wanted)):
+        differ = (made[sample] != wanted[sample]).nonzero()
+        same = int(differ[0]) if len(differ) else steps
+        # The step whose token differs has still seen the same tokens before it.
+        until = min(same + 1, steps)
+        assert (actual[1][sample, :until] - expected[1][sample, :until]).abs().max() <= bound
+        if same < steps:
+            first, second = expected[1][sample, same].topk(2).values.tolist()
+            assert first - second <= 2 * bound, f"sample {sample} differs from token {same} on"

@@ -6,6 +6,7 @@ import torch
 from attnpack_fx import Columns, LayerPlan, PackPolicy, Quantize, Stored
 from attnpack_fx.export.layout import Layout
 from attnpack_fx.export.policies import layout_of
+from attnpack_fx.passes.storage import Count
 from attnpack_fx.ranks import PerLayer
 
 B, H, D = "batch_size", 2, 16
@@ -21,7 +22,7 @@ def named(specs) -> dict[str, tuple]:
     return found
 
 
-def plan(vision: int | None, text: int | None, key_space="unrotated") -> LayerPlan:
+def plan(vision: Count | None, text: Count | None, key_space="unrotated") -> LayerPlan:
     stored = [None if rank is None else Stored(*[Columns(((rank, 0),))] * 2) for rank in (vision, text)]
     return LayerPlan(*stored, key_space)
 
@@ -93,7 +94,7 @@ def test_full_rank_in_codes_is_not():
 
 
 def test_layers_that_pack_less_have_rows_in_the_same_slots():
-    policy = PackPolicy(layers=(plan(8, None), plan(None, 4), plan(None, None)))
+    policy = PackPolicy(layers=(plan(8, None), plan("full", 4), plan(None, None)))
     found = layout(policy, layers=3)
     assert found.modalities == ("vision", "text")
     packed = named(found.packed())

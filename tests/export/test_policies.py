@@ -115,7 +115,7 @@ def test_ranks_too_high_to_factorise_are_refused():
         PackPolicy(vision_rank=8, text_rank=8, fold_every=16, recent=4),
         PackPolicy(vision_rank=8, passes=(Quantize(bits=2, symmetric=False),)),
         PackPolicy(vision_rank=8, passes=(Quantize(bits=((2, 8), (None, 4)), target="coefficients"),)),
-        PackPolicy(layers=(LayerPlan(FULL, None, "rotated"), LayerPlan(None, FULL, "unrotated"))),
+        PackPolicy(layers=(LayerPlan(FULL, FULL, "rotated"), LayerPlan(FULL, None, "unrotated"))),
         PackPolicy(vision_rank=8, strict=True, layer_count=2),
     ],
 )
