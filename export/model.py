@@ -51,6 +51,11 @@ class Parts:
         return self.embedding.weight.device  # type: ignore[return-value]
 
     @property
+    def features(self) -> list[str]:
+        """The names of what a vision tower makes: features of image tokens, then those for deeper layers."""
+        return ["image_features", *(f"deepstack_features.{number}" for number in range(self.deepstack))]
+
+    @property
     def vocabulary(self) -> int:
         """How many logits there are."""
         return int(self.head.weight.shape[0])  # type: ignore[index]

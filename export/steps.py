@@ -57,8 +57,7 @@ class VisionStep(Step):
         sizes = tuple(example["pixel_values"].shape)
         images: tuple[int | str, ...] = ("image_count", *sizes[1:]) if dynamic else sizes
         self.inputs = [TensorSpec("pixel_values", parts.dtype, images)]
-        names = ["image_features", *(f"deepstack_features.{number}" for number in range(parts.deepstack))]
-        self.outputs = [TensorSpec(name, parts.dtype, ("feature_length", parts.hidden)) for name in names]
+        self.outputs = [TensorSpec(name, parts.dtype, ("feature_length", parts.hidden)) for name in parts.features]
 
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with Folding():
@@ -81,8 +80,8 @@ class PrefillStep(Step):
             TensorSpec("position_ids", torch.int64, layout.positions("sequence_length")),
         ]
         if parts.image_tokens:
-            names = ["image_features", *(f"deepstack_features.{number}" for number in range(parts.deepstack))]
-            self.inputs += [TensorSpec(name, parts.dtype, ("feature_length", parts.hidden)) for name in names]
+            shape = ("feature_length", parts.hidden)
+            self.inputs += [TensorSpec(name, parts.dtype, shape) for name in parts.features]
         self.inputs += [
             TensorSpec(f"{name}_index", torch.int64, ("batch_size", f"{name}_length"))
             for name in (*layout.modalities, "prompt")
@@ -114,10 +113,9 @@ class PrefillStep(Step):
             seen = seen | (ids == token)
         # The n-th image token, of all samples in turn, has the n-th row of features; others have a row of zeros.
         number = seen.flatten().long().cumsum(0).reshape(ids.shape) - 1
-        names = [spec.name for spec in self.inputs if "features" in spec.name]
         rows = []
-        for name in names:
-            features = torch.nn.functional.pad(given[name], (0, 0, 0, 1))
+        for name in self.parts.features:
+            features = nn.functional.pad(given[name], (0, 0, 0, 1))
             rows.append(features[torch.where(seen, number, features.shape[0] - 1)])
         # An image's id need not be in the vocabulary of the embedding.
         embedded = self.parts.embedding(ids.masked_fill(seen, 0))
@@ -243,7 +241,8 @@ class _Cache:
         keys, values = described
         cos = sin = None
         if turned := layout.turned(layer):
-            cos, sin = (torch.cat(each, 1) for each in zip(*(self.angles[name] for name in turned), strict=True))
+            every = zip(*(self.angles[name] for name in turned), strict=True)
+            cos, sin = (torch.cat(each, 1) if len(each) > 1 else each[0] for each in every)
         return ops.attention(
             query,
             keys.coefficients,

@@ -1,4 +1,4 @@
-"""The trained model as ONNX: on held-out images, the tokens of PyTorch's packed generation."""
+"""The trained model as ONNX, and by AOTInductor: on held-out images, the tokens of PyTorch's packed generation."""
 
 import copy
 from functools import lru_cache
@@ -15,7 +15,7 @@ import attnpack_fx
 from attnpack_fx import PackPolicy, Quantize, cli
 from attnpack_fx.demo.digits import held_out_questions
 from attnpack_fx.demo.load import Loaded, load, trained_model
-from attnpack_fx.export import ArtefactError, PackedGenerator, export_onnx, manifest
+from attnpack_fx.export import ArtefactError, PackedGenerator, export_aoti, export_onnx, manifest
 from tests.export.artefacts import written
 
 TOKENS = 64
@@ -24,6 +24,7 @@ POLICIES = {
     "float16": PackPolicy(vision_rank=(32, 16)),
     "int8": PackPolicy(vision_rank=(32, 16), passes=(Quantize(bits=8),)),
     "int4": PackPolicy(vision_rank=(32, 16), passes=(Quantize(bits=4),)),
+    "aoti": PackPolicy(vision_rank=(32, 16)),
 }
 
 
@@ -47,7 +48,8 @@ def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     def write(folder: Path) -> None:
         example = question(source, 1)
-        export_onnx(source.model, POLICIES[name], folder, example=example, processor=source.processor)
+        export = export_aoti if name == "aoti" else export_onnx
+        export(source.model, POLICIES[name], folder, example=example, processor=source.processor)
 
     return written(tmp_path_factory, f"trained-{name}", write)
 
