@@ -48,10 +48,10 @@ def export_aoti(
         )
     if first.device.type not in ("cpu", "cuda"):
         raise ValueError(f"export_aoti: got a model on {first.device}, expected the CPU or CUDA; use model.to('cpu')")
-    told("capture")
-    # Kernels for a CPU run on empty tensors, those for CUDA may not: hosts fill them up (`runtime/filler.py`).
-    programs = capture(model, policy, example, dims, least=1)
     with new_folder(Path(path)) as folder:
+        told("capture")
+        # Kernels for a CPU run on empty tensors, those for CUDA may not: hosts fill them up (`runtime/filler.py`).
+        programs = capture(model, policy, example, dims, least=1)
         files = {}
         for each in programs.steps:
             told(f"{each.step.name} by AOTInductor")

@@ -50,9 +50,9 @@ def export_onnx(
     prepare(model, "export_onnx")
     if opset not in (18, 20, 21, 23):
         raise ValueError(f"export_onnx: opset: got {opset!r}, expected 18, 20, 21 or 23")
-    told("capture")
-    programs = capture(model, policy, example, dims)
     with new_folder(Path(path)) as folder:
+        told("capture")
+        programs = capture(model, policy, example, dims)
         files = write_models(programs.steps, folder, opset, told)
         config = genai.config(facts(programs), programs.layout, files["decode"])
         (folder / genai.NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -64,11 +64,11 @@ def export_tensorrt(
                 f"compute_capabilities: got {compute_capabilities!r}, but Torch-TensorRT takes none; leave it out, or "
                 "take builder='onnx'"
             )
-    tell("capture")
-    programs = capture(model, policy, example, profiles.chosen(dims))
     converted = {name for name, how in builders.items() if how == "torch_tensorrt"}
-    programs = replace(programs, steps=tuple(_within(each, each.step.name in converted) for each in programs.steps))
     with new_folder(Path(path)) as folder:
+        tell("capture")
+        programs = capture(model, policy, example, profiles.chosen(dims))
+        programs = replace(programs, steps=tuple(_within(each, each.step.name in converted) for each in programs.steps))
         files = {each.step.name: f"{each.step.name}.engine" for each in programs.steps}
         parsed = [each for each in programs.steps if each.step.name not in converted]
         _from_onnx(trt, parsed, folder, files, capabilities, tell)

@@ -27,10 +27,10 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_needs_neither_transformers_nor_matplotlib():
     code = (
         "import sys\n"
-        "for name in ('transformers', 'matplotlib', 'PIL', 'sklearn', 'tqdm'):\n"
+        "for name in ('transformers', 'matplotlib', 'PIL', 'sklearn', 'tqdm', 'onnx', 'onnxruntime'):\n"
         "    sys.modules[name] = None\n"
         "from attnpack_fx.cli import main\n"
-        "for arguments in (['--help'], ['demo', '--help'], ['explain', '--help']):\n"
+        "for arguments in (['--help'], *([name, '--help'] for name in ('demo', 'explain', 'export', 'run'))):\n"
         "    try:\n"
         "        main(arguments)\n"
         "    except SystemExit as end:\n"
@@ -38,7 +38,7 @@ def test_help_needs_neither_transformers_nor_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: attnpack") == 3
+    assert done.stdout.count("usage: attnpack") == 5
 
 
 def test_version(capsys):
@@ -106,15 +106,6 @@ def test_an_image_for_a_model_without_vision(capsys, tmp_path):
     name = save_text_model(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert "takes text only" in failed(capsys, "explain", name, "--image", str(tmp_path / "a.png"))
-
-
-@pytest.mark.parametrize(
-    ("text", "rank"), [("64", 64), ("64,16", (64, 16)), ("full", "full"), ("full, 8", ("full", 8)), ("none", None)]
-)
-def test_ranks(tmp_path, text, rank):
-    arguments = cli._parser().parse_args(["explain", "m", "--text-rank", text])
-    assert cli._policy(arguments).text_rank == rank
-    assert cli._policy(arguments, vision_rank=(3, 2)).vision_rank == (3, 2)
 
 
 def test_explain_prints_the_report_as_json(capsys, tmp_path, without_inductor):
