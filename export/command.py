@@ -155,19 +155,15 @@ def _policy(arguments: argparse.Namespace) -> "PackPolicy":
 
 
 def _example(loaded: "Loaded", file: str | None) -> dict[str, Any] | None:
-    """Inputs with an image, by which the vision tower is exported."""
-    from PIL import Image
-
+    """Inputs with an image, by which the vision tower is exported, where it takes images of more than one size."""
     from attnpack_fx.demo.load import model_inputs, open_images
     from attnpack_fx.export.model import any_count
 
-    if file is not None:
-        images = open_images([file])
-    elif any_count(loaded.model):
-        images = [Image.new("RGB", (336, 336))]
-    else:
+    if file is None:
+        if any_count(loaded.model):
+            return None
         raise UserError("this model's vision tower is exported for images of one size: give one, --image FILE")
-    return model_inputs(loaded, "", images)
+    return model_inputs(loaded, "", open_images([file]))
 
 
 def _loaded(generator: Any) -> "Loaded":

@@ -186,6 +186,19 @@ def image_inputs(parts: Parts, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return given | {"pixel_values": given["pixel_values"].to(parts.dtype)}
 
 
+def example_images(parts: Parts, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """What a vision tower is exported with: images of `inputs`, or blank ones where all are of one size, else None."""
+    if not parts.image_tokens:
+        return None
+    if "pixel_values" in inputs:
+        return image_inputs(parts, inputs)
+    if not any_count(parts.model):
+        return None
+    config: Any = parts.model.config
+    size, channels = config.vision_config.image_size, config.vision_config.num_channels
+    return {"pixel_values": torch.zeros((1, channels, size, size), dtype=parts.dtype)}
+
+
 def image_features(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """What the vision tower makes of images: features `[F, hidden]`, then those for deeper layers."""
     if any_count(model):

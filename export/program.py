@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 
 from attnpack_fx.export import portable
 from attnpack_fx.export.layout import Layout
-from attnpack_fx.export.model import Parts, any_count, exporting, image_inputs, parts_of
+from attnpack_fx.export.model import Parts, any_count, example_images, exporting, parts_of
 from attnpack_fx.export.policies import exportable
 from attnpack_fx.export.signature import Range, TensorSpec
 from attnpack_fx.export.steps import AnglesStep, DecodeStep, PrefillStep, Step, VisionStep
@@ -68,7 +68,8 @@ def capture(
 ) -> Programs:
     """The steps of a model as programs of ATen operators alone.
 
-    example: inputs as the processor makes them, images included, from which the vision tower is exported.
+    example: inputs as the processor makes them, images included, from which the vision tower is exported; where all
+        images are of one size it needs none.
     dims: smallest and largest size of dimensions by name, instead of `RANGES`; least: the smallest that any may have.
     """
     parts = parts_of(model)
@@ -76,17 +77,14 @@ def capture(
     ranges = _ranges(dims, least)
     steps: list[Step] = []
     with exporting(parts):
-        if parts.image_tokens and example is not None and "pixel_values" in example:
-            steps.append(_vision(parts, example))
+        images = example_images(parts, example or {})
+        if images is not None:
+            steps.append(VisionStep(parts, images, any_count(parts.model)))
         steps += [PrefillStep(parts, layout), DecodeStep(parts, layout)]
         if policy.fold_every is not None and "text" in layout.turns:
             steps.append(AnglesStep(parts, layout))
         captured = tuple(_captured(step, parts, ranges) for step in steps)
     return Programs(parts, layout, policy, captured)
-
-
-def _vision(parts: Parts, example: Mapping[str, Any]) -> VisionStep:
-    return VisionStep(parts, image_inputs(parts, example), any_count(parts.model))
 
 
 def _captured(step: Step, parts: Parts, ranges: Mapping[str, Range]) -> Program:

@@ -32,9 +32,9 @@ def export_aoti(
 
     model: a transformers model, in float32, float16 or bfloat16. policy: what to pack (`export/policies.py` says which
     can be). path: the folder to write; an artefact there is replaced. example: inputs as the processor makes them,
-    images included, from which the vision tower is exported; without, hosts give features of images. processor: saved
-    beside, for `attnpack run`. dims: smallest and largest sizes of dimensions, by name (`program.RANGES`), from 1 on.
-    progress: called with what comes next.
+    images included, from which the vision tower is exported; without, hosts give features of images, but for LLaVA and
+    VipLLaVA, whose images are of one size. processor: saved beside, for `attnpack run`. dims: smallest and largest
+    sizes of dimensions, by name (`program.RANGES`), from 1 on. progress: called with what comes next.
 
     Returns the folder. Raises `NotImplementedError` for models and policies that cannot be exported, ValueError for
     other dtypes and bad sizes, and what Inductor raises where no compiler works.

@@ -39,9 +39,9 @@ def export_onnx(
 
     model: a transformers model, in float32 or float16. policy: what to pack (`export/policies.py` says which can be).
     path: the folder to write; an artefact there is replaced. example: inputs as the processor makes them, images
-    included, from which the vision tower is exported; without, hosts give features of images. processor: saved
-    beside, for `attnpack run`. dims: smallest and largest sizes of dimensions, by name (`program.RANGES`). opset: 18,
-    20, 21 or 23. progress: called with what comes next.
+    included, from which the vision tower is exported; without, hosts give features of images, but for LLaVA and
+    VipLLaVA, whose images are of one size. processor: saved beside, for `attnpack run`. dims: smallest and largest
+    sizes of dimensions, by name (`program.RANGES`). opset: 18, 20, 21 or 23. progress: called with what comes next.
 
     Returns the folder. Raises `NotImplementedError` for models and policies that cannot be exported, `ImportError`
     where onnx, onnxscript or onnxruntime's `export` extra is missing, ValueError for a dtype ONNX Runtime lacks.
