@@ -53,6 +53,8 @@ def build(trt: ModuleType, parsed: Parsed, each: Program, compute_capabilities: 
     log = logger(trt)
     log.errors.clear()
     config = parsed.builder.create_builder_config()
+    # On by default; its products have three digits, of which the factorisation of a prefill makes none.
+    config.clear_flag(trt.BuilderFlag.TF32)
     profile = parsed.builder.create_optimization_profile()
     for spec in each.step.inputs:
         if spec.dims:

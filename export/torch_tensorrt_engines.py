@@ -17,8 +17,13 @@ from attnpack_fx.export.require import require
 from attnpack_fx.export.runtime.tensorrt_session import INPUT
 
 #: attn_bias_is_causal: our masks are not those of causal attention alone, which it is taken for by default.
-#: decompose_attention: its own attention layer has no grouped heads.
-_OPTIONS: dict[str, Any] = {"min_block_size": 1, "attn_bias_is_causal": False, "decompose_attention": True}
+#: disable_tf32: as `engines.build` has it. decompose_attention: its own attention layer has no grouped heads.
+_OPTIONS: dict[str, Any] = {
+    "min_block_size": 1,
+    "attn_bias_is_causal": False,
+    "decompose_attention": True,
+    "disable_tf32": True,
+}
 _PACKED = ("vision_length", "text_length")
 
 
