@@ -9,6 +9,7 @@ Which tokens go where is a matter of data-dependent sizes, so that a host plans 
 indices, with -1 for filler.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from attnpack_fx.kernels.parts import Block, PackedParts, RowForm, Rows, Segment
 _TOGETHER = 16
 
 
-class Step(nn.Module):
+class Step(nn.Module, ABC):
     """A module called with the tensors of `inputs`, in order; returns those of `outputs`."""
 
     name: str
@@ -41,8 +42,9 @@ class Step(nn.Module):
         made = self.run(given)
         return [made[spec.name] for spec in self.outputs]
 
+    @abstractmethod
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The outputs by name."""
 
 
 class VisionStep(Step):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import transformers
@@ -168,6 +169,17 @@ def test_onnx_of_folds(tmp_path: Path) -> None:
     made = PackedGenerator(tmp_path / "artefact", threads=1)
     assert set(made.sessions) == {"vision", "prefill", "decode", "angles"}
     assert_same(of_artefact(made, inputs), of_model(packed_by_pytorch("llava-gqa", policy), inputs), 5e-3)
+
+
+def test_onnx_of_an_older_opset(tmp_path: Path) -> None:
+    """Without RMSNormalization, RotaryEmbedding and Attention; and without an example, as images are of one size."""
+    model, inputs = of("llava-gqa")
+    export_onnx(model, FULL, tmp_path / "artefact", opset=18)
+    graph = onnx.load(tmp_path / "artefact" / "decode.onnx", load_external_data=False)
+    assert [entry.version for entry in graph.opset_import] == [18]
+    assert_same(of_artefact(PackedGenerator(tmp_path / "artefact", threads=1), inputs), of_model(model, inputs))
+    with pytest.raises(ValueError, match="opset: got 17, expected 18, 20, 21 or 23"):
+        export_onnx(model, FULL, tmp_path / "other", opset=17)
 
 
 # ---- positions -----------------------------------------------------------------------------------------------
