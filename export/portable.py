@@ -58,7 +58,7 @@ def attention(
         else:
             # Kept before rotary embedding: rebuilt, which takes no more products than turning queries for every slot.
             rows = segment[0] if len(segment) == 1 else segment[0][:, None] @ segment[1]
-            whole = start == 0 and statically_known_true(cos.shape[1] == end)
+            whole = statically_known_true(start == 0) and statically_known_true(cos.shape[1] == end)
             turns = (cos, sin) if whole else (cos[:, start:end], sin[:, start:end])
             scores.append(q @ rotated(rows, *turns).mT)
         start = end
