@@ -24,7 +24,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "100000000000", "MALLOC_TRIM_THRESHOLD_": "1
 #: Largest difference between contenders that compute the same, as a part of the largest number compared.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-_PACKAGES = ("torch", "transformers", "attnpack-fx", "optimum-quanto", "hqq")
+_PACKAGES = ("torch", "transformers", "attnpack-fx", "onnxruntime", "optimum-quanto", "hqq")
 
 
 def restart_with_malloc_settings() -> None:

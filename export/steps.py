@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attnpack_fx.export.coding import coded, stored
-from attnpack_fx.export.constants import Folding
+from attnpack_fx.export.constant_folding import ConstantFolding
 from attnpack_fx.export.factorize import starting_basis, truncated_svd
 from attnpack_fx.export.layout import KINDS, BlockSpec, Layout, Modality
 from attnpack_fx.export.model import Parts, added_to_layers, image_features
@@ -62,7 +62,7 @@ class VisionStep(Step):
         self.outputs = [TensorSpec(name, parts.dtype, ("feature_length", parts.hidden)) for name in parts.features]
 
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with Folding():
+        with ConstantFolding():
             features = image_features(self.model, {**given, **self.fixed})
         return {spec.name: made for spec, made in zip(self.outputs, features, strict=True)}
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
-class Folding(TorchFunctionMode):
+class ConstantFolding(TorchFunctionMode):
     """Within it, functions of real tensors and numbers run at once, and are not captured.
 
     Vision towers loop over the grids and sizes of images, and cut tensors into as many pieces. Where these are real
