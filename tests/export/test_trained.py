@@ -1,6 +1,7 @@
 """The trained model as ONNX, and by AOTInductor: on held-out images, the tokens of PyTorch's packed generation."""
 
 import copy
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def test_what_does_not_fit_is_refused(artefact: Path):
 
 @pytest.mark.parametrize("artefact", ["float32"], indirect=True)
 def test_a_runtime_that_is_missing(artefact: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"onnxruntime is needed.*pip install \"attnpack-fx\[export\]\""):
         PackedGenerator(artefact)
 
