@@ -1,0 +1,178 @@
+"""Made-up result files of every kind that `benchmarks.report` reads. They look like measurements and are none.
+
+    python tests/benchmarks/report_inputs.py FOLDER        # to look at a page while working on it
+"""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+TASKS = ("read", "dialogue", "cell", "count", "needle")
+#: Group, what its names begin with, how much of the accuracy of the dense cache is gone at 16x.
+GROUPS = (
+    ("ours, calibrated", "calibrated", 0.0004),
+    ("ours, composed", "calibrated + 4 bit", 0.0008),
+    ("AttentionPack, as published", "rank", 0.02),
+    ("AttentionPack, as released", "released, rank", 0.03),
+    ("low rank x bits", "rank x bits", 0.008),
+    ("quantization", "KIVI", 0.05),
+    ("eviction", "H2O", 0.2),
+    ("token pruning", "FastV", 0.3),
+    ("merging", "MiniCache", 0.4),
+    ("pairs", "H2O + KIVI", 0.1),
+    ("control", "random", 0.5),
+)
+TARGETS = (4, 8, 16, 32, 48, 64)
+ENVIRONMENT = {
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0"},
+    "cpu": "an invented processor",
+    "threads": 2,
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+}
+
+
+def quality(model: str, architecture: str, seed: int = 0, loss: float = 1.0) -> dict[str, Any]:
+    """loss: of all methods, in units of `GROUPS`."""
+    chance = random.Random(f"{model} {seed}")
+    dense = 0.962
+    rows = [
+        _row(chance, dense, group, f"{name} {target}", target, loss * gone)
+        for group, name, gone in GROUPS
+        for target in (TARGETS if group not in ("merging", "control") else TARGETS[:2])
+    ]
+    rows.append({"group": "token pruning", "name": "ASAP", "target": 8, "skipped": "tokens are not pruned <here>"})
+    return {
+        **ENVIRONMENT,
+        "model": model,
+        "architecture": architecture,
+        "contexts": 200,
+        "images": 16,
+        "dtype": "bfloat16",
+        "seed": seed,
+        "dense": {
+            "bytes_per_context": 12_345_678,
+            "accuracy": dense,
+            "tasks": {task: {"accuracy": dense, "exact": 0.9, "rouge_l": 0.97} for task in TASKS},
+            "long": {"perplexity": 1.08, "accuracy": 0.97},
+        },
+        "spectra": [
+            {
+                "layer": layer,
+                "kind": kind,
+                "energy": [math.exp(-number * speed / (4 + layer)) for number in range(256)],
+                "error": {"8": 0.3, "16": 0.1},
+                "rank_of_99_percent": 40 / speed,
+            }
+            for kind, speed in (("keys, rotated", 0.3), ("keys, un-rotated", 1.0), ("values", 0.6))
+            for layer in range(4)
+        ],
+        "rows": rows,
+    }
+
+
+def _row(
+    chance: random.Random, dense: float, group: str, name: str, target: int, at_sixteen: float
+) -> dict[str, Any]:
+    difference = -min(0.9, at_sixteen * (target / 16) ** 1.3) * chance.uniform(0.8, 1.2)
+    width = 0.001 + abs(difference) / 6
+    score = {
+        "accuracy": dense + difference,
+        "difference": difference,
+        "difference_interval": [difference - width, difference + width],
+        "exact": 0.9 + difference,
+        "rouge_l": 0.97 + difference,
+        "kl": -difference * 0.5,
+        "agree": 1 + difference,
+        "first_divergence": None if difference > -0.001 else 1 / -difference,
+    }
+    return {
+        "group": group,
+        "name": name,
+        "target": target,
+        "policy": {},
+        "prompt_ratio": target * chance.uniform(1.0, 1.05),
+        "vision_ratio": target * 1.2,
+        **score,
+        "accuracy_interval": [dense + difference - 0.01, dense + difference + 0.01],
+        "tasks": {task: dict(score) for task in TASKS},
+        "long": {
+            "perplexity": 1.08 - difference,
+            "accuracy": 0.97 + difference,
+            "kl": 0.01,
+            "first_divergence": 400.0,
+            "ratio": target / 2,
+        },
+        "seconds": 12.5,
+    }
+
+
+def speed() -> dict[str, Any]:
+    cap = 1 << 30
+    held = {
+        "dense, eager": (3.4e7, 20.0),
+        "static, Inductor": (3.4e7, 30.0),
+        "quanto 4 bit": (2.2e7, 12.0),
+        "ours, rank 64 rotated": (4.0e6, 28.0),
+    }
+    rows = []
+    for name, (size, first) in held.items():
+        for batch in (2, 4, 8, 16, 32, 64, 128, 256, 512):
+            peak = int(size * batch)
+            if peak > 2.2 * cap:
+                break
+            rate = first * batch**0.7
+            rows.append({
+                "contender": name, "batch": batch, "cap_bytes": cap, "cache_bytes": int(peak * 0.9), "peak_bytes": peak,
+                "tokens_per_second": rate, "samples": [batch / rate] * 3, "fits": peak <= cap,
+            })  # fmt: skip
+    rows.append({"contender": "hqq 4 bit", "batch": 2, "skipped": "hqq is not installed"})
+    best: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.get("fits") and row["tokens_per_second"] > best.get(row["contender"], {}).get("tokens_per_second", 0):
+            best[row["contender"]] = {"batch": row["batch"], "tokens_per_second": row["tokens_per_second"]}
+    summary = {"best": best, "ratio_to_dense": 3.21, "ratio_to_quantised": 9.87}
+    return {**ENVIRONMENT, "case": {"layers": 2, "tokens": 2048}, "rows": rows, "summary": summary}
+
+
+def long() -> dict[str, Any]:
+    steps = list(range(0, 4097, 128))
+    rows = [
+        {"name": name, "policy": {}, "steps": steps, "bytes": [int(start + each * step) for step in steps]}
+        for name, start, each in (("dense", 2.4e7, 8192), ("packed, text dense", 2e6, 8192), ("packed, folds", 2e6, 300))
+    ]
+    return {**ENVIRONMENT, "rows": rows}
+
+
+def counted() -> dict[str, Any]:
+    shape = {"model": "LLaVA-1.5-7B", "vision_tokens": 576, "text_tokens": 50, "full": 328204288, "besides": {}}
+    rows = [
+        {**shape, "name": "full", "paper": 328.2, "paper_unit": "MB", "counted": 328204288, "closed_form": 328204288,
+         "ratio": 1.0, "difference_per_cent": 0.0},
+        {**shape, "name": "64/64", "paper": 5.09, "paper_unit": "x", "counted": 64492432, "closed_form": 64487424.0,
+         "ratio": 5.089, "difference_per_cent": 0.0078},
+        {**shape, "name": "64/64, vision 4 bit", "paper": None, "paper_unit": "x", "counted": 35820432,
+         "closed_form": 35782656.0, "ratio": 9.162, "difference_per_cent": 0.106},
+    ]  # fmt: skip
+    return {**ENVIRONMENT, "dtype": "fp16", "memory": rows}
+
+
+def write(folder: Path) -> Path:
+    """All of them, of two models, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {
+        "quality-digits-llava": quality("digits-llava", "LLaVA, multi-head attention, one position a token"),
+        "quality-digits-qwen3-vl": quality("digits-qwen3-vl", "Qwen3-VL, grouped heads, M-RoPE", loss=2.5),
+        "speed": speed(),
+        "long": long(),
+        "counted": counted(),
+    }
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    return folder
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
