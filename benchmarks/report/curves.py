@@ -2,23 +2,28 @@
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report.data import Quality, Record, measured
-from benchmarks.report.drawing import COLOURS, INK, MARKERS, MUTED, PAPER, canvas, legend_below
+from benchmarks.report.data import Quality, Record, is_ours, measured
+from benchmarks.report.drawing import COLOURS, INK, MARKERS, MUTED, OURS_COLOURS, PAPER, canvas, legend_below
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LARGE_RANGE = 12
+#: Smaller singular values are rounding errors.
+_SMALLEST = 1e-5
 
 
 def memory(long: Record) -> "Figure":
     """Bytes of the cache over the steps of one generation, a line a policy."""
     rows = measured(long)
     figure, (axis,) = canvas(8.6, 4.4)
-    for number, row in enumerate(rows):
-        look = _look(row["name"], number) | {"marker": ""}
+    looks = _looks(row["name"] for row in rows)
+    for row in rows:
+        look = looks[row["name"]] | {"marker": ""}
         sizes = [size / 1e6 for size in row["bytes"]]
         axis.plot(row["steps"], sizes, **look, label=row["name"], linewidth=1.8)
         axis.annotate(f"{sizes[-1]:.3g}", (row["steps"][-1], sizes[-1]), (4, -3), fontsize=8.5,
@@ -40,17 +45,17 @@ def throughput(speed: Record) -> "Figure":
         if row.get("tokens_per_second") is not None:
             contenders[row["contender"]].append(row)
     figure, (axis,) = canvas(8.6, 4.8)
-    for number, (name, rows) in enumerate(contenders.items()):
+    looks = _looks(contenders)
+    for name, rows in contenders.items():
         rows.sort(key=lambda row: row["batch"])
-        look = _look(name, number)
+        look = looks[name]
         fits, others = ([row for row in rows if bool(row["fits"]) is fitting] for fitting in (True, False))
         axis.plot(*_batches(fits), **look, linewidth=1.6, markersize=6, label=name)
         axis.plot(*_batches(others), **look | {"linestyle": ""}, markersize=6, markerfacecolor=PAPER)
         if fits and others:
             axis.plot(*_batches([fits[-1], others[0]]), color=look["color"], linestyle=":", linewidth=1.2)
         if fits:
-            best = max(fits, key=lambda row: row["tokens_per_second"])
-            x, y = _batches([best])
+            x, y = _batches(fits[-1:])
             axis.plot(x, y, marker="o", markersize=13, markerfacecolor="none", markeredgewidth=1.4, color=look["color"])
             axis.annotate(f"{y[0]:,.0f}", (x[0], y[0]), (0, 9), textcoords="offset points", ha="center", color=INK,
                           fontsize=8.5)  # fmt: skip
@@ -86,27 +91,29 @@ def spectra(quality: Quality) -> "Figure":
         if ranks:
             median = statistics.median(ranks)
             axis.axvline(median, color=MUTED, linestyle="--", linewidth=1)
-            axis.annotate(f"99 % of the energy:\nrank {median:g}", (median, 0.98), (5, 0), color=MUTED, fontsize=8.5, va="top",
-                          xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
+            axis.text(0.04, 0.05, f"99 % of the energy:\nrank {median:.0f}", color=MUTED, fontsize=9,
+                      transform=axis.transAxes)  # fmt: skip
         axis.set_title(kind, loc="left")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_xlabel("singular value number")
     axes[0].set_ylabel("over the largest")
+    axes[0].set_ylim(bottom=max(axes[0].get_ylim()[0], _SMALLEST))
     if len(layers) > 1:
         legend_below(figure, axes[0].get_legend_handles_labels()[0], min(8, len(layers)))
     return figure
 
 
-def _look(name: str, number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of a contender by its place; what is dense is grey."""
-    dense = name.startswith(("dense", "static"))
-    return {
-        "color": MUTED if dense else COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": "--" if dense else "-",
-    }
+def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes by name: what is dense is grey, what is ours has the colours of ours."""
+    palettes = {"dense": cycle([MUTED]), "ours": cycle(OURS_COLOURS), "others": cycle(COLOURS)}
+    found = {}
+    for name, marker in zip(names, cycle(MARKERS), strict=False):
+        kind = "dense" if name.startswith(("dense", "static")) else "ours" if is_ours(name) else "others"
+        dashes = "--" if kind == "dense" else "-"
+        found[name] = {"color": next(palettes[kind]), "marker": marker, "linestyle": dashes}
+    return found
 
 
 def _batches(rows: list[Record]) -> tuple[list[float], list[float]]:

@@ -32,7 +32,8 @@ _STYLES = {
 }
 _FURTHER = (("#d98236", "h"), ("#2f8f9d", "8"), ("#8a8f3c", "*"), ("#9a6fb0", "H"))
 #: For lines of no group, such as contenders of a measurement of speed.
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#c8639f", "#c98500", "#7b61c4", "#3a9bdc", "#a3703a", "#5f8a1f", "#7a7f85")
+COLOURS = ("#0072b2", "#009e73", "#c8639f", "#7b61c4", "#a3703a", "#3a9bdc", "#5f8a1f")
+OURS_COLOURS = ("#d55e00", "#c98500", "#b04a4a")
 MARKERS = ("o", "s", "^", "v", "D", "<", "p", ">", "P", "X")
 _FONT = {
     "font.size": 10,
@@ -80,9 +81,7 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def legend_below(figure: "Figure", handles: list[Any], columns: int) -> None:
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9)
 
 
 def save_png(figure: "Figure", file: Path, dpi: int = 166) -> None:
@@ -101,7 +100,8 @@ def svg(figure: "Figure", name: str, description: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style[^>]*>(.*?)</style>", _rules_inline, text, flags=re.DOTALL)
+    # Of matplotlib's style sheet, which would hold for the whole page: the page's own has its rule for figures.
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
@@ -112,8 +112,3 @@ def svg(figure: "Figure", name: str, description: str) -> str:
     body = text[text.index(">") + 1 :]
     label = html.escape(description)
     return f'<svg role="img" aria-label="{label}" {view[0]}>{body}'.strip()
-
-
-def _rules_inline(_: re.Match[str]) -> str:
-    """Of matplotlib's own style sheet, which would hold for the whole page: the page's has the same rule for `svg`."""
-    return ""

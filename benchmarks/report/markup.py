@@ -1,0 +1,99 @@
+"""HTML from values: text is escaped unless it is `Html`, and numbers are written one way everywhere."""
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+
+from benchmarks.report.data import Interval
+
+NOTHING = "\N{EN DASH}"
+_MINUS = "\N{MINUS SIGN}"
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+Cell = str | Html
+
+
+def text(value: Cell) -> Html:
+    return value if isinstance(value, Html) else Html(html.escape(str(value)))
+
+
+def element(name: str, *content: Cell, **attributes: str) -> Html:
+    """`<name attributes>content</name>`; an attribute's trailing underscore is dropped, as of `class_`."""
+    written = "".join(f' {key.rstrip("_")}="{html.escape(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{written}>{''.join(text(each) for each in content)}</{name}>")
+
+
+def joined(parts: Iterable[Cell]) -> Html:
+    return Html("\n".join(text(part) for part in parts))
+
+
+def table(
+    caption: Cell, head: Sequence[str], bodies: Iterable[tuple[str, Iterable[tuple[str, Sequence[Cell]]]]]
+) -> Html:
+    """A table that scrolls in a frame of its own where the page is narrow.
+
+    bodies: each a heading, which may be empty, and its rows: a class, which may be empty, and the cells. The first
+    cell names the row; the others are numbers, or aligned like them.
+    """
+    columns = str(len(head))
+    parts = [element("thead", element("tr", *(element("th", name, scope="col") for name in head)))]
+    for heading, rows in bodies:
+        written = (
+            [element("tr", element("th", heading, colspan=columns, scope="rowgroup"), class_="group")]
+            if heading
+            else []
+        )
+        for kind, (first, *others) in rows:
+            cells = element("th", first, scope="row"), *(element("td", cell) for cell in others)
+            written.append(element("tr", *cells, class_=kind) if kind else element("tr", *cells))
+        parts.append(element("tbody", *written))
+    inner = element("table", element("caption", caption), *parts)
+    # The frame takes focus, so that it can be scrolled with a keyboard.
+    return Html(f'<div class="scroll" tabindex="0">{inner}</div>')
+
+
+def ratio(value: float | None) -> str:
+    return NOTHING if value is None else f"{number(value, 2 if abs(value) < 10 else 1)}x"
+
+
+def share(value: float | None, digits: int = 1) -> str:
+    """A share in per cent, without the sign."""
+    return NOTHING if value is None else number(100 * value, digits)
+
+
+def points(value: float | None, digits: int = 2) -> str:
+    """A difference of shares in points, with its sign."""
+    return NOTHING if value is None else number(100 * value, digits, sign=True)
+
+
+def interval(found: Interval | None, digits: int = 2) -> str:
+    return "" if found is None else f"[{points(found[0], digits)}, {points(found[1], digits)}]"
+
+
+def with_interval(value: float | None, found: Interval | None) -> str:
+    return f"{points(value)} {interval(found)}".strip()
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    if value is None:
+        return NOTHING
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    if round(value, digits) == 0:
+        return f"{0:.{digits}f}"
+    return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", _MINUS)
+
+
+def small(value: float | None) -> str:
+    """Three significant digits, for numbers of any size."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    return f"{value:.3g}".replace("-", _MINUS)
+
+
+def megabytes(value: float | None) -> str:
+    return NOTHING if value is None else f"{value / 1e6:,.{1 if value < 1e9 else 0}f}"
