@@ -60,9 +60,9 @@ def _panel(axis: Any, quality: Quality, groups: list[str]) -> None:
         text = axis.annotate(f"{ratio:.3g}x", (ratio, points), (7, -3), textcoords="offset points", color=MUTED,
                              fontsize=8.5, zorder=6)  # fmt: skip
         text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
-    for rows, colour, dashes in zip(parted(quality.rows), (style("ours, calibrated", groups)["color"], MUTED), ("-", "--"),
-                                    strict=True):  # fmt: skip
-        _front(axis, front_of(rows), colour, dashes)
+    ours, others = parted(quality.rows)
+    _front(axis, front_of(ours), style("ours, calibrated", groups)["color"], "-")
+    _front(axis, front_of(others), MUTED, "--")
     for group in groups:
         members = [row for row in quality.rows if row.group == group]
         if members:

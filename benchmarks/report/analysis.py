@@ -44,27 +44,30 @@ def best_at(rows: Sequence[Row], ratio: float) -> Row | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim against the rows: `best` is ours of the largest ratio within `loss`, `other` that of all others."""
+    """A claim against the rows.
+
+    best: of ours, the row of the largest ratio within `loss`. certain: the same, the whole interval of the difference
+    within it. other: as `best`, of all other groups.
+    """
 
     ratio: float
     loss: float
     best: Row | None
+    certain: Row | None
     other: Row | None
 
     @property
     def holds(self) -> bool:
         return self.best is not None and self.best.ratio * (1 + _ROUNDING) >= self.ratio
 
-    @property
-    def certain(self) -> bool:
-        """Whether the whole interval of the difference lies within the loss."""
-        interval = self.best.difference_interval if self.best else None
-        return self.holds and interval is not None and interval[0] >= -self.loss - _ROUNDING
-
 
 def claims(quality: Quality) -> list[Claim]:
     ours, others = parted(quality.rows)
-    return [Claim(ratio, loss, within(ours, loss), within(others, loss)) for ratio, loss in CLAIMS]
+    found = []
+    for ratio, loss in CLAIMS:
+        sure = [row for row in ours if row.difference_interval and row.difference_interval[0] >= -loss - _ROUNDING]
+        found.append(Claim(ratio, loss, within(ours, loss), within(sure, loss), within(others, loss)))
+    return found
 
 
 Verdict = Literal["ahead", "ahead, intervals overlap", "level", "not ahead", "ours not measured", "unopposed"]

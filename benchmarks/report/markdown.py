@@ -4,9 +4,9 @@ import html
 import re
 
 from benchmarks.report import words
-from benchmarks.report.analysis import main_rows
+from benchmarks.report.analysis import claims, main_rows
 from benchmarks.report.data import Quality, Results
-from benchmarks.report.markup import NOTHING, interval, number, points, ratio, share, small
+from benchmarks.report.markup import NOTHING, Html, interval, nats, number, points, ratio, share
 
 _HEAD = (
     "method",
@@ -41,12 +41,18 @@ def _model(quality: Quality) -> str:
             share(row.accuracy),
             f"{points(row.difference)} {interval(row.difference_interval)}".strip(),
             share(row.exact),
-            small(row.kl),
+            nats(row.kl),
             number(row.long.get("perplexity"), 3),
         ))  # fmt: skip
-    said = html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"</?(?:strong|b)[^>]*>", "**", words.summary(quality))))
-    lines = [f"{said}\n", _line(_HEAD), _line(["---"] * len(_HEAD)), *map(_line, rows)]
+    lines = [f"{_marked(words.summary(quality))}\n"]
+    lines += [f"- {_marked(words.claim(quality, found))}" for found in claims(quality)]
+    lines += ["", _line(_HEAD), _line(["---"] * len(_HEAD)), *map(_line, rows)]
     return "\n".join(lines) + f"\n\n{quality.model}: {words.sample(quality)}.\n"
+
+
+def _marked(written: Html) -> str:
+    """Markdown of a sentence of `words`, whose only markup is bold."""
+    return html.unescape(re.sub(r"<[^>]*>", "**", written))
 
 
 def _line(cells: tuple[str, ...] | list[str]) -> str:

@@ -32,12 +32,15 @@ def joined(parts: Iterable[Cell]) -> Html:
 
 
 def table(
-    caption: Cell, head: Sequence[str], bodies: Iterable[tuple[str, Iterable[tuple[str, Sequence[Cell]]]]]
+    caption: Cell,
+    head: Sequence[str],
+    bodies: Iterable[tuple[str, Iterable[tuple[str, Sequence[Cell]]]]],
+    words: bool = False,
 ) -> Html:
     """A table that scrolls in a frame of its own where the page is narrow.
 
     bodies: each a heading, which may be empty, and its rows: a class, which may be empty, and the cells. The first
-    cell names the row; the others are numbers, or aligned like them.
+    cell names the row; the others are aligned as numbers, or, with `words`, as words.
     """
     columns = str(len(head))
     parts = [element("thead", element("tr", *(element("th", name, scope="col") for name in head)))]
@@ -51,7 +54,7 @@ def table(
             cells = element("th", first, scope="row"), *(element("td", cell) for cell in others)
             written.append(element("tr", *cells, class_=kind) if kind else element("tr", *cells))
         parts.append(element("tbody", *written))
-    inner = element("table", element("caption", caption), *parts)
+    inner = element("table", element("caption", caption), *parts, **({"class_": "words"} if words else {}))
     # The frame takes focus, so that it can be scrolled with a keyboard.
     return Html(f'<div class="scroll" tabindex="0">{inner}</div>')
 
@@ -88,11 +91,11 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", _MINUS)
 
 
-def small(value: float | None) -> str:
-    """Three significant digits, for numbers of any size."""
-    if value is None or not math.isfinite(value):
-        return number(value)
-    return f"{value:.3g}".replace("-", _MINUS)
+def nats(value: float | None) -> str:
+    """A divergence, which is rarely large and often tiny."""
+    if value is not None and 0 < value < 5e-5:
+        return "< 0.0001"
+    return number(value, 4 if value is None or abs(value) < 1 else 2)
 
 
 def megabytes(value: float | None) -> str:

@@ -65,8 +65,8 @@ def speed_table(speed: Record) -> Html:
             megabytes(row.get("peak_bytes")),
         ]
         rows.append(("ours" if name.startswith("ours") else "", cells))
-    head = ("contender", "largest batch", "tokens/s", "slowest to fastest sample", "over the fastest dense", "cache, MB",
-            "peak, MB")  # fmt: skip
+    head = ("contender", "largest batch", "tokens/s", "slowest to fastest sample", "over the fastest dense",
+            "cache, MB", "peak, MB")  # fmt: skip
     return table("The largest batch that fits the cap", head, [("", rows)])
 
 
@@ -83,8 +83,8 @@ def counted_table(counted: Record) -> Html:
     bodies = []
     for model in dict.fromkeys(row["model"] for row in rows):
         bodies.append((model, [("", _counted(row)) for row in rows if row["model"] == model]))
-    head = ("cache", "vision tokens", "text tokens", "published", "counted, MB", "counted, reduction", "closed form, MB",
-            "counted minus closed form")  # fmt: skip
+    head = ("cache", "vision tokens", "text tokens", "published", "counted, MB", "counted, reduction",
+            "closed form, MB", "counted minus closed form")  # fmt: skip
     return table("Bytes counted of caches with published models' shapes", head, bodies)
 
 
@@ -138,4 +138,6 @@ def skipped_table(results: Results) -> Html | None:
                 others.append(("", [row.get("contender") or row.get("name") or "", batch, "", str(reason)]))
     bodies.append(("Throughput, memory", others))
     bodies = [(heading, rows) for heading, rows in bodies if rows]
-    return table("Not measured", ("method", "group", "asked for", "reason"), bodies) if bodies else None
+    if not bodies:
+        return None
+    return table("Not measured", ("method", "group", "asked for", "reason"), bodies, words=True)

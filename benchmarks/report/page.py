@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.report import other_tables, quality_tables, words
+from benchmarks.report.analysis import claims
 from benchmarks.report.data import Quality, Record, Results
 from benchmarks.report.markup import Cell, Html, element, joined, text
 from benchmarks.report.published import ARXIV, PAPER
@@ -43,7 +44,11 @@ def _section(anchor: str, heading: str, content: Html) -> Html:
 def _summary(results: Results) -> Html:
     if not results.qualities:
         return element("p", "Accuracy was not measured, so that no claim about it can be checked.")
-    return element("p", Html(" ".join(words.summary(quality) for quality in results.qualities)))
+    said = element("p", Html(" ".join(words.summary(quality) for quality in results.qualities)))
+    verdicts = (
+        element("li", words.claim(quality, found)) for quality in results.qualities for found in claims(quality)
+    )
+    return joined([said, element("ul", *verdicts)])
 
 
 def _missing(results: Results) -> Html:
@@ -71,10 +76,10 @@ def _of_models(results: Results, part: Callable[[Quality], Html]) -> Html:
 def _accuracy(results: Results, figures: Figures) -> Html:
     def part(quality: Quality) -> Html:
         caption = (
-            f"Accuracy, the mean over tasks, minus that of the dense cache, over dense bytes per counted byte; a point a "
-            f"method, bars 95 % intervals. Losses of up to one point are on a linear scale, larger ones on a logarithmic "
-            f"one. Steps: the best accuracy of ours, and of all others, in at most so many bytes. Crosses: two rows of "
-            f"the paper, on LLaVA-1.5-7B and A-OKVQA, for orientation only. {words.sample(quality)}."
+            "Accuracy, the mean over tasks, minus that of the dense cache, over dense bytes per counted byte; a point a "
+            "method, bars 95 % intervals. Losses of up to one point are on a linear scale, larger ones on a "
+            "logarithmic one. Steps: the best accuracy of ours, and of all others, in at most so many bytes. Crosses: "
+            f"two rows of the paper, on LLaVA-1.5-7B and A-OKVQA, for orientation only. {words.sample(quality)}."
         )
         heading = element("h3", quality.model, " ", element("small", quality.architecture))
         return joined([heading, _figure(figures[f"accuracy {quality.model}"], caption)])
@@ -85,24 +90,23 @@ def _accuracy(results: Results, figures: Figures) -> Html:
 def _beside_the_paper(results: Results, _: Figures) -> Html:
     if results.qualities:
         speeds = other_tables.speeds(results.speed)
-        own = joined([
-            quality_tables.main_table(results.qualities, speeds),
-            element("p", quality_tables.selection(), " Scores are means over tasks; perplexity is that of the long text."),
-        ])  # fmt: skip
+        chosen = f"{quality_tables.selection()} Scores are means over tasks; perplexity is that of the long text."
+        own = joined([quality_tables.main_table(results.qualities, speeds), element("p", chosen)])
     else:
         own = _not_measured("quality-*.json")
     source = element("a", f"arXiv {ARXIV}", href=f"https://arxiv.org/abs/{ARXIV}")
     quoted = element(
-        "p", f"{PAPER} (", source, "); in brackets points more or less than its full cache. Accuracy, and on OCR-VQA ROUGE-L. "
-        "4-bit sizes are the 16-bit ones over four there, without scales. (E): half of the vision tokens evicted.",
+        "p", f"{PAPER} (", source, "); in brackets points more or less than its full cache. Accuracy, and on OCR-VQA "
+        "ROUGE-L. Where the paper gives megabytes alone, the reduction follows from its 328.2 MB. 4-bit sizes are the "
+        "16-bit ones over four there, without scales. (E): half of the vision tokens evicted.",
     )  # fmt: skip
     return joined([own, other_tables.paper_table(), quoted])
 
 
 def _equal_bytes(results: Results, _: Figures) -> Html:
     explained = element(
-        "p", "For every reduction that methods were configured for: the most accurate row of ours and of all other groups "
-        "that holds at most that many bytes. Where ours is not ahead, the last column is marked.",
+        "p", "For every reduction that methods were configured for: the most accurate row of ours and of all other "
+        "groups that holds at most that many bytes. Where ours is not ahead, that is marked.",
     )  # fmt: skip
     return joined([explained, _of_models(results, quality_tables.equal_bytes_table)])
 
@@ -112,8 +116,8 @@ def _throughput(results: Results, figures: Figures) -> Html:
     if speed is None:
         return _not_measured("speed.json")
     caption = (
-        f"Tokens per second over the batch, decode steps only; {_shape(speed)}. Filled: the peak of memory while decoding "
-        f"fits the cap; hollow: it does not. Circled: the largest batch that fits. {words.made(speed)}."
+        f"Tokens per second over the batch, decode steps only; {_shape(speed)}. Filled: the peak of memory while "
+        f"decoding fits the cap; hollow: it does not. Circled: the largest batch that fits. {words.made(speed)}."
     )
     found = speed.get("summary") or {}
     ratios = [
@@ -150,8 +154,8 @@ def _spectra(results: Results, figures: Figures) -> Html:
         if not quality.spectra:
             return _not_measured(f"spectra in {quality.file}")
         caption = (
-            f"Singular values of one layer's keys or values of vision tokens, heads concatenated, over the largest; a line a "
-            f"layer. Dashed: the rank of 99 % of the energy, the median over layers. {words.made(quality.made)}."
+            "Singular values of one layer's keys or values of vision tokens, heads concatenated, over the largest; a "
+            f"line a layer. Dashed: the rank of 99 % of the energy, the median over layers. {words.made(quality.made)}."
         )
         figure = _figure(figures[f"spectra {quality.model}"], caption)
         return joined([element("h3", quality.model), figure, other_tables.spectra_table(quality)])
@@ -161,16 +165,20 @@ def _spectra(results: Results, figures: Figures) -> Html:
 
 def _all(results: Results, _: Figures) -> Html:
     def part(quality: Quality) -> Html:
-        measures = joined(quality_tables.measures_table(quality, task) for task in quality.tasks)
+        by_task = element("summary", f"{quality.model}: accuracy by task")
+        measures = element("summary", f"{quality.model}: every measure of every task")
+        tables = (quality_tables.measures_table(quality, task) for task in quality.tasks)
         return joined([
             element("h3", quality.model),
             quality_tables.full_table(quality),
-            element("details", element("summary", f"{quality.model}: accuracy by task"), quality_tables.task_table(quality)),
-            element("details", element("summary", f"{quality.model}: every measure of every task"), measures),
+            element("details", by_task, quality_tables.task_table(quality)),
+            element("details", measures, *tables),
         ])  # fmt: skip
 
-    mark = element("p", "\N{BLACK DIAMOND} marks rows that no other row beats in both bytes and accuracy. KL is the divergence "
-                   "from the dense cache's distribution per token; “diverges at” is the mean first token that differs.")  # fmt: skip
+    mark = element(
+        "p", "\N{BLACK DIAMOND} marks rows that no other row beats in both bytes and accuracy. KL is the divergence from "
+        "the dense cache's distribution per token; “diverges at” is the mean first token that differs.",
+    )  # fmt: skip
     return joined([mark, _of_models(results, part)])
 
 
@@ -178,8 +186,8 @@ def _counted(results: Results, _: Figures) -> Html:
     if results.counted is None:
         return _not_measured("counted.json")
     explained = element(
-        "p", "Caches of published models' head shapes, packed by the backend and counted. The closed form is what published "
-        "figures follow: numbers in their bits, without scales, indices or placement. Published figures are of each "
+        "p", "Caches of published models' head shapes, packed by the backend and counted. The closed form is what "
+        "published figures follow: numbers in their bits, without scales, indices or placement. Published figures are of each "
         f"method's own paper, and some are of longer text. {words.made(results.counted)}.",
     )  # fmt: skip
     return joined([explained, other_tables.counted_table(results.counted)])

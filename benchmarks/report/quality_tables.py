@@ -14,7 +14,7 @@ from benchmarks.report.markup import (
     points,
     ratio,
     share,
-    small,
+    nats,
     table,
     text,
     with_interval,
@@ -87,8 +87,8 @@ def measures_table(quality: Quality, task: str) -> Html:
 
 def equal_bytes_table(quality: Quality) -> Html:
     """The best of ours and the best of all others at every ratio asked for; where ours is not ahead, a mark."""
-    head = ("at least", "ours, best", "reduction", "minus dense, points [95 %]", "others, best", "reduction",
-            "minus dense, points [95 %]", "ours is")  # fmt: skip
+    head = ("at least", "ours is", "ours, best", "reduction", "minus dense, points [95 %]", "others, best", "reduction",
+            "minus dense, points [95 %]")  # fmt: skip
     rows = [("behind" if each.verdict in BEHIND else "", _compared(each)) for each in comparisons(quality)]
     return table(f"{quality.model}: the best at equal bytes", head, [("", rows)])
 
@@ -99,7 +99,7 @@ def _compared(each: Comparison) -> list[Cell]:
         cells: list[Cell] = [NOTHING] * 3 if row is None else [_name(row), ratio(row.ratio), _difference(row)]
         sides += cells
     verdict: Cell = element("strong", each.verdict) if each.verdict in BEHIND else each.verdict
-    return [f"{each.ratio:g}x", *sides, verdict]
+    return [f"{each.ratio:g}x", verdict, *sides]
 
 
 def _dense(quality: Quality, wide: bool, further: int = 0) -> tuple[str, list[Cell]]:
@@ -142,7 +142,7 @@ def _scores(row: Row) -> list[Cell]:
         _difference(row),
         share(row.rouge_l),
         share(row.exact),
-        small(row.kl),
+        nats(row.kl),
         number(row.long.get("perplexity"), 3),
     ]
 
@@ -153,7 +153,7 @@ def _measures(found: Record) -> list[Cell]:
         with_interval(found.get("difference"), found.get("difference_interval")),
         share(found.get("exact")),
         share(found.get("rouge_l")),
-        small(found.get("kl")),
+        nats(found.get("kl")),
         share(found.get("agree")),
         number(found.get("first_divergence"), 1),
     ]
