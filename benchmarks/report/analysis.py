@@ -100,7 +100,7 @@ class Comparison:
 def comparisons(quality: Quality) -> list[Comparison]:
     """One for every ratio that any row was asked for."""
     ours, others = parted(quality.rows)
-    targets = sorted({row.target for row in (*quality.rows, *quality.skipped) if row.target is not None})
+    targets = sorted({row.target for row in quality.rows if row.target is not None})
     found = [Comparison(ratio, best_at(ours, ratio), best_at(others, ratio)) for ratio in targets]
     return [each for each in found if each.ours or each.other]
 

@@ -22,7 +22,8 @@ _HEAD = (
 
 def markdown(results: Results) -> str:
     """The claims and `main_rows` of every model; missing parts are named."""
-    parts = [_model(quality) for quality in results.qualities]
+    parts = [f"{_marked(words.summary(results.qualities))}\n"] if results.qualities else []
+    parts += [_model(quality) for quality in results.qualities]
     parts += [f"{what}: not measured (`{file}`).\n" for file, what in results.missing.items()]
     return "\n".join(parts)
 
@@ -44,8 +45,7 @@ def _model(quality: Quality) -> str:
             nats(row.kl),
             number(row.long.get("perplexity"), 3),
         ))  # fmt: skip
-    lines = [f"{_marked(words.summary(quality))}\n"]
-    lines += [f"- {_marked(words.claim(quality, found))}" for found in claims(quality)]
+    lines = [f"- {_marked(words.claim(quality, found))}" for found in claims(quality)]
     lines += ["", _line(_HEAD), _line(["---"] * len(_HEAD)), *map(_line, rows)]
     return "\n".join(lines) + f"\n\n{quality.model}: {words.sample(quality)}.\n"
 

@@ -44,11 +44,10 @@ def _section(anchor: str, heading: str, content: Html) -> Html:
 def _summary(results: Results) -> Html:
     if not results.qualities:
         return element("p", "Accuracy was not measured, so that no claim about it can be checked.")
-    said = element("p", Html(" ".join(words.summary(quality) for quality in results.qualities)))
     verdicts = (
         element("li", words.claim(quality, found)) for quality in results.qualities for found in claims(quality)
     )
-    return joined([said, element("ul", *verdicts)])
+    return joined([element("p", words.summary(results.qualities)), element("ul", *verdicts)])
 
 
 def _missing(results: Results) -> Html:
@@ -76,8 +75,8 @@ def _of_models(results: Results, part: Callable[[Quality], Html]) -> Html:
 def _accuracy(results: Results, figures: Figures) -> Html:
     def part(quality: Quality) -> Html:
         caption = (
-            "Accuracy, the mean over tasks, minus that of the dense cache, over dense bytes per counted byte; a point a "
-            "method, bars 95 % intervals. Losses of up to one point are on a linear scale, larger ones on a "
+            "Accuracy, the mean over tasks, minus that of the dense cache, over dense bytes per counted byte; a point "
+            "a method, bars 95 % intervals. Losses of up to one point are on a linear scale, larger ones on a "
             "logarithmic one. Steps: the best accuracy of ours, and of all others, in at most so many bytes. Crosses: "
             f"two rows of the paper, on LLaVA-1.5-7B and A-OKVQA, for orientation only. {words.sample(quality)}."
         )
@@ -176,8 +175,8 @@ def _all(results: Results, _: Figures) -> Html:
         ])  # fmt: skip
 
     mark = element(
-        "p", "\N{BLACK DIAMOND} marks rows that no other row beats in both bytes and accuracy. KL is the divergence from "
-        "the dense cache's distribution per token; “diverges at” is the mean first token that differs.",
+        "p", "\N{BLACK DIAMOND} marks rows that no other row beats in both bytes and accuracy. KL is the divergence "
+        "from the dense cache's distribution per token; “diverges at” is the mean first token that differs.",
     )  # fmt: skip
     return joined([mark, _of_models(results, part)])
 
@@ -187,8 +186,8 @@ def _counted(results: Results, _: Figures) -> Html:
         return _not_measured("counted.json")
     explained = element(
         "p", "Caches of published models' head shapes, packed by the backend and counted. The closed form is what "
-        "published figures follow: numbers in their bits, without scales, indices or placement. Published figures are of each "
-        f"method's own paper, and some are of longer text. {words.made(results.counted)}.",
+        "published figures follow: numbers in their bits, without scales, indices or placement. Published figures are "
+        f"of each method's own paper, and some are of longer text. {words.made(results.counted)}.",
     )  # fmt: skip
     return joined([explained, other_tables.counted_table(results.counted)])
 

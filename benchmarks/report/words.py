@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from benchmarks.report.analysis import ALLOWANCE, Claim, claims
+from benchmarks.report.analysis import ALLOWANCE, CLAIMS, Claim, claims
 from benchmarks.report.data import Quality, Record, Row, commit, machine
 from benchmarks.report.markup import Html, element, interval, points, ratio, text
 
@@ -45,16 +45,15 @@ def sample(quality: Quality) -> str:
     return f"{quality.contexts:,} contexts{images}. {made(quality.made)}"
 
 
-def summary(quality: Quality) -> Html:
-    """The largest reductions of ours in one sentence."""
-    parts = []
-    for found in claims(quality):
-        loss = f"{100 * found.loss:g} points of accuracy"
-        if found.best is None:
-            parts.append(f"nothing of ours comes within {loss} of it")
-        else:
-            parts.append(f"{ratio(found.best.ratio)} fewer bytes within {loss} of it ({_difference(found.best)})")
-    return Html(f"On {element('b', quality.model)}, beside the dense cache: {text(', and '.join(parts))}.")
+def summary(qualities: Sequence[Quality]) -> Html:
+    """The largest reductions of ours, of all models, in one sentence."""
+    losses = " and ".join(f"{100 * loss:g}" for _, loss in CLAIMS)
+    found = []
+    for quality in qualities:
+        reached = (ratio(each.best.ratio) if each.best else "none" for each in claims(quality))
+        found.append(f"{element('b', quality.model)} {' and '.join(reached)}")
+    start = f"Ours, the largest measured reduction of the cache within {losses} points of the dense cache's accuracy: "
+    return Html(f"{text(start)}{'; '.join(found)}.")
 
 
 def claim(quality: Quality, found: Claim) -> Html:
@@ -67,13 +66,13 @@ def claim(quality: Quality, found: Claim) -> Html:
     else:
         reason = f": the largest reduction within it is {ratio(found.best.ratio)} ({_difference(found.best)})."
         if found.certain is None:
-            reason += " No row has its whole 95 % interval within it."
+            reason += " No row of ours has its whole 95 % interval within it."
         elif found.certain is not found.best:
             reason += f" With the whole 95 % interval within it, {_named(found.certain)}."
     if found.other is None:
         others = f" No other method comes within {loss} at any measured size."
     else:
-        others = f" All other methods reach {_named(found.other)}."
+        others = f" The most that any other method reaches is {_named(found.other)}."
     return Html(f"{text(asked)}{verdict}{text(reason + others)}")
 
 
