@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.analysis import front_of, parted
-from benchmarks.report.data import Quality, Row
-from benchmarks.report.drawing import INK, MUTED, PAPER, canvas, legend_below, style
+from benchmarks.report.data import Quality, Row, is_ours
+from benchmarks.report.drawing import INK, MUTED, OURS_COLOURS, PAPER, canvas, label, legend_below, style
 from benchmarks.report.published import REFERENCES
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def accuracy(qualities: Sequence[Quality], columns: int = 2) -> "Figure":
     width = 10.0 if columns > 1 else 8.6
     figure, axes = canvas(width, 4.2 * rows + 1.1, rows, columns, sharex=True, sharey=True)
     groups = list(dict.fromkeys(group for quality in qualities for group in quality.groups))
-    groups.sort(key=lambda name: not name.startswith("ours"))
+    groups.sort(key=lambda name: not is_ours(name))
     for axis, quality in zip(axes, qualities, strict=False):
         _panel(axis, quality, groups)
     for axis in axes[len(qualities) :]:
@@ -48,8 +48,6 @@ def accuracy(qualities: Sequence[Quality], columns: int = 2) -> "Figure":
 
 
 def _panel(axis: Any, quality: Quality, groups: list[str]) -> None:
-    from matplotlib.patheffects import withStroke
-
     dense = quality.dense.get("accuracy")
     axis.set_title(f"{quality.model}: dense {100 * dense:.1f} %" if dense is not None else quality.model, loc="left")
     axis.axhline(0, color=INK, linewidth=1, zorder=2)
@@ -57,11 +55,9 @@ def _panel(axis: Any, quality: Quality, groups: list[str]) -> None:
                   color=INK, fontsize=8.5)  # fmt: skip
     for _, ratio, points in REFERENCES:
         axis.plot(ratio, points, **_REFERENCE)
-        text = axis.annotate(f"{ratio:.3g}x", (ratio, points), (7, -3), textcoords="offset points", color=MUTED,
-                             fontsize=8.5, zorder=6)  # fmt: skip
-        text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
+        label(axis, f"{ratio:.3g}x", (ratio, points), (7, -3), color=MUTED)
     ours, others = parted(quality.rows)
-    _front(axis, front_of(ours), style("ours, calibrated", groups)["color"], "-")
+    _front(axis, front_of(ours), OURS_COLOURS[0], "-")
     _front(axis, front_of(others), MUTED, "--")
     for group in groups:
         members = [row for row in quality.rows if row.group == group]
@@ -113,10 +109,9 @@ def _scales(axis: Any, qualities: Sequence[Quality]) -> None:
 def _legend(groups: list[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    ours = style("ours, calibrated", groups)["color"]
     return [
         *(Line2D([], [], linestyle="", markersize=6, label=group, **style(group, groups)) for group in groups),
-        Line2D([], [], color=ours, linewidth=1.4, label="best of ours"),
+        Line2D([], [], color=OURS_COLOURS[0], linewidth=1.4, label="best of ours"),
         Line2D([], [], color=MUTED, linewidth=1.4, linestyle="--", label="best of all others"),
         Line2D([], [], label="the paper, on its own model", **_REFERENCE),
     ]

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report.data import Quality, Record, is_ours, measured
-from benchmarks.report.drawing import COLOURS, INK, MARKERS, MUTED, OURS_COLOURS, PAPER, canvas, legend_below
+from benchmarks.report.data import Quality, Record, is_dense, is_ours, measured
+from benchmarks.report.drawing import COLOURS, INK, MARKERS, MUTED, OURS_COLOURS, PAPER, canvas, label, legend_below
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +26,7 @@ def memory(long: Record) -> "Figure":
         look = looks[row["name"]] | {"marker": ""}
         sizes = [size / 1e6 for size in row["bytes"]]
         axis.plot(row["steps"], sizes, **look, label=row["name"], linewidth=1.8)
-        axis.annotate(f"{sizes[-1]:.3g}", (row["steps"][-1], sizes[-1]), (4, -3), fontsize=8.5,
-                      textcoords="offset points", color=look["color"])  # fmt: skip
+        label(axis, f"{sizes[-1]:.3g}", (row["steps"][-1], sizes[-1]), (4, -3), color=look["color"])
     held = [size for row in rows for size in row["bytes"] if size]
     if held and max(held) > _LARGE_RANGE * min(held):
         axis.set_yscale("log")
@@ -57,8 +56,7 @@ def throughput(speed: Record) -> "Figure":
         if fits:
             x, y = _batches(fits[-1:])
             axis.plot(x, y, marker="o", markersize=13, markerfacecolor="none", markeredgewidth=1.4, color=look["color"])
-            axis.annotate(f"{y[0]:,.0f}", (x[0], y[0]), (0, 9), textcoords="offset points", ha="center", color=INK,
-                          fontsize=8.5)  # fmt: skip
+            label(axis, f"{y[0]:,.0f}", (x[0], y[0]), (0, 9), ha="center", color=INK)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_yscale("log")
@@ -110,7 +108,7 @@ def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     palettes = {"dense": cycle([MUTED]), "ours": cycle(OURS_COLOURS), "others": cycle(COLOURS)}
     found = {}
     for name, marker in zip(names, cycle(MARKERS), strict=False):
-        kind = "dense" if name.startswith(("dense", "static")) else "ours" if is_ours(name) else "others"
+        kind = "dense" if is_dense(name) else "ours" if is_ours(name) else "others"
         dashes = "--" if kind == "dense" else "-"
         found[name] = {"color": next(palettes[kind]), "marker": marker, "linestyle": dashes}
     return found

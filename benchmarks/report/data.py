@@ -101,6 +101,11 @@ def is_ours(group: str) -> bool:
     return group.split(",")[0].strip() == OURS
 
 
+def is_dense(contender: str) -> bool:
+    """Of contenders of `benchmarks.speed` and policies of a long generation."""
+    return contender.startswith(("dense", "static"))
+
+
 def load(folder: Path) -> Results:
     """Whatever result files lie in `folder`. Raises ValueError where one is not what it should be, or for no folder."""
     if not folder.is_dir():
@@ -112,10 +117,10 @@ def load(folder: Path) -> Results:
     qualities = tuple(_quality(file) for file in files)
     others: dict[str, Record | None] = {}
     for name, what in _WHAT.items():
-        others[name] = _read(folder / name) if (folder / name).exists() else None
-        if others[name] is None or not rows_of(others[name]):
-            others[name] = None
-            missing[name] = what
+        record = _read(folder / name) if (folder / name).exists() else None
+        others[name] = record if measured(record) else None
+        if others[name] is None:
+            missing[name] = what if record is None else f"{what}, by any of its rows"
     missing |= {f"{each.file}, spectra": f"Singular values of {each.model}" for each in qualities if not each.spectra}
     return Results(qualities, others["speed.json"], others["long.json"], others["counted.json"], missing)
 

@@ -80,6 +80,14 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **optio
     return figure, list(axes.flat)
 
 
+def label(axis: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:
+    """Small text beside a point of the data, `offset` in points, legible over lines."""
+    from matplotlib.patheffects import withStroke
+
+    halo = withStroke(linewidth=2.5, foreground=PAPER)
+    axis.annotate(text, at, offset, textcoords="offset points", fontsize=8.5, path_effects=[halo], zorder=6, **options)
+
+
 def legend_below(figure: "Figure", handles: list[Any], columns: int) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9)
 

@@ -99,4 +99,4 @@ def nats(value: float | None) -> str:
 
 
 def megabytes(value: float | None) -> str:
-    return NOTHING if value is None else f"{value / 1e6:,.{1 if value < 1e9 else 0}f}"
+    return NOTHING if value is None else number(value / 1e6, 3 if value < 1e6 else 2 if value < 1e7 else 1)

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.report.data import Quality, Record, Results, measured, rows_of
+from benchmarks.report.data import Quality, Record, Results, is_dense, is_ours, measured, rows_of
 from benchmarks.report.markup import NOTHING, Cell, Html, megabytes, number, ratio, share, table
 from benchmarks.report.published import FIGURES, Figure
 
@@ -39,7 +39,7 @@ def _score(score: float | None, difference: float | None) -> str:
 def speeds(speed: Record | None) -> dict[str, float]:
     """Tokens a second of each contender's largest batch, over those of the fastest dense contender."""
     best = largest(speed)
-    dense = [row["tokens_per_second"] for name, row in best.items() if name.startswith(("dense", "static"))]
+    dense = [row["tokens_per_second"] for name, row in best.items() if is_dense(name)]
     return {name: row["tokens_per_second"] / max(dense) for name, row in best.items()} if dense else {}
 
 
@@ -64,18 +64,22 @@ def speed_table(speed: Record) -> Html:
             megabytes(row.get("cache_bytes")),
             megabytes(row.get("peak_bytes")),
         ]
-        rows.append(("ours" if name.startswith("ours") else "", cells))
+        rows.append(("ours" if is_ours(name) else "", cells))
     head = ("contender", "largest batch", "tokens/s", "slowest to fastest sample", "over the fastest dense",
             "cache, MB", "peak, MB")  # fmt: skip
     return table("The largest batch that fits the cap", head, [("", rows)])
 
 
 def memory_table(long: Record) -> Html:
-    rows = [
-        ("", [row["name"], f"{row['steps'][-1]:,}", *(megabytes(row["bytes"][place]) for place in (0, -1))])
-        for row in measured(long)
-    ]
-    return table("Bytes of the cache, MB", ("policy", "generated tokens", "at first", "at the end"), [("", rows)])
+    found = measured(long)
+    dense = next((row["bytes"][-1] for row in found if is_dense(row["name"])), None)
+    rows: list[tuple[str, list[Cell]]] = []
+    for row in found:
+        sizes = row["bytes"]
+        over = NOTHING if dense is None or not sizes[-1] else ratio(dense / sizes[-1])
+        rows.append(("", [row["name"], f"{row['steps'][-1]:,}", megabytes(sizes[0]), megabytes(sizes[-1]), over]))
+    head = ("policy", "generated tokens", "at first, MB", "at the end, MB", "dense over it, at the end")
+    return table("Bytes of the cache", head, [("", rows)])
 
 
 def counted_table(counted: Record) -> Html:

@@ -1,6 +1,6 @@
 """The page: every section in its order, as one HTML file that needs no other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.report import other_tables, quality_tables, words
@@ -58,7 +58,7 @@ def _missing(results: Results) -> Html:
 
 
 def _not_measured(file: str) -> Html:
-    return element("p", "Not measured: there is no ", element("code", file), " among the results.", class_="missing")
+    return element("p", "Not measured: the results have nothing of ", element("code", file), ".", class_="missing")
 
 
 def _figure(figure: Html, *caption: Cell) -> Html:
@@ -129,23 +129,27 @@ def _throughput(results: Results, figures: Figures) -> Html:
 
 
 def _shape(speed: Record) -> str:
-    """What `benchmarks.speed` says of its decoder and of its cap, as far as it does."""
-    said = (
-        ("layers", "{} layers"),
-        ("heads", "{} heads"),
-        ("head_dim", "of {} dims"),
-        ("tokens", "prompts of {:,} tokens"),
-    )
-    parts = [form.format(speed[name]) for name, form in said if name in speed]
-    caps = {row["cap_bytes"] for row in speed["rows"] if "cap_bytes" in row}
-    return ", ".join([*parts, *(f"a cap of {cap / 1e6:,.0f} MB beyond the model" for cap in sorted(caps))])
+    """The decoder that was timed, its prompts, and the cap."""
+    forms = (("layers", "layers: {}"), ("heads", "heads: {}"), ("head_dim", "dims a head: {}"),
+             ("tokens", "tokens a prompt: {:,}"))  # fmt: skip
+    caps = sorted({row["cap_bytes"] for row in speed["rows"] if "cap_bytes" in row})
+    said = [_said(speed, forms), *(f"cap: {cap / 1e6:,.0f} MB beyond the model" for cap in caps)]
+    return ", ".join(each for each in said if each)
+
+
+def _said(record: Record, forms: Sequence[tuple[str, str]]) -> str:
+    """What a result file says of its case, as far as it does."""
+    return ", ".join(form.format(record[name]) for name, form in forms if name in record)
 
 
 def _memory(results: Results, figures: Figures) -> Html:
-    if results.long is None:
+    long = results.long
+    if long is None:
         return _not_measured("long.json")
-    caption = f"Counted bytes of the cache over one long generation, a line a policy. {words.made(results.long)}."
-    return joined([_figure(figures["memory"], caption), other_tables.memory_table(results.long)])
+    prompts = _said(long, (("prompts", "prompts in the batch: {}"), ("images", "images a prompt: {}")))
+    caption = "Counted bytes of the cache over one long generation, a line a policy"
+    caption = f"{f'{caption}; {prompts}' if prompts else caption}. {words.made(long)}."
+    return joined([_figure(figures["memory"], caption), other_tables.memory_table(long)])
 
 
 def _spectra(results: Results, figures: Figures) -> Html:

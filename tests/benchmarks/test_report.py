@@ -129,7 +129,24 @@ def test_a_missing_file_is_named(folder, tmp_path, file):
 
     assert list(found.missing) == [file]
     assert "This page is not complete" in text
-    assert f"there is no <code>{file}</code> among the results" in text
+    assert f"nothing of <code>{file}</code>" in text
+    Balanced(text)
+
+
+def test_a_file_of_failures_alone_is_not_measured(tmp_path):
+    (tmp_path / "speed.json").write_text('{"rows": [{"contender": "dense", "batch": 2, "failed": "no memory"}]}')
+    found = load(tmp_path)
+
+    assert found.speed is None
+    assert found.missing["speed.json"] == "Throughput at a fixed memory cap, by any of its rows"
+
+
+def test_a_model_of_skipped_methods_alone(results, tmp_path):
+    (quality, _) = results.qualities
+    text = command.write(replace(results, qualities=(replace(quality, rows=()),)), tmp_path)[0].read_text()
+
+    assert "the claim of 16x fewer bytes at a loss of 0.1 points or less <strong" in text
+    assert "nothing of ours was measured" in text
     Balanced(text)
 
 
