@@ -201,8 +201,7 @@ def _how(results: Results, _: Figures) -> Html:
     tasks = [
         Html(element("dt", task) + element("dd", text(what))) for task, what in words.TASKS.items() if task in asked
     ]
-    runs = [element("li", f"{quality.model} ({quality.architecture}): {words.sample(quality)}, seed "
-                    f"{quality.made.get('seed', 'not given')}.") for quality in results.qualities]  # fmt: skip
+    runs = [element("li", words.run(quality)) for quality in results.qualities]
     return joined([
         element("ul", *runs) if runs else Html(""),
         element("h3", "Tasks"),

@@ -50,10 +50,9 @@ def main_table(qualities: Sequence[Quality], speeds: Mapping[str, float]) -> Htm
 def full_table(quality: Quality) -> Html:
     """Every row of one model, group by group; those that no other row beats are marked."""
     best = set(map(id, front_of(quality.rows)))
-    head = ("method", "reduction", "of vision", *_HEAD, "agree, %", "512 tokens: diverges at")
-    bodies: list[tuple[str, Iterable[tuple[str, Sequence[Cell]]]]] = [("", [_dense(quality, True, 2)])]
-    for group in quality.groups:
-        members = sorted((row for row in quality.rows if row.group == group), key=lambda row: row.ratio)
+    head = ("method", "reduction", "of vision", *_HEAD, "agree, %", "long text: diverges at", "reduction at its end")
+    bodies: list[tuple[str, Iterable[tuple[str, Sequence[Cell]]]]] = [("", [_dense(quality, True, 3)])]
+    for group, members in _by_group(quality):
         bodies.append((group, [("front" if id(row) in best else "", _full(row)) for row in members]))
     return table(f"{quality.model}: every method", head, bodies)
 
@@ -64,8 +63,7 @@ def task_table(quality: Quality) -> Html:
     dense = quality.dense.get("tasks") or {}
     first = ["dense", ratio(1.0), *(share((dense.get(task) or {}).get("accuracy")) for task in tasks)]
     bodies: list[tuple[str, Iterable[tuple[str, Sequence[Cell]]]]] = [("", [("dense", first)])]
-    for group in quality.groups:
-        members = sorted((row for row in quality.rows if row.group == group), key=lambda row: row.ratio)
+    for group, members in _by_group(quality):
         rows = [
             ("", [row.name, ratio(row.ratio), *(_by_task(row.tasks.get(task)) for task in tasks)]) for row in members
         ]
@@ -77,8 +75,7 @@ def task_table(quality: Quality) -> Html:
 def measures_table(quality: Quality, task: str) -> Html:
     """Every measure of one task."""
     bodies = []
-    for group in quality.groups:
-        members = sorted((row for row in quality.rows if row.group == group), key=lambda row: row.ratio)
+    for group, members in _by_group(quality):
         rows = [("", [row.name, ratio(row.ratio), *_measures(row.tasks[task])]) for row in members if task in row.tasks]
         if rows:
             bodies.append((group, rows))
@@ -91,6 +88,12 @@ def equal_bytes_table(quality: Quality) -> Html:
             "minus dense, points [95 %]")  # fmt: skip
     rows = [("behind" if each.verdict in BEHIND else "", _compared(each)) for each in comparisons(quality)]
     return table(f"{quality.model}: the best at equal bytes", head, [("", rows)])
+
+
+def _by_group(quality: Quality) -> Iterable[tuple[str, list[Row]]]:
+    """Groups, and their rows by rising ratio."""
+    for group in quality.groups:
+        yield group, sorted((row for row in quality.rows if row.group == group), key=lambda row: row.ratio)
 
 
 def _compared(each: Comparison) -> list[Cell]:
@@ -133,6 +136,7 @@ def _full(row: Row) -> list[Cell]:
         *_scores(row),
         share(row.agree),
         number(row.long.get("first_divergence"), 0),
+        ratio(row.long.get("ratio")),
     ]
 
 

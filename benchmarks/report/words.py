@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from benchmarks.report.analysis import ALLOWANCE, CLAIMS, Claim, claims
 from benchmarks.report.data import Quality, Record, Row, commit, machine
-from benchmarks.report.markup import Html, element, interval, points, ratio, text
+from benchmarks.report.markup import Html, element, interval, megabytes, points, ratio, text
 
 TASKS = {
     "read": "the digits of one named image, asked first",
@@ -43,6 +43,16 @@ def sample(quality: Quality) -> str:
     """How many contexts, of how many images, on what."""
     images = f" of {quality.images} images" if quality.images else ""
     return f"{quality.contexts:,} contexts{images}. {made(quality.made)}"
+
+
+def run(quality: Quality) -> str:
+    """All that is known of one model's measurement."""
+    held = quality.dense.get("bytes_per_context")
+    dense = f" The dense cache of a context holds {megabytes(held)} MB." if held is not None else ""
+    return (
+        f"{quality.model} ({quality.architecture}), {sample(quality)}, seed {quality.made.get('seed', 'not given')}."
+        f"{dense}"
+    )
 
 
 def summary(qualities: Sequence[Quality]) -> Html:

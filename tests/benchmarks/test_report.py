@@ -112,7 +112,7 @@ def test_every_row_and_group_is_on_the_page(written, results):
     for quality in results.qualities:
         assert [row for row in quality.rows if f">{row.name}</th>" not in text] == []
     for group, *_ in report_inputs.GROUPS:
-        assert f'<th colspan="11" scope="rowgroup">{group}</th>' in text
+        assert f'<th colspan="12" scope="rowgroup">{group}</th>' in text
         assert f">{group}</text>" in text
     assert "tokens are not pruned &lt;here&gt;" in text
     assert "hqq is missing" in text
@@ -240,6 +240,14 @@ def test_speeds_are_over_the_fastest_dense_contender():
     assert found["static, Inductor"] == 1.0
     assert found["ours, rank 64 rotated"] > 1
     assert other_tables.speeds(None) == {}
+
+
+def test_throughput_stands_beside_accuracy_where_both_were_measured(results):
+    (quality, _) = results.qualities
+    (name, *_) = [row.name for row in analysis.main_rows(quality)]
+
+    assert "tokens/s over dense" not in quality_tables.main_table([quality], other_tables.speeds(results.speed))
+    assert "<td>6.50x</td>" in quality_tables.main_table([quality], {name: 6.5})
 
 
 def test_the_papers_references_follow_from_its_tables():
