@@ -97,7 +97,7 @@ def spectra(quality: Quality) -> "Figure":
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_xlabel("singular value number")
     axes[0].set_ylabel("over the largest")
-    axes[0].set_ylim(bottom=max(axes[0].get_ylim()[0], _SMALLEST))
+    axes[0].set_ylim(max(axes[0].get_ylim()[0], _SMALLEST), 1.6)
     if len(layers) > 1:
         legend_below(figure, axes[0].get_legend_handles_labels()[0], min(8, len(layers)))
     return figure
