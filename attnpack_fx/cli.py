@@ -1,4 +1,4 @@
-"""The command line: `attnpack demo`, `attnpack explain`, and commands of other packages.
+"""The command line: `attnpack demo`, `attnpack explain`, `attnpack bench`, and commands of other packages.
 
 Those are entry points of the group `attnpack_fx.commands`: functions that add a parser to the commands, and set `run`
 to what it runs. Heavy imports happen inside the commands, so that help and wrong arguments are answered at once.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnpack_fx.arguments import add_prompt, add_ranks, policy_of, positive, settle
+from attnpack_fx.bench import add_bench
 from attnpack_fx.demo.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
     demo.set_defaults(run=_demo)
     explain.set_defaults(run=_explain)
+    add_bench(commands)
     for entry in sorted(entry_points(group="attnpack_fx.commands"), key=lambda entry: entry.name):
         entry.load()(commands)
     return parser

@@ -10,9 +10,11 @@ to 16 images, each introduced by its name (``#1`` ... ``#16``).  Four kinds of q
 ``cell``
     name the digit in one cell of one named image;
 ``count``
-    count how often a digit occurs in one named image;
+    read one named image out and say how often a digit occurs in it;
 ``locate``
-    name the image that holds a given sequence of 8 digits.
+    name the one image that holds a given digit, which no other does, and read it out: a needle in a haystack.
+
+A fifth, `listing`, reads all images out, over and over, for answers of any length.
 
 Needs numpy and Pillow; scikit-learn is imported when the digits are first needed.
 """
@@ -188,7 +190,11 @@ def draw_cells(
 
 
 def sample_grids(
-    rng: np.random.Generator, count: int, split: Split, augmentation: Augmentation | None = None
+    rng: np.random.Generator,
+    count: int,
+    split: Split,
+    augmentation: Augmentation | None = None,
+    labels: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Draw ``count`` images with random digits of one split.
 
@@ -198,6 +204,7 @@ def sample_grids(
         split: where the digit samples come from.
         augmentation: distortions; by default `TRAIN_AUGMENTATION` for the training split and
             `MILD_AUGMENTATION` for the held-out one.
+        labels: the digits to draw, ``[count, 8]`` in reading order; by default any.
 
     Returns:
         Grey images ``[count, 64, 64]`` and their digits ``[count, 8]`` in reading order.
@@ -205,10 +212,10 @@ def sample_grids(
     Raises:
         ValueError: if ``split`` is not one of `SPLITS`.
     """
-    glyphs, labels = load_split(split)
+    glyphs, classes = load_split(split)
     if augmentation is None:
         augmentation = TRAIN_AUGMENTATION if split == "train" else MILD_AUGMENTATION
-    digits = rng.integers(0, 10, size=count * CELLS)
+    digits = rng.integers(0, 10, size=count * CELLS) if labels is None else labels.reshape(-1)
     chosen = _pick_samples(rng, split, digits)
     drawn = glyphs[chosen]
     if augmentation.blend > 0:
@@ -219,7 +226,7 @@ def sample_grids(
     cells = draw_cells(drawn, rng, augmentation)
     grid = cells.reshape(count, ROWS, COLUMNS, CELL_HEIGHT, CELL_WIDTH).transpose(0, 1, 3, 2, 4)
     pixels = np.rint(grid.reshape(count, IMAGE_SIZE, IMAGE_SIZE) * 255.0).astype(np.uint8)
-    return pixels, labels[chosen].reshape(count, CELLS)
+    return pixels, classes[chosen].reshape(count, CELLS)
 
 
 def _pick_samples(rng: np.random.Generator, split: Split, digits: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -236,6 +243,20 @@ def _class_table(split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64], ND
     order = np.argsort(labels, kind="stable").astype(np.int64)
     sizes = np.bincount(labels, minlength=10).astype(np.int64)
     return order, np.cumsum(sizes) - sizes, sizes
+
+
+def needle_labels(rng: np.random.Generator, images: int, needles: int = 1) -> NDArray[np.int64]:
+    """Digits ``[images, 8]`` of images, among them ``needles`` digits that one image each holds, in one cell.
+
+    Raises:
+        ValueError: if there is no needle, or hardly a digit besides them.
+    """
+    if not 1 <= needles <= 8:
+        raise ValueError(f"needles: got {needles}, expected 1 to 8 of the ten digits")
+    order = rng.permutation(10)
+    labels = rng.choice(order[needles:], size=images * CELLS).astype(np.int64)
+    labels[rng.choice(images * CELLS, size=needles, replace=False)] = order[:needles]
+    return labels.reshape(images, CELLS)
 
 
 def image_name(index: int) -> str:
@@ -256,13 +277,13 @@ def ask(task: str, labels: NDArray[np.int64], target: int, name: str, rng: np.ra
         labels: digits of all images ``[images, 8]``.
         target: the image the question is about, an index into ``labels``.
         name: that image's name in the prompt.
-        rng: chooses the cell for ``cell`` and the digit for ``count``.
+        rng: chooses the cell for ``cell`` and the digit for ``count`` and ``locate``.
 
     Returns:
         The text to put after the images (it ends in ``answer :``) and the expected answer.
 
     Raises:
-        ValueError: if ``task`` is not one of `TASKS`.
+        ValueError: if ``task`` is not one of `TASKS`, or ``locate`` and no digit is in the target alone.
     """
     digits = labels[target]
     if task == "read":
@@ -276,10 +297,26 @@ def ask(task: str, labels: NDArray[np.int64], target: int, name: str, rng: np.ra
         present = rng.random() < 0.75
         digit = int(digits[rng.integers(CELLS)]) if present else int(rng.integers(10))
         count = int(np.count_nonzero(digits == digit))
-        return f"question : count digit {digit} in image {name} answer :", str(count)
+        return f"question : count digit {digit} in image {name} answer :", f"{_spell(digits)} count {count}"
     if task == "locate":
-        return f"question : locate {_spell(digits)} answer :", f"image {name}"
+        alone = np.setdiff1d(digits, np.delete(labels, target, axis=0))
+        if not len(alone):
+            raise ValueError("locate: no digit is in the target image alone; draw the digits with needle_labels")
+        return f"question : locate digit {rng.choice(alone)} answer :", f"image {name} : {_spell(digits)}"
     raise ValueError(f"task must be one of {TASKS}, got {task!r}")
+
+
+def listing(labels: NDArray[np.int64], names: Sequence[str], tokens: int) -> tuple[str, str]:
+    """A question for all images and the first ``tokens`` words of its answer, which begins anew after the last image.
+
+    Args:
+        labels: digits of all images ``[images, 8]``.
+        names: the images' names, as `images_text` takes them.
+        tokens: length of the answer in words.
+    """
+    words = [f"image {name} : {_spell(digits)}" for name, digits in zip(names, labels, strict=True)]
+    once = " ".join(words).split()
+    return "question : read answer :", " ".join((once * -(-tokens // len(once)))[:tokens])
 
 
 def _spell(digits: NDArray[np.int64]) -> str:
@@ -326,8 +363,8 @@ def held_out_questions(task: str, images: int, count: int, seed: int, split: Spl
     names = [image_name(index) for index in range(images)]
     questions: list[Question] = []
     for _ in range(count):
-        pictures, labels = _draw_pictures(rng, images, split)
-        target = int(rng.integers(images))
+        pictures, labels = _draw_pictures(rng, images, split, needle=task == "locate")
+        target = _needle_place(labels, rng) if task == "locate" else int(rng.integers(images))
         text, answer = ask(task, labels, target, names[target], rng)
         questions.append(Question(task, pictures, f"{images_text(names)} {text}", answer))
     return questions
@@ -381,12 +418,21 @@ def _check_counts(images: int, count: int) -> None:
         raise ValueError(f"count must not be negative, got {count}")
 
 
+def _needle_place(labels: NDArray[np.int64], rng: np.random.Generator) -> int:
+    """One of the images, of ``labels [images, 8]``, with a digit that no other has."""
+    places = [
+        image for image, digits in enumerate(labels) if len(np.setdiff1d(digits, np.delete(labels, image, axis=0)))
+    ]
+    return int(rng.choice(places))
+
+
 def _draw_pictures(
-    rng: np.random.Generator, images: int, split: Split
+    rng: np.random.Generator, images: int, split: Split, needle: bool = False
 ) -> tuple[tuple[Image.Image, ...], NDArray[np.int64]]:
     """Pictures and their digits ``[images, 8]``; no two pictures show the same sequence."""
     while True:
-        pixels, labels = sample_grids(rng, images, split)
+        wanted = needle_labels(rng, images) if needle else None
+        pixels, labels = sample_grids(rng, images, split, labels=wanted)
         if len(np.unique(labels, axis=0)) == images:
             return tuple(to_image(picture) for picture in pixels), labels
 

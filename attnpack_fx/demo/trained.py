@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Ranks of keys and values at which this model answers as it does dense; RoPE costs the keys rank.
 VISION_RANK: RankSpec = (32, 16)
-_ANSWER_TOKENS = 9
+_ANSWER_TOKENS = 12
 _SEED = 0
 _EXAMPLES = 4
 #: Seconds after which plain Inductor, the least of the comparisons, is left out.

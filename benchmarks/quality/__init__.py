@@ -1,9 +1,10 @@
-"""Accuracy against counted bytes on the trained model of `benchmarks/assets`, over many policies.
+"""Quality against counted bytes, of every method, on the trained models: `attnpack bench quality`.
 
-    python -m benchmarks.quality --out FILE [--quick | --full] [--questions N] [--only SWEEP] [--figure FILE.png]
+A context is a prompt of many held-out images and a first question. A model compiled with a policy fills and packs its
+cache, answers from it, and is then asked further questions, each after the first answer, and fed a long reference
+(`contexts`, `answering`). Everything is paired with the dense model on the same contexts (`score`). `methods` has what
+is compared, and how each comes to a given number of bytes.
 
-The dense prefill of every batch of questions runs once. Each policy then packs its keys and values with the operators
-that the compiled prefill calls (`packing`), and the compiled decode step generates from the packed cache. Decode graphs
-are rewritten as always, and run op by op: no policy changes what is computed after that, and Inductor would take most
-of the time. `check` compares this shorter way with a compiled prefill.
+Rewritten graphs run op by op: no policy changes what is computed after that, and Inductor would take most of the time.
+Images are turned into embeddings once, since no policy changes those.
 """

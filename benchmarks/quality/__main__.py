@@ -12,4 +12,4 @@ from benchmarks.quality.command import main
 
 if __name__ == "__main__":
     measure.restart_with_malloc_settings()
-    sys.exit(main())
+    main()

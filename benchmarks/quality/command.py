@@ -1,7 +1,9 @@
-"""The command line of the benchmark, and the file of results, which is continued where it exists."""
+"""The command line of the comparison, and the file of results, which is continued where it exists."""
 
 import argparse
-import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,161 +12,201 @@ from typing import Any
 
 import torch
 
-from attnpack_fx import PackPolicy
-from attnpack_fx.demo.load import Loaded, load, trained_model
-from attnpack_fx.policy import PolicyError
-from benchmarks import measure
-from benchmarks.quality.check import check
-from benchmarks.quality.data import Batch, Setting, batches
-from benchmarks.quality.figure import draw
-from benchmarks.quality.packing import Decoders, op_by_op, packed, vision_bytes
-from benchmarks.quality.score import score
+from attnpack_fx import hf
+from attnpack_fx.cache_bytes import cache_bytes
+from attnpack_fx.policy import PackPolicy, PolicyError
+from benchmarks import measure, results_file
+from benchmarks.graphs import compiled, op_by_op
+from benchmarks.quality import methods, score
+from benchmarks.quality.answering import Answers, answers, prefilled
+from benchmarks.quality.contexts import TASKS, Contexts, contexts, prompts
 from benchmarks.quality.spectra import spectra
-from benchmarks.quality.sweeps import SPACES, SWEEPS, Candidate, SkippedError, candidates
+from benchmarks.trained import MODELS, load_trained
 
-MAIN = Setting()
-#: Asked of some sweeps only: of those that show how far a result carries.
-OTHERS = (Setting("read", 1), Setting("read", 4, late=True), Setting("cell", 4, late=True), Setting("read", 16))
-_SPREAD = ("uniform", "calibrated")
-#: Policies for which packing outside the graph is compared with the compiled prefill.
-CHECKED = tuple(PackPolicy(vision_rank=16, key_space=space) for space in SPACES)
-_SEED = 2
+_CALIBRATION_PROMPTS = 4
+#: No number of a context that is asked: contexts are seeded with `[seed, number]`.
+_CALIBRATION_SEED = 20_001
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    settings = [MAIN, *(OTHERS if given.full else ())]
-    record = _record(given, settings)
-    loaded = load(str(trained_model()), given.dtype)
-    with op_by_op():
-        decoders = Decoders(loaded.model)
-        if "check" not in record:
-            record["check"] = [check(loaded, decoders, MAIN, policy, given.seed) for policy in CHECKED]
-        for setting in settings:
-            _measure(given, loaded, decoders, setting, record)
-    _write(given.out, record)
-    if given.figure:
-        draw(record, given.figure)
+    threads = given.threads or torch.get_num_threads()
+    if given.model:
+        torch.set_num_threads(threads)
+        with op_by_op():
+            Comparison(given.model, given).run()
+    else:
+        _together(list(arguments if arguments is not None else sys.argv[1:]), max(1, threads // len(MODELS)))
 
 
-def _measure(
-    given: argparse.Namespace, loaded: Loaded, decoders: Decoders, setting: Setting, record: dict[str, Any]
-) -> None:
-    count = given.questions if setting == MAIN else max(given.batch, given.questions // 2 // given.batch * given.batch)
-    size = min(given.batch, max(1, given.batch * MAIN.images // setting.images))
-
-    @lru_cache(maxsize=1)
-    def asked() -> list[Batch]:
-        return batches(loaded, setting, count, size, given.seed)
-
-    if setting == MAIN and "spectra" not in record:
-        record["spectra"] = spectra(asked()[0])
-    rows: list[dict[str, Any]] = record["rows"]
-    print(f"\n{setting.name}, {count} questions")
-    print(
-        f"{'sweep':<11}{'policy':<40}{'right':>8}{'dense':>8}{'difference':>24}{'exact':>8}{'KL':>10}{'vision':>8}{'all':>7}"
-    )
-    for sweep in SWEEPS:
-        if (given.only and sweep not in given.only) or (setting != MAIN and sweep not in _SPREAD):
-            continue
-        for candidate in candidates(
-            sweep, given.quick, setting, loaded.model.config.get_text_config().num_hidden_layers
-        ):
-            known = {"sweep": sweep, "name": candidate.name, "setting": setting.name}
-            old = next((row for row in rows if known.items() <= row.items()), None)
-            if old is None or "skipped" in old:  # What could not be measured then may be there now.
-                row = {**known, **_row(loaded, decoders, asked, candidate, given.seed)}
-                if old is not None:
-                    rows[rows.index(old)] = row
-                else:
-                    rows.append(row)
-                _write(given.out, record)
-                old = row
-            print(_line(old), flush=True)
+def _together(arguments: list[str], threads: int) -> None:
+    """Every model in a process of its own, since most of the time is spent tracing graphs, in one thread."""
+    path = os.pathsep.join([str(measure.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    running = {}
+    for name in MODELS:
+        command = [sys.executable, "-m", "benchmarks.quality", *arguments, f"--model={name}", f"--threads={threads}"]
+        running[name] = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    failed = [name for name, process in running.items() if process.wait()]
+    if failed:
+        raise SystemExit(f"attnpack bench quality: failed on {', '.join(failed)}; run again to go on from there")
 
 
-def _row(
-    loaded: Loaded,
-    decoders: Decoders,
-    asked: Any,
-    candidate: Candidate,
-    seed: int,
-) -> dict[str, Any]:
-    began = time.monotonic()
-    try:
-        policy = candidate.make(loaded)
-        if candidate.unlike is not None:
-            _check_effect(asked()[0], policy, candidate.unlike)
-        row = score(loaded.model, decoders, asked(), policy, seed)
-    except (SkippedError, NotImplementedError, PolicyError) as error:
-        return {"skipped": f"{type(error).__name__}: {error}"}
-    return {"policy": policy.to_dict(), **row, "seconds": round(time.monotonic() - began, 1)}
+class Comparison:
+    """All candidates on one model."""
+
+    def __init__(self, name: str, given: argparse.Namespace) -> None:
+        self.given = given
+        self.path = given.out / f"quality-{name}.json"
+        own = {
+            "model": name,
+            "architecture": MODELS[name],
+            "dtype": given.dtype,
+            "seed": given.seed,
+            "images": given.images,
+            "contexts": given.contexts,
+        }
+        self.record = results_file.begin(self.path, own)
+        self.loaded = load_trained(name, given.dtype)
+        self._asked: list[tuple[Contexts, Answers]] = []
+
+    def run(self) -> None:
+        from tqdm import tqdm
+
+        todo = [each for each in methods.candidates() if not self.given.quick or each.quick]
+        todo = [each for each in todo if not self.given.only or each.group in self.given.only]
+        missing = [each for each in todo if self._known(each) is None]
+        study = methods.Study(self.loaded.model, self._shape(), self._samples, self._beside)
+        print(f"\n{self.record['model']}: {self.record['contexts']} contexts of {self.record['images']} images")
+        with tqdm(total=len(missing), unit="policy", file=sys.stderr, disable=None) as progress:
+            self._measure_dense(max((each.weight for each in missing), default=0), progress)
+            for candidate in missing:
+                progress.set_description_str(f"{candidate.group}: {candidate.name}")
+                row = {"group": candidate.group, "name": candidate.name, "target": candidate.target}
+                self.record["rows"].append({**row, **self._row(study, candidate)})
+                results_file.write(self.path, self.record)
+                progress.update()
+        for candidate in todo:
+            print(_line(self._known(candidate)))
+
+    def _known(self, candidate: methods.Candidate) -> dict[str, Any] | None:
+        name = {"group": candidate.group, "name": candidate.name, "target": candidate.target}
+        return next((row for row in self.record["rows"] if name.items() <= row.items()), None)
+
+    def _shape(self) -> methods.Shape:
+        config = self.loaded.model.config.get_text_config()
+        (batch,) = contexts(self.loaded, self.given.images, 1, 1, self.given.seed)
+        vision, tokens = int(batch.vision.sum()), batch.vision.shape[1]
+        width = config.num_key_value_heads * config.head_dim
+        return methods.Shape(config.num_hidden_layers, width, vision, tokens - vision)
+
+    def _samples(self) -> list[dict[str, Any]]:
+        return prompts(self.loaded, self.given.images, _CALIBRATION_PROMPTS, _CALIBRATION_SEED)
+
+    @lru_cache(maxsize=1)  # noqa: B019  (one comparison a process)
+    def _beside(self) -> float:
+        """What a cache of un-rotated keys holds besides its factors, as a share of the dense cache."""
+        batch, dense = self._batches(1)[0]
+        cache, shape = hf.empty_cache(self.loaded.model), self._shape()
+        policy = PackPolicy(vision_rank=1, text_rank=1, key_space="unrotated")
+        prefilled(compiled(self.loaded.model, policy), batch, cache)
+        factors = shape.layers * 2 * (shape.tokens + 2 * shape.width) * self.loaded.model.dtype.itemsize
+        return (cache_bytes(cache) - batch.size * factors) / dense.prompt_bytes
+
+    def _batches(self, weight: int) -> list[tuple[Contexts, Answers]]:
+        """Contexts with the dense model's answers; the first are the same whatever `weight` is."""
+        given = self.given
+        count = given.contexts * weight
+        if len(self._asked) * given.batch < count:
+            drawn = contexts(self.loaded, given.images, count, given.batch, given.seed)
+            model = self.loaded.model
+            self._asked += [(batch, answers(model, model, batch)) for batch in drawn[len(self._asked) :]]
+        return self._asked[: count // given.batch]
+
+    def _measure_dense(self, weight: int, progress: Any) -> None:
+        if not weight:
+            return
+        progress.set_description_str("dense")
+        weight = weight if not self.given.quick else 1
+        if "dense" not in self.record:
+            asked = self._batches(weight)
+            tally = _tally((batch, dense, dense) for batch, dense in asked)
+            found = score.row(tally, tally, self.given.seed)
+            kept = ("accuracy", "accuracy_interval", "exact", "rouge_l", "tasks", "long")
+            self.record["dense"] = {
+                **{key: found[key] for key in kept},
+                "contexts": len(tally.nll),
+                "bytes_per_context": tally.prompt_bytes / len(tally.nll),
+            }
+        if "spectra" not in self.record:
+            self.record["spectra"] = spectra(self.loaded.model, self._batches(1)[0][0])
+        results_file.write(self.path, self.record)
+
+    def _row(self, study: methods.Study, candidate: methods.Candidate) -> dict[str, Any]:
+        began = time.monotonic()
+        try:
+            policy = candidate.make(study)
+            asked = self._batches(1 if self.given.quick else candidate.weight)
+            found = self._scored(policy, asked)
+        except (methods.UnreachableError, NotImplementedError, PolicyError) as error:
+            return {"skipped": f"{type(error).__name__}: {error}"}
+        return {
+            "policy": policy.to_dict(),
+            "contexts": len(asked) * self.given.batch,
+            **found,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    def _scored(self, policy: PackPolicy, asked: Sequence[tuple[Contexts, Answers]]) -> dict[str, Any]:
+        model = self.loaded.model
+        torch._dynamo.reset()
+        step = compiled(model, policy)
+        own = _tally((batch, answers(model, step, batch, dense), dense) for batch, dense in asked)
+        dense = _tally((batch, dense, dense) for batch, dense in asked)
+        return score.row(own, dense, self.given.seed)
 
 
-def _check_effect(batch: Batch, policy: PackPolicy, other: PackPolicy) -> None:
-    """Raise SkippedError where both hold the same bytes."""
-    held, unlike = (vision_bytes(packed(batch, each), batch) for each in (policy, other))
-    if held == unlike:
-        raise SkippedError(f"no effect on bytes: {held} with bases={policy.bases!r} and with {other.bases!r}")
+def _tally(triples: Any) -> score.Tally:
+    tally = score.Tally()
+    for batch, given, dense in triples:
+        tally.add(batch, given, dense)
+    return tally
 
 
-def _line(row: dict[str, Any]) -> str:
-    head = f"{row['sweep']:<11}{row['name']:<40}"
+def _line(row: dict[str, Any] | None) -> str:
+    assert row is not None
+    target = f"1/{row['target']}" if row["target"] else ""
+    head = f"{row['group']:<28}{row['name']:<38}{target:>5}"
     if "skipped" in row:
         return f"{head} skipped: {row['skipped']}"
     low, high = row["difference_interval"]
     difference = f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    tasks = " ".join(f"{100 * row['tasks'][task]['accuracy']:6.1f}" for task in TASKS)
     return (
-        f"{head}{100 * row['accuracy']:>8.2f}{100 * row['dense_accuracy']:>8.2f}{difference:>24}"
-        f"{100 * row['exact']:>8.1f}{row['kl']:>10.2e}{row['vision_ratio']:>7.1f}x{row['cache_ratio']:>6.1f}x"
+        f"{head}{row['prompt_ratio']:>7.1f}x{100 * row['accuracy']:>8.2f}{difference:>24}{row['kl']:>10.1e}"
+        f"{row['long']['perplexity']:>8.2f}  {tasks}"
     )
-
-
-def _record(given: argparse.Namespace, settings: list[Setting]) -> dict[str, Any]:
-    """The file of results as it is, or a new one. Raises ValueError where it was measured otherwise."""
-    own = {"dtype": given.dtype, "seed": given.seed, "batch": given.batch, "questions": given.questions}
-    if given.out.exists():
-        record: dict[str, Any] = json.loads(given.out.read_text())
-        other = {name: record.get(name) for name in own}
-        if other != own:
-            raise ValueError(f"{given.out}: got results of {other}, expected {own}; give another --out, or remove it")
-        names = [setting.name for setting in settings]
-        record["settings"] += [name for name in names if name not in record["settings"]]
-        # Rows kept from an earlier commit stand beside new ones: every commit is named.
-        for name, value in measure.environment().items():
-            if record[name] != value:
-                record.setdefault("continued", []).append({name: value})
-        return record
-    return {**measure.environment(), **own, "settings": [setting.name for setting in settings], "rows": []}
-
-
-def _write(out: Path, record: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(out)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description="Accuracy against bytes.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; rows already in it are kept")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw accuracy and KL against bytes")
+    parser = argparse.ArgumentParser(prog="attnpack bench quality", description=__doc__)
+    parser.add_argument("--out", type=Path, default=results_file.FOLDER, metavar="FOLDER", help="(%(default)s)")
+    parser.add_argument("--model", choices=MODELS, help="this model alone (all, at once)")
+    parser.add_argument("--only", action="append", metavar="GROUP", help="this group; may be given several times")
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--quick", action="store_true", help="few policies and 64 questions")
-    amount.add_argument("--full", action="store_true", help="other tasks and numbers of images as well")
-    parser.add_argument("--questions", type=_positive, help="of the main setting (320; quick: 64)")
-    parser.add_argument("--only", action="append", choices=SWEEPS, help="this sweep; may be given several times")
-    parser.add_argument("--batch", type=_positive, default=32, help="questions prefilled together (32)")
+    amount.add_argument("--quick", action="store_true", help="few policies and contexts")
+    amount.add_argument("--full", action="store_true", help="everything; the default")
+    parser.add_argument("--contexts", type=_positive, help="held-out prompts (24; quick: 12)")
+    parser.add_argument("--images", type=_positive, default=16, help="in a prompt (16)")
+    parser.add_argument("--batch", type=_positive, help="contexts answered together (12)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model (bfloat16)")
-    parser.add_argument("--seed", type=int, default=_SEED)
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--threads", type=_positive, help="CPU threads (as PyTorch chooses)")
     given = parser.parse_args(arguments)
-    given.questions = given.questions or (64 if given.quick else 320)
-    if given.questions % given.batch:
-        parser.error(f"--questions: got {given.questions}, expected a multiple of --batch, {given.batch}")
+    given.contexts = given.contexts or (12 if given.quick else 24)
+    given.batch = given.batch or 12
+    if given.contexts % given.batch:
+        parser.error(f"--contexts: got {given.contexts}, expected a multiple of --batch, {given.batch}")
     return given
 
 

@@ -1,5 +1,6 @@
-"""The benchmark of quality at its smallest: what it writes, how it continues, and that its shorter way is checked."""
+"""The comparison of methods at its smallest: what it writes, how it continues, and what its numbers mean."""
 
+import itertools
 import json
 import math
 import sys
@@ -8,138 +9,216 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from attnpack_fx import PackPolicy
-from attnpack_fx.demo.load import load, trained_model
-from benchmarks.quality import check, command, figure, packing, score, sweeps
-from benchmarks.quality.data import Setting, batches
+from attnpack_fx import H2O, PackPolicy, Quantize
+from benchmarks.graphs import compiled, op_by_op
+from benchmarks.quality import command, methods, score
+from benchmarks.quality.answering import answers
+from benchmarks.quality.contexts import FIRST, LONG, LONG_TOKENS, TASKS, contexts, prompts
+from benchmarks.quality.spectra import spectra
+from benchmarks.trained import MODELS, load_trained
 
-TINY = ["--quick", "--questions", "2", "--batch", "2", "--seed", "3"]
-SMALL = Setting("read", 1)
+IMAGES = 3
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def loaded(request):
+    return load_trained(request.param, "float32")
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return load(str(trained_model()), "float32")
+def asked(loaded):
+    """Two contexts and what the dense model says of them."""
+    (batch,) = contexts(loaded, IMAGES, 2, 2, 0)
+    return batch, answers(loaded.model, loaded.model, batch)
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """One image, two policies whose cache has one form, so that one graph decodes both."""
-    monkeypatch.setattr(command, "MAIN", SMALL)
-    monkeypatch.setattr(command, "CHECKED", command.CHECKED[1:])
-    monkeypatch.setitem(
-        sweeps._SWEEPS,
-        "uniform",
-        lambda quick, setting, layers: (
-            sweeps._fixed(str(rank), PackPolicy(vision_rank=rank, key_space="unrotated")) for rank in (8, 16)
-        ),
-    )
+def two_candidates(monkeypatch):
+    def candidates():
+        for rank in (4, 16):
+            policy = PackPolicy(vision_rank=rank, key_space="unrotated")
+            yield methods.Candidate("g", f"rank {rank}", None, lambda study, policy=policy: policy, True)
+        yield methods.Candidate("g", "none", 32, lambda study: PackPolicy(vision_rank=study.shape.rank(32)), True)
+
+    monkeypatch.setattr(methods, "candidates", candidates)
 
 
-def test_rows_are_written_drawn_and_kept(tmp_path, small, monkeypatch, capsys):
-    out, picture = tmp_path / "quality.json", tmp_path / "quality.png"
-    monkeypatch.setattr(sweeps.attnpack_fx, "calibrate", None, raising=False)
-    arguments = [*TINY, "--out", str(out), "--figure", str(picture), "--only", "uniform"]
+def test_rows_are_written_and_kept(tmp_path, two_candidates, capsys):
+    arguments = ["--out", str(tmp_path), "--quick", "--model", "digits-llava", "--contexts", "2", "--batch", "2"]
+    arguments += ["--images", str(IMAGES)]
     command.main(arguments)
-    first = json.loads(out.read_text())
-    assert {"versions", "cpu", "commit", "seed", "dtype"} <= first.keys()
-    assert [row["name"] for row in first["rows"]] == ["8", "16"]
-    for row in first["rows"]:
-        rank = int(row["name"])
-        assert PackPolicy.from_dict(row["policy"]).vision_rank == rank
-        assert row["questions"] == 2 and 0 <= row["accuracy"] <= 1 and row["kl"] >= -1e-6
-        low, high = row["difference_interval"]
-        assert low <= row["accuracy"] - row["dense_accuracy"] + 1e-9 and row["difference"] <= high + 1e-9
-        # bfloat16 factors of 4 layers, 2 samples, keys and values; then indices, and perhaps angles.
-        factors = 4 * 2 * 2 * (64 + 256) * rank * 2
-        assert factors < row["vision_bytes"] < row["cache_bytes"] < row["dense_cache_bytes"]
-        assert row["dense_vision_bytes"] == 4 * 2 * 2 * 64 * 256 * 2
-        # Of each of 75 tokens: 8 bytes in two indices, in each sample; cos and sin of 64 numbers, once.
-        assert 0 < row["vision_bytes"] - factors <= 75 * (2 * 2 * 8 + 2 * 64 * 2)
-    assert first["rows"][0]["kl"] > first["rows"][1]["kl"] and first["rows"][1]["dense_accuracy"] > 0.9
-    (checked,) = first["check"]
-    assert checked["policy"]["key_space"] == "unrotated" and checked["difference"] < 0.05
+    path = tmp_path / "quality-digits-llava.json"
+    first = json.loads(path.read_text())
+    assert {"versions", "cpu", "commit", "seed", "dtype", "contexts", "images", "architecture"} <= first.keys()
+    assert first["dense"]["accuracy"] > 0.5 and first["dense"]["contexts"] == 2
+    low, high, none = first["rows"]
+    assert PackPolicy.from_dict(high["policy"]).vision_rank == 16 and high["prompt_ratio"] < low["prompt_ratio"]
+    assert low["kl"] > high["kl"] >= 0
+    assert "leave no room" in none["skipped"] and none["target"] == 32
+    for row in (low, high):
+        assert row["tasks"].keys() == set(TASKS)
+        mean = np.mean([row["tasks"][task]["accuracy"] for task in TASKS])
+        assert row["accuracy"] == pytest.approx(mean)
+        assert row["difference"] == pytest.approx(row["accuracy"] - first["dense"]["accuracy"])
+        assert row["difference_interval"][0] <= row["difference"] <= row["difference_interval"][1]
+    # 75 tokens of text and vision; factors of rank 16 beside dense text.
     assert {(row["layer"], row["kind"]) for row in first["spectra"]} == {
         (layer, kind) for layer in range(4) for kind in ("keys, rotated", "keys, un-rotated", "values")
     }
-    assert all(row["error"]["8"] > row["error"]["16"] > row["error"]["32"] for row in first["spectra"])
-    assert Image.open(picture).size[0] > 800
-
-    command.main([*arguments, "--only", "calibrated"])
-    second = json.loads(out.read_text())
-    assert second["rows"][:2] == first["rows"]
-    assert [row["skipped"] for row in second["rows"][2:]] == ["SkippedError: attnpack_fx.calibrate does not exist"] * 2
-    assert "1/16, calibrated" in capsys.readouterr().out
-
+    capsys.readouterr()
+    command.main(arguments)
+    assert json.loads(path.read_text())["rows"] == first["rows"] and "rank 16" in capsys.readouterr().out
     with pytest.raises(ValueError, match="give another --out"):
-        command.main([*arguments[:-2], "--dtype", "float32"])
+        command.main([*arguments, "--dtype", "float32"])
 
 
-def test_lossless_packing_answers_as_the_dense_cache_does(loaded):
-    late = Setting("cell", 1, late=True)
-    # At rank 64 packing 64 tokens saves nothing, and they stay dense.
-    policies = [PackPolicy(vision_rank="full", key_space="rotated"), PackPolicy(vision_rank=64, key_space="unrotated")]
-    with packing.op_by_op():
-        asked = batches(loaded, late, 2, 2, 0)
-        rows = [score.score(loaded.model, packing.Decoders(loaded.model), asked, each, 0) for each in policies]
-    for row in rows:
-        assert row["agree"] == 1 and row["difference"] == 0 and row["first_divergence"] is None
-        assert abs(row["kl"]) < 1e-8
-    assert asked[0].from_cache == 1
-    assert rows[1]["dense_vision_bytes"] < rows[1]["vision_bytes"] < 1.1 * rows[1]["dense_vision_bytes"]
+def test_lossless_policies_answer_as_the_dense_cache_does(loaded, asked):
+    batch, dense = asked
+    with op_by_op():
+        for policy in (
+            PackPolicy(vision_rank="full", key_space="unrotated"),
+            PackPolicy(vision_rank=None, passes=(H2O(budget=1.0),)),
+        ):
+            own = answers(loaded.model, compiled(loaded.model, policy), batch, dense)
+            for task in TASKS:
+                assert torch.equal(own.tokens[task], dense.tokens[task])
+                assert score.divergence(dense.logits[task], own.logits[task]).max() < 1e-6
 
 
-def test_packing_that_differs_from_the_compiled_prefill_is_refused(loaded, monkeypatch):
-    # A model that is not compiled leaves its cache dense.
-    monkeypatch.setattr(check, "compiled", lambda model, policy: model)
-    with pytest.raises(RuntimeError, match="bytes packed outside the graph"):
-        check.check(loaded, packing.Decoders(loaded.model), SMALL, PackPolicy(vision_rank=16), 0)
+def test_every_later_question_starts_from_the_same_cache(loaded, asked, monkeypatch):
+    """Without the questions before it, a question gets the same answer: none of them has left anything behind."""
+    batch, dense = asked
+    policy = PackPolicy(vision_rank=16, passes=(H2O(budget=0.8), Quantize(bits=4)))
+    with op_by_op():
+        own = answers(loaded.model, compiled(loaded.model, policy), batch, dense)
+        monkeypatch.setattr("benchmarks.quality.answering.LATER", ("needle",))
+        alone = answers(loaded.model, compiled(loaded.model, policy), batch, dense)
+    torch.testing.assert_close(alone.logits["needle"], own.logits["needle"])
+    torch.testing.assert_close(alone.logits[LONG], own.logits[LONG])
+    assert 2 * own.prompt_bytes < dense.prompt_bytes < dense.long_bytes
 
 
-def test_a_policy_without_effect_is_skipped(loaded):
-    (batch,) = batches(loaded, SMALL, 2, 2, 0)
-    with pytest.raises(sweeps.SkippedError, match="no effect on bytes"):
-        command._check_effect(batch, PackPolicy(vision_rank=16), PackPolicy(vision_rank=16, strict=True))
-    command._check_effect(batch, PackPolicy(vision_rank=16), PackPolicy(vision_rank=17))
+def test_contexts_do_not_depend_on_how_many_there_are(loaded):
+    one = contexts(loaded, IMAGES, 1, 1, 5)
+    three = contexts(loaded, IMAGES, 3, 1, 5)
+    for task in TASKS:
+        assert torch.equal(one[0].turns[task].answer, three[0].turns[task].answer)
+    torch.testing.assert_close(one[0].inputs["inputs_embeds"], three[0].inputs["inputs_embeds"])
+    assert one[0].turns[LONG].answer.shape == (1, LONG_TOKENS) and one[0].turns[FIRST].question.shape == (1, 0)
+    with pytest.raises(ValueError, match="expected a multiple"):
+        contexts(loaded, IMAGES, 3, 2, 0)
+    with pytest.raises(ValueError, match="at least 2"):
+        contexts(loaded, 1, 1, 1, 0)
 
 
-def test_the_uniform_policy_beside_a_plan_has_its_bytes(loaded):
-    for rank in (4, 40):
-        plan = sweeps.candidates("bits", True, SMALL, 4)
-        assert all(each.make(loaded).layers for each in plan)
-        uniform = PackPolicy(vision_rank=rank)
-        assert sweeps._uniform_of_equal_bytes(uniform, loaded, SMALL).vision_rank == rank
+def test_embeddings_are_what_the_model_makes_of_the_prompt(loaded):
+    """The way around the vision tower ends where the processor and `forward` do."""
+    prompt = prompts(loaded, IMAGES, 1, 5)[0]
+    (batch,) = contexts(loaded, IMAGES, 1, 1, 5, split="train")
+    prompt.pop("attention_mask", None)
+    with torch.no_grad():
+        expected = loaded.model(**prompt).logits[:, -1]
+        actual = loaded.model(**batch.inputs).logits[:, -1]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_calibration_sees_training_images_only(loaded, monkeypatch):
+def test_spectra_are_singular_values(loaded, asked):
+    batch, _ = asked
+    with op_by_op():
+        rows = spectra(loaded.model, batch)
     seen = []
-    monkeypatch.setattr(sweeps.digits, "held_out_questions", lambda *_, split: seen.append(split) or [])
-    assert sweeps._samples(loaded, SMALL) == [] and seen == ["train"]
+    layer = loaded.model.model.language_model.layers[1].self_attn
+    hook = layer.v_proj.register_forward_hook(lambda module, given, result: seen.append(result))
+    with torch.no_grad():
+        loaded.model(**batch.inputs)
+    hook.remove()
+    values = torch.linalg.svdvals(seen[0][batch.vision].view(2, -1, seen[0].shape[2]))
+    expected = (values / values[:, :1]).mean(0)
+    (row,) = [row for row in rows if row["layer"] == 1 and row["kind"] == "values"]
+    torch.testing.assert_close(torch.tensor(row["energy"]), expected[: len(row["energy"])], atol=1e-3, rtol=0)
+    ranks = sorted(map(int, row["error"]))
+    assert all(row["error"][str(one)] >= row["error"][str(two)] for one, two in itertools.pairwise(ranks))
+
+
+@given(
+    layers=st.integers(1, 8),
+    width=st.integers(32, 256),
+    vision=st.integers(64, 2048),
+    text=st.integers(1, 64),
+    target=st.floats(1.5, 64),
+    bits=st.sampled_from((4, 8, 16)),
+)
+def test_a_rank_by_bytes_stays_within_them(layers, width, vision, text, target, bits):
+    shape = methods.Shape(layers, width, vision, text)
+    dense = 16 * shape.tokens * width
+    try:
+        rank = shape.rank(target, bits)
+    except methods.UnreachableError:
+        assert (vision + width) * bits + text * width * 16 > dense / target
+        return
+
+    def held(rank):
+        return (vision + width) * bits * rank + text * width * 16
+
+    assert 1 <= rank <= width and held(rank) <= dense / target * (1 + 1e-9)
+    assert rank == width or held(rank + 1) > dense / target * (1 - 1e-9)
+
+
+def test_every_candidate_makes_a_policy_or_says_why_not(monkeypatch):
+    monkeypatch.setattr(
+        methods.attnpack_fx, "calibrate", lambda model, samples, **given: PackPolicy(vision_rank=given["text"] + 1)
+    )
+    study = methods.Study(None, methods.Shape(4, 256, 1024, 55), list, lambda: 0.01)
+    seen, made = set(), 0
+    for each in methods.candidates():
+        assert (each.group, each.name, each.target) not in seen
+        seen.add((each.group, each.name, each.target))
+        try:
+            assert isinstance(each.make(study), PackPolicy)
+            made += 1
+        except methods.UnreachableError as error:
+            assert each.target is not None and "1/" in str(error)
+    assert made > 80
+    quick = {each.group for each in methods.candidates() if each.quick}
+    assert {"ours, calibrated", "AttentionPack, as published", "eviction", "control"} <= quick
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 3), max_size=9), st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_rouge_l_is_the_longest_common_subsequence(one, two):
+    def longest(left, right):
+        if not left or not right:
+            return 0
+        if left[0] == right[0]:
+            return 1 + longest(left[1:], right[1:])
+        return max(longest(left[1:], right), longest(left, right[1:]))
+
+    common = longest(tuple(one), tuple(two))
+    expected = 0.0
+    if common:
+        precision, recall = common / len(one), common / len(two)
+        expected = 2 * precision * recall / (precision + recall)
+    assert score.rouge_l(one, two) == pytest.approx(expected)
 
 
 def test_divergence_and_interval():
     tokens, reference = torch.tensor([[1, 2, 3], [1, 5, 4], [7, 2, 3]]), torch.tensor([[1, 2, 3]] * 3)
-    assert score._first_difference(tokens, reference).tolist() == [0, 2, 1]
+    assert score.first_difference(tokens, reference).tolist() == [0, 2, 1]
     left = torch.tensor([[[0.0, 0.0]]])
     right = torch.tensor([[[0.0, math.log(3)]]])
-    assert score._kl(left, right).item() == pytest.approx(0.5 * math.log(4 / 3))
+    assert score.divergence(left, right).item() == pytest.approx(0.5 * math.log(4 / 3))
     assert score.interval(np.full(10, 0.25), 0) == (0.25, 0.25)
     low, high = score.interval(np.array([0.0, 1.0] * 200), 0)
     # Two standard errors of a fair coin tossed 400 times.
     assert low == pytest.approx(0.45, abs=0.01) and high == pytest.approx(0.55, abs=0.01)
 
 
-def test_a_figure_of_nothing_is_refused(tmp_path):
-    record = {"settings": ["a"], "rows": [{"setting": "a", "skipped": "why"}]}
-    with pytest.raises(ValueError, match="run the sweeps first"):
-        figure.draw(record, tmp_path / "a.png")
-
-
 def test_a_batch_that_does_not_divide_is_refused(capsys):
     with pytest.raises(SystemExit):
-        command.parse(["--out", "a.json", "--questions", "33"])
+        command.parse(["--contexts", "33", "--batch", "2"])
     assert "expected a multiple" in capsys.readouterr().err

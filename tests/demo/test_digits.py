@@ -106,8 +106,8 @@ def test_question_is_well_formed(task, images):
 def test_answers_match_the_labels():
     """Every task's answer follows from the digits and the words of the question."""
     rng = np.random.default_rng(3)
-    labels = rng.integers(0, 10, size=(5, digits.CELLS))
     for _ in range(50):
+        labels = digits.needle_labels(rng, 5)
         target = int(rng.integers(5))
         name, row = digits.image_name(target), labels[target]
         text, answer = digits.ask("read", labels, target, name, rng)
@@ -118,10 +118,39 @@ def test_answers_match_the_labels():
         assert answer == str(row[cell]) and name in text.split()
         text, answer = digits.ask("count", labels, target, name, rng)
         digit = int(text.split()[text.split().index("digit") + 1])
-        assert int(answer) == int((row == digit).sum()) and name in text.split()
+        assert answer.split() == [*(str(each) for each in row), "count", str(int((row == digit).sum()))]
+        assert name in text.split()
+        alone = [image for image in range(5) if len(np.setdiff1d(labels[image], np.delete(labels, image, 0)))]
+        target = alone[0]
+        name = digits.image_name(target)
         text, answer = digits.ask("locate", labels, target, name, rng)
-        assert " ".join(str(digit) for digit in row) in text and answer == f"image {name}"
+        digit = int(text.split()[text.split().index("digit") + 1])
+        assert answer.split() == ["image", name, ":", *(str(each) for each in labels[target])]
+        assert (labels == digit).any(1).tolist() == [image == target for image in range(5)]
         assert name not in text.split()
+
+
+def test_a_needle_is_in_one_image_alone():
+    """Every needle digit is in one cell of one image."""
+    rng = np.random.default_rng(4)
+    for images, needles in ((1, 1), (2, 8), (16, 1), (16, 8)):
+        labels = digits.needle_labels(rng, images, needles)
+        assert labels.shape == (images, digits.CELLS)
+        once = [digit for digit in range(10) if (labels == digit).sum() == 1]
+        assert len(once) >= needles
+    with pytest.raises(ValueError, match="needles: got 9"):
+        digits.needle_labels(rng, 2, 9)
+    with pytest.raises(ValueError, match="locate: no digit"):
+        digits.ask("locate", np.zeros((2, digits.CELLS), np.int64), 0, "#1", rng)
+
+
+def test_a_listing_goes_round():
+    """All images in order, as often as it takes."""
+    labels = np.arange(16).reshape(2, digits.CELLS) % 10
+    text, answer = digits.listing(labels, ["#1", "#2"], 30)
+    once = ["image", "#1", ":", *"01234567", "image", "#2", ":", *"89012345"]
+    assert text == "question : read answer :" and answer.split() == (once + once)[:30]
+    assert set(text.split()) | set(answer.split()) <= set(digits.vocabulary())
 
 
 def test_questions_repeat_under_a_seed():
@@ -199,8 +228,8 @@ def test_score_of_read(text, expected):
 
 def test_score_of_the_other_tasks():
     """The other tasks are right or wrong."""
-    assert digits.score(digits.Question("locate", (), "", "image #3"), " image #3 ") == 1.0
-    assert digits.score(digits.Question("locate", (), "", "image #3"), "image #13") == 0.0
+    assert digits.score(digits.Question("locate", (), "", "image #3 : 1"), " image #3 : 1 ") == 1.0
+    assert digits.score(digits.Question("locate", (), "", "image #3 : 1"), "image #13 : 1") == 0.0
     assert digits.score(digits.Question("cell", (), "", "5"), "5 5") == 0.0
 
 

@@ -1,16 +1,15 @@
-"""Measure the digits model on held-out digits, through its processor and ``generate``.
+"""Measure a trained model on held-out digits, through its processor and ``generate``.
 
-    python benchmarks/assets/evaluate.py
+    python -m benchmarks.training.evaluate digits-llava
 
-Prints a table and writes ``accuracy.json`` next to the weights.  Decoding is greedy, one question per prompt;
-the row ``second turn`` asks a second ``read`` question after the model has answered a first one.
+Prints a table and writes ``accuracy.json`` next to the weights. Decoding is greedy, one question per prompt; the row
+``second turn`` asks a second ``read`` question after the model has answered a first one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,73 +17,45 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from transformers import AutoProcessor, LlavaForConditionalGeneration, ProcessorMixin
-
 from attnpack_fx.demo import digits
+from attnpack_fx.demo.load import Loaded, batch_inputs
+from benchmarks.trained import ASSETS, MODELS, load_trained
 
 IMAGE_COUNTS = (1, 4, 16)
-MAX_NEW_TOKENS = 12
+MAX_NEW_TOKENS = 13
 
 
-def generate(
-    model: LlavaForConditionalGeneration,
-    processor: ProcessorMixin,
-    questions: list[digits.Question],
-    prompts: list[str],
-) -> list[str]:
-    """Answer a batch of prompts about the images of ``questions``; returns one text per prompt."""
-    inputs = processor(
-        images=[list(question.images) for question in questions],
-        text=prompts,
-        padding=True,
-        return_tensors="pt",
-    ).to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+def generate(loaded: Loaded, questions: list[digits.Question], prompts: list[str]) -> list[str]:
+    """Answer a batch of prompts, equally long, about the images of ``questions``; one text per prompt."""
+    inputs = batch_inputs(loaded, prompts, [question.images for question in questions])
     with torch.inference_mode():
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        output = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    return loaded.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def evaluate(
-    model: LlavaForConditionalGeneration,
-    processor: ProcessorMixin,
-    task: str,
-    images: int,
-    count: int,
-    seed: int,
-    batch: int,
-) -> dict[str, Any]:
+def evaluate(loaded: Loaded, task: str, images: int, count: int, seed: int, batch: int) -> dict[str, Any]:
     """Ask ``count`` held-out questions; returns the mean score and the share of wholly right answers."""
     questions = digits.held_out_questions(task, images, count, seed)
     scores: list[float] = []
     for start in range(0, count, batch):
         part = questions[start : start + batch]
-        texts = generate(model, processor, part, [question.prompt for question in part])
+        texts = generate(loaded, part, [question.prompt for question in part])
         scores += [digits.score(question, text) for question, text in zip(part, texts, strict=True)]
     return summary(task, images, scores)
 
 
-def evaluate_second_turn(
-    model: LlavaForConditionalGeneration,
-    processor: ProcessorMixin,
-    images: int,
-    count: int,
-    seed: int,
-    batch: int,
-) -> dict[str, Any]:
-    """Ask for one image and then for another; returns the score of the second answers."""
+def evaluate_second_turn(loaded: Loaded, images: int, count: int, seed: int, batch: int) -> dict[str, Any]:
+    """Ask for one image and then for another; returns the score of the second answers.
+
+    The first answer is the right one, so that all prompts are equally long.
+    """
     pairs = digits.held_out_conversations(images, count, seed)
     scores: list[float] = []
     for start in range(0, count, batch):
-        openings, seconds = zip(*pairs[start : start + batch], strict=True)
-        replies = generate(model, processor, list(openings), [question.prompt for question in openings])
-        prompts = [
-            digits.follow_up_prompt(opening, reply, second)
-            for opening, reply, second in zip(openings, replies, seconds, strict=True)
-        ]
-        texts = generate(model, processor, list(seconds), prompts)
+        part = pairs[start : start + batch]
+        prompts = [digits.follow_up_prompt(opening, opening.answer, second) for opening, second in part]
+        seconds = [second for _, second in part]
+        texts = generate(loaded, seconds, prompts)
         scores += [digits.score(question, text) for question, text in zip(seconds, texts, strict=True)]
     return summary("second turn", images, scores)
 
@@ -104,9 +75,10 @@ def summary(task: str, images: int, scores: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line, evaluate, print and write the results."""
-    parser = argparse.ArgumentParser(description="Evaluate the digits vision-language model.")
-    default = Path(__file__).resolve().parent / "digits-llava"
-    parser.add_argument("--model", type=Path, default=default)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training.evaluate", description="Measure a trained digits model."
+    )
+    parser.add_argument("model", choices=MODELS)
     parser.add_argument("--out", type=Path, default=None, help="default: accuracy.json in the model's folder")
     parser.add_argument("--questions", type=int, default=320, help="questions per task and number of images")
     parser.add_argument("--seed", type=int, default=1)
@@ -114,9 +86,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = LlavaForConditionalGeneration.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    out = arguments.out or arguments.model / "accuracy.json"
+    loaded = load_trained(arguments.model, arguments.dtype)
+    out = arguments.out or ASSETS / arguments.model / "accuracy.json"
     rows: list[dict[str, Any]] = []
     record = {"split": "held_out", "seed": arguments.seed, "dtype": arguments.dtype, "results": rows}
     print(f"{'task':<12}{'images':>7}{'questions':>11}{'score':>9}{'+-':>8}{'all right':>11}{'seconds':>9}")
@@ -134,11 +105,11 @@ def main() -> None:
         batch = max(8, 64 // images)
         for task in digits.TASKS:
             began = time.monotonic()
-            row = evaluate(model, processor, task, images, arguments.questions, arguments.seed, batch)
+            row = evaluate(loaded, task, images, arguments.questions, arguments.seed, batch)
             add(row, time.monotonic() - began)
         if images > 1:
             began = time.monotonic()
-            row = evaluate_second_turn(model, processor, images, arguments.questions // 2, arguments.seed, batch)
+            row = evaluate_second_turn(loaded, images, arguments.questions // 2, arguments.seed, batch)
             add(row, time.monotonic() - began)
 
 
