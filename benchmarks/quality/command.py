@@ -1,7 +1,6 @@
 """The command line of the benchmark, and the file of results, which is continued where it exists."""
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,7 +12,7 @@ import torch
 from attnpack_fx import PackPolicy
 from attnpack_fx.demo.load import Loaded, load, trained_model
 from attnpack_fx.policy import PolicyError
-from benchmarks import measure
+from benchmarks import results_file
 from benchmarks.quality.check import check
 from benchmarks.quality.data import Batch, Setting, batches
 from benchmarks.quality.figure import draw
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record["check"] = [check(loaded, decoders, MAIN, policy, given.seed) for policy in CHECKED]
         for setting in settings:
             _measure(given, loaded, decoders, setting, record)
-    _write(given.out, record)
+    results_file.write(given.out, record)
     if given.figure:
         draw(record, given.figure)
 
@@ -76,11 +75,8 @@ def _measure(
             old = next((row for row in rows if known.items() <= row.items()), None)
             if old is None or "skipped" in old:  # What could not be measured then may be there now.
                 row = {**known, **_row(loaded, decoders, asked, candidate, given.seed)}
-                if old is not None:
-                    rows[rows.index(old)] = row
-                else:
-                    rows.append(row)
-                _write(given.out, record)
+                results_file.replace_row(rows, old, row)
+                results_file.write(given.out, record)
                 old = row
             print(_line(old), flush=True)
 
@@ -123,28 +119,12 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _record(given: argparse.Namespace, settings: list[Setting]) -> dict[str, Any]:
-    """The file of results as it is, or a new one. Raises ValueError where it was measured otherwise."""
+    """The file of results as it is, or a new one, for these settings too."""
     own = {"dtype": given.dtype, "seed": given.seed, "batch": given.batch, "questions": given.questions}
-    if given.out.exists():
-        record: dict[str, Any] = json.loads(given.out.read_text())
-        other = {name: record.get(name) for name in own}
-        if other != own:
-            raise ValueError(f"{given.out}: got results of {other}, expected {own}; give another --out, or remove it")
-        names = [setting.name for setting in settings]
-        record["settings"] += [name for name in names if name not in record["settings"]]
-        # Rows kept from an earlier commit stand beside new ones: every commit is named.
-        for name, value in measure.environment().items():
-            if record[name] != value:
-                record.setdefault("continued", []).append({name: value})
-        return record
-    return {**measure.environment(), **own, "settings": [setting.name for setting in settings], "rows": []}
-
-
-def _write(out: Path, record: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(out)
+    record = results_file.begin(given.out, own)
+    known = record.setdefault("settings", [])
+    known += [setting.name for setting in settings if setting.name not in known]
+    return record
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,10 +1,10 @@
 """A batch's dense cache as a policy packs it, and the compiled model that decodes from it."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,20 @@ from benchmarks.quality.data import Batch, Layer
 Pair = tuple[PackedTensor, PackedTensor]
 
 
-def packed(batch: Batch, policy: PackPolicy) -> list[Pair]:
+class Prefilled(Protocol):
+    """What packing takes of a batch: its dense cache, `cos` and `sin` `[1, T, D]` and `vision`, bool `[B, T]`."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+    @property
+    def cos(self) -> Tensor: ...
+    @property
+    def sin(self) -> Tensor: ...
+    @property
+    def vision(self) -> Tensor: ...
+
+
+def packed(batch: Prefilled, policy: PackPolicy) -> list[Pair]:
     """Keys and values of every layer, packed as the compiled prefill packs them."""
     policy = replace(policy, layer_count=len(batch.layers))
     angles: SharedAngles | None = None
