@@ -13,6 +13,7 @@ from attnpack_fx import PackPolicy
 from attnpack_fx.demo.load import Loaded, load, trained_model
 from attnpack_fx.policy import PolicyError
 from benchmarks import results_file
+from benchmarks.checked import positive
 from benchmarks.quality.check import check
 from benchmarks.quality.data import Batch, Setting, batches
 from benchmarks.quality.figure import draw
@@ -135,21 +136,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--quick", action="store_true", help="few policies and 64 questions")
     amount.add_argument("--full", action="store_true", help="other tasks and numbers of images as well")
-    parser.add_argument("--questions", type=_positive, help="of the main setting (320; quick: 64)")
+    parser.add_argument("--questions", type=positive, help="of the main setting (320; quick: 64)")
     parser.add_argument("--only", action="append", choices=SWEEPS, help="this sweep; may be given several times")
-    parser.add_argument("--batch", type=_positive, default=32, help="questions prefilled together (32)")
+    parser.add_argument("--batch", type=positive, default=32, help="questions prefilled together (32)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model (bfloat16)")
     parser.add_argument("--seed", type=int, default=_SEED)
-    parser.add_argument("--threads", type=_positive, help="CPU threads (as PyTorch chooses)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (as PyTorch chooses)")
     given = parser.parse_args(arguments)
     given.questions = given.questions or (64 if given.quick else 320)
     if given.questions % given.batch:
         parser.error(f"--questions: got {given.questions}, expected a multiple of --batch, {given.batch}")
     return given
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
-    return number

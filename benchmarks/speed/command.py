@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from benchmarks import results_file
 from benchmarks.checked import positive
+from benchmarks.child import in_child
 from benchmarks.speed import case as cases
 from benchmarks.speed import point
 from benchmarks.speed.case import Case
@@ -64,7 +65,7 @@ def find(
                 continue
             bar.set_postfix_str(f"{name}, batch {batch}")
             row = {"contender": name, "kind": CONTENDERS[name].kind, "batch": batch, "cap_bytes": case.cap_bytes}
-            row |= point.measured(name, batch, case, threads)
+            row |= in_child(point.run, name, batch, case, threads=threads)
             if "skipped" in row:
                 tried.add(name)
             keep(_rated(row))
@@ -84,7 +85,7 @@ def repeat(
         if len(row["samples"]) > case.steps * (number + 1):
             continue
         bar.set_postfix_str(f"{name}, batch {row['batch']}, again")
-        again = point.measured(name, row["batch"], case, threads)
+        again = in_child(point.run, name, row["batch"], case, threads=threads)
         if worked(again):
             # Whatever took more memory once counts.
             peaks = {each: max(row[each], again[each]) for each in ("peak_bytes", "timed_peak_bytes")}

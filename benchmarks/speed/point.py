@@ -1,9 +1,7 @@
 """One contender with one batch, in a process of its own: the time of decode steps, then their peak memory."""
 
 import gc
-import multiprocessing
 import time
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -17,35 +15,6 @@ from benchmarks.speed.contenders import CONTENDERS, model_of
 #: Steps before anything is measured: what is compiled for the first, second and third length.
 _WARM_UP = 3
 _WATCHED = 2
-
-
-def measured(name: str, batch: int, case: Case, threads: int | None) -> dict[str, Any]:
-    """`run` in a new process; `{"skipped": reason}` where a package is missing, `{"failed": reason}` where it died."""
-    context = multiprocessing.get_context("forkserver")  # One process imports all that is needed, and forks.
-    context.set_forkserver_preload([__name__])
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(there, name, batch, case, threads), daemon=True)
-    process.start()
-    there.close()
-    try:
-        found: dict[str, Any] = here.recv()
-    except EOFError:  # It was killed, most likely for want of memory.
-        process.join()
-        return {"failed": f"the process ended with exit code {process.exitcode}"}
-    process.join()
-    return found
-
-
-def _answer(there: Connection, name: str, batch: int, case: Case, threads: int | None) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    torch._inductor.config.compile_threads = 1  # To start processes for it would take longer than it saves.
-    try:
-        there.send(run(name, batch, case))
-    except ImportError as error:
-        there.send({"skipped": " ".join(str(error).split())})
-    except (RuntimeError, MemoryError) as error:
-        there.send({"failed": f"{type(error).__name__}: {error}"})
 
 
 @torch.no_grad()
