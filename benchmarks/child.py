@@ -1,6 +1,8 @@
 """A measurement in a process of its own, so that neither its peak of memory nor its end touches the next one."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,6 +32,7 @@ def in_child(function: Callable[..., dict[str, Any]], *arguments: Any, threads: 
 
 
 def _answer(there: Connection, function: Callable[..., dict[str, Any]], arguments: Any, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     torch._inductor.config.compile_threads = 1  # To start processes for it would take longer than it saves.
     try:
@@ -38,3 +41,11 @@ def _answer(there: Connection, function: Callable[..., dict[str, Any]], argument
         there.send({"skipped": " ".join(str(error).split())})
     except (RuntimeError, MemoryError) as error:
         there.send({"failed": f"{type(error).__name__}: {error}"})
+
+
+def _end_with_parent() -> None:
+    """A run that is killed must not leave gigabytes behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -77,7 +77,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if given.tokens:
         length = Length(length.images, length.prompts, given.tokens, length.every)
     if length.tokens % length.every:
-        parser.error(f"--tokens: got {length.tokens}, expected a multiple of {length.every}, after which bytes are counted")
+        parser.error(
+            f"--tokens: got {length.tokens}, expected a multiple of {length.every}, after which bytes are counted"
+        )
     given.length = length
     given.contenders = tuple(given.only or CONTENDERS)
     return given

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     threads = given.threads or torch.get_num_threads()
     torch.set_num_threads(threads)  # `measure.environment` says so
-    record = results_file.begin(given.out, {"benchmark": "speed", **given.case.to_dict()})
+    record = results_file.begin(given.out, {"benchmark": "speed", "threads": threads, **given.case.to_dict()})
     rows: list[Row] = record["rows"]
 
     def keep(row: Row) -> None:
@@ -58,7 +59,9 @@ def find(
     while looking:
         for name in list(looking):
             own = [row for row in rows if row["contender"] == name]
-            known = {row["batch"]: row["peak_bytes"] if worked(row) else math.inf for row in own if "skipped" not in row}
+            known = {
+                row["batch"]: row["peak_bytes"] if worked(row) else math.inf for row in own if "skipped" not in row
+            }
             batch = None if name in tried else next_batch(known, case.cap_bytes, LIMIT)
             if batch is None:
                 looking.remove(name)
@@ -87,9 +90,8 @@ def repeat(
         bar.set_postfix_str(f"{name}, batch {row['batch']}, again")
         again = in_child(point.run, name, row["batch"], case, threads=threads)
         if worked(again):
-            # Whatever took more memory once counts.
-            peaks = {each: max(row[each], again[each]) for each in ("peak_bytes", "timed_peak_bytes")}
-            keep(_rated({**row, **peaks, "samples": row["samples"] + again["samples"]}))
+            # The first peak stays: whether a batch fits must not change once its neighbours were tried.
+            keep(_rated({**row, "samples": row["samples"] + again["samples"]}))
         bar.update()
 
 
@@ -97,7 +99,7 @@ def _rated(row: Row) -> Row:
     """With what follows from the samples; `fits` is False where a point could not run."""
     if not worked(row):
         return {**row, "fits": False}
-    speed = row["batch"] / sorted(row["samples"])[len(row["samples"]) // 2]
+    speed = row["batch"] / statistics.median(row["samples"])
     return {**row, "tokens_per_second": speed, "fits": row["peak_bytes"] <= row["cap_bytes"]}
 
 

@@ -23,7 +23,11 @@ def summarised(rows: Sequence[Row]) -> dict[str, Any]:
     best: dict[str, Row] = {}
     for name in dict.fromkeys(row["contender"] for row in rows):
         own = {row["batch"]: row for row in rows if row["contender"] == name and worked(row)}
-        batch = largest({batch: row["peak_bytes"] for batch, row in own.items()}, own[min(own)]["cap_bytes"]) if own else None
+        batch = (
+            largest({batch: row["peak_bytes"] for batch, row in own.items()}, own[min(own)]["cap_bytes"])
+            if own
+            else None
+        )
         if batch is not None:
             best[name] = own[batch]
     fastest: dict[str, str] = {}
@@ -52,8 +56,8 @@ def summarised(rows: Sequence[Row]) -> dict[str, Any]:
 def table(rows: Sequence[Row], case: Case) -> str:
     found = summarised(rows)
     lines = [
-        f"{case.layers} layers of {case.heads} heads of {case.head_dim}, {case.dtype}, prompts of {case.tokens} tokens, "
-        f"{case.text} of them text; cap {case.cap_bytes / 1e6:.0f} MB",
+        f"{case.layers} layers of {case.heads} heads of {case.head_dim}, {case.dtype}, prompts of {case.tokens} tokens "
+        f"({case.text} text); cap {case.cap_bytes / 1e6:.0f} MB",
         f"{'':30}{'batch':>7}{'cache MB':>10}{'peak MB':>9}{'tokens/s':>10}{'spread':>16}{'ms a step':>11}",
     ]
     for name, of in found["best"].items():

@@ -29,13 +29,10 @@ def test_dense_bytes_are_counted_after_the_prompt_and_every_few_tokens():
     assert row["bytes"] == [prompt, prompt + 4 * A_TOKEN, prompt + 8 * A_TOKEN]
 
 
-def test_packed_bytes_are_less_and_follow_folds():
-    grown = {}
-    for name in ("rank 16, text dense", "rank 16, text folded"):
-        row = generate.run(name, Length(images=2, prompts=1, tokens=96, every=96))
-        assert row["bytes"][0] < 128 * A_TOKEN
-        grown[name] = row["bytes"][1] - row["bytes"][0]
-    assert grown["rank 16, text folded"] < grown["rank 16, text dense"]
+def test_packed_bytes_are_less_and_grow_by_the_dense_text():
+    row = generate.run("rank 16, text dense", SMALL)
+    assert row["bytes"][0] < 64 * A_TOKEN
+    assert row["bytes"][2] - row["bytes"][0] >= 8 * A_TOKEN
 
 
 @pytest.mark.parametrize("name", ["quanto, 4 bit", "quanto, 2 bit", "hqq, 4 bit"])
