@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from benchmarks.speed import point
 from benchmarks.speed.case import Case
 from benchmarks.speed.contenders import CONTENDERS, FEW
 from benchmarks.speed.search import next_batch
-from benchmarks.speed.summary import summarised, table, worked
+from benchmarks.speed.summary import peak, summarised, table, worked
 
 #: The largest batch tried: beyond it the weights are multiplied as fast as they can be.
 LIMIT = 512
@@ -59,9 +58,7 @@ def find(
     while looking:
         for name in list(looking):
             own = [row for row in rows if row["contender"] == name]
-            known = {
-                row["batch"]: row["peak_bytes"] if worked(row) else math.inf for row in own if "skipped" not in row
-            }
+            known = {row["batch"]: peak(row) for row in own if "skipped" not in row}
             batch = None if name in tried else next_batch(known, case.cap_bytes, LIMIT)
             if batch is None:
                 looking.remove(name)

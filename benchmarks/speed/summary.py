@@ -1,5 +1,6 @@
 """What the points come to: the largest batch of each contender, and ratios between them."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,11 @@ def worked(row: Row) -> bool:
     return "skipped" not in row and "failed" not in row
 
 
+def peak(row: Row) -> float:
+    """Bytes that count against the cap; infinite for a batch that could not run."""
+    return float(row["peak_bytes"]) if worked(row) else math.inf
+
+
 def summarised(rows: Sequence[Row]) -> dict[str, Any]:
     """The largest batch that fits, by contender, and tokens/s of ours over the fastest of each other kind there.
 
@@ -21,13 +27,10 @@ def summarised(rows: Sequence[Row]) -> dict[str, Any]:
     nothing of that kind was measured. skipped: reasons, by contender.
     """
     best: dict[str, Row] = {}
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        own = {row["batch"]: row for row in rows if row["contender"] == name and worked(row)}
-        batch = (
-            largest({batch: row["peak_bytes"] for batch, row in own.items()}, own[min(own)]["cap_bytes"])
-            if own
-            else None
-        )
+    for name in dict.fromkeys(row["contender"] for row in rows if "skipped" not in row):
+        own = {row["batch"]: row for row in rows if row["contender"] == name}
+        cap = next(row["cap_bytes"] for row in own.values())
+        batch = largest({batch: peak(row) for batch, row in own.items()}, cap)
         if batch is not None:
             best[name] = own[batch]
     fastest: dict[str, str] = {}
