@@ -47,7 +47,8 @@ _RUN: dict[str, Callable[[argparse.Namespace, Sequence[str]], None]] = {
 
 
 def _amount(given: argparse.Namespace) -> list[str]:
-    return (["--quick"] if given.quick else []) + ([f"--threads={given.threads}"] if given.threads else [])
+    amount = [f"--{name}" for name in ("quick", "full") if getattr(given, name)]
+    return amount + ([f"--threads={given.threads}"] if given.threads else [])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=PARTS)
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--quick", action="store_true", help="a small part of everything, in minutes")
-    amount.add_argument("--full", action="store_true", help="everything; the default")
+    amount.add_argument("--full", action="store_true", help="everything")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results, which are continued (%(default)s)")
     parser.add_argument("--page", type=Path, default=REPORT, metavar="FOLDER", help="of the report (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (as PyTorch chooses)")

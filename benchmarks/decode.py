@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import attention_step, end_to_end, measure
+from benchmarks.checked import positive
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Flag and field of both kinds of case, and of the end-to-end case alone.
@@ -47,19 +48,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; shapes that are not given are None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("attention", "end-to-end", "all"), default="all")
-    parser.add_argument("--batch", type=_positive, nargs="+", help="one or more; with --tokens: every combination")
-    parser.add_argument("--tokens", type=_positive, nargs="+", help="tokens in the cache, one or more")
+    parser.add_argument("--batch", type=positive, nargs="+", help="one or more; with --tokens: every combination")
+    parser.add_argument("--tokens", type=positive, nargs="+", help="tokens in the cache, one or more")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="of weights and cache, one or more")
-    parser.add_argument("--heads", type=_positive, help="query heads (32)")
-    parser.add_argument("--kv-heads", type=_positive, help="key/value heads (as --heads)")
-    parser.add_argument("--head-dim", type=_positive, help="numbers per head (128)")
+    parser.add_argument("--heads", type=positive, help="query heads (32)")
+    parser.add_argument("--kv-heads", type=positive, help="key/value heads (as --heads)")
+    parser.add_argument("--head-dim", type=positive, help="numbers per head (128)")
     parser.add_argument("--rank", type=_rank, help="of keys and values, or key,value (64)")
-    parser.add_argument("--layers", type=_positive, help="end to end: decoder layers (1)")
-    parser.add_argument("--hidden", type=_positive, help="end to end: hidden size (4096)")
-    parser.add_argument("--mlp", type=_positive, help="end to end: width of the MLP (11008)")
-    parser.add_argument("--steps", type=_positive, help="end to end: tokens decoded per round (8)")
-    parser.add_argument("--rounds", type=_positive, help="samples of each contender (15; end to end: 7)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (as PyTorch chooses)")
+    parser.add_argument("--layers", type=positive, help="end to end: decoder layers (1)")
+    parser.add_argument("--hidden", type=positive, help="end to end: hidden size (4096)")
+    parser.add_argument("--mlp", type=positive, help="end to end: width of the MLP (11008)")
+    parser.add_argument("--steps", type=positive, help="end to end: tokens decoded per round (8)")
+    parser.add_argument("--rounds", type=positive, help="samples of each contender (15; end to end: 7)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (as PyTorch chooses)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample, and on what it was measured")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: only shows that the benchmark works")
     given = parser.parse_args(arguments)
@@ -182,13 +183,6 @@ def _grid(
 
 def _named(given: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
-    return number
 
 
 def _rank(text: str) -> tuple[int, int]:

@@ -139,17 +139,12 @@ def _memory_of(artefact: Path, grows: bool, tokens: int, threads: int) -> dict[s
     return found
 
 
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
 def report_memory(artefact: Path, grows: bool, tokens: int, threads: int) -> dict[str, int]:
-    before = _status("VmRSS")
+    before = measure.resident()
     step, _ = step_of(artefact, grows, tokens, threads)
     for _ in range(STEPS):
         step()
-    return {"resident_bytes": _status("VmRSS") - before, "peak_bytes": _status("VmHWM") - before}
+    return {"resident_bytes": measure.resident() - before, "peak_bytes": measure.resident(peak=True) - before}
 
 
 def table(tokens: int, found: dict[str, Any]) -> str:

@@ -41,6 +41,21 @@ def release_free_memory() -> None:
         trim(0)
 
 
+def resident(peak: bool = False) -> int:
+    """Bytes of this process that lie in memory now, or lay there at most since `forget_peak`."""
+    name = "VmHWM" if peak else "VmRSS"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Let the peak of `resident` begin anew. Raises RuntimeError where the system cannot: it takes Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise RuntimeError(f"peak memory cannot be measured here, it takes Linux with /proc: {error}") from error
+
+
 def in_turn(
     contenders: Mapping[str, Callable[[], object]], rounds: int, repeats: Mapping[str, int] | None = None
 ) -> dict[str, list[float]]:

@@ -28,6 +28,7 @@ from attnpack_fx.kernels.aten.rotary import Rotary, per_slot, rotate
 from attnpack_fx.kernels.aten.unrotated import scores
 from attnpack_fx.kernels.rotary_axes import tabulate
 from benchmarks import measure
+from benchmarks.checked import positive
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTENDERS = ("dense", "rotated R=64", "1-D R=16", "1-D R=64", "M-RoPE R=16", "M-RoPE R=64")
@@ -183,14 +184,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; shapes that are not given are None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every sample, and on what it was measured")
-    parser.add_argument("--batch", type=_positive, help="with --tokens: one case in place of the default ones")
-    parser.add_argument("--tokens", type=_positive)
+    parser.add_argument("--batch", type=positive, help="with --tokens: one case in place of the default ones")
+    parser.add_argument("--tokens", type=positive)
     parser.add_argument("--dtype", choices=DTYPES, help="of query and cache (fp32)")
-    parser.add_argument("--heads", type=_positive, help="query heads (32)")
-    parser.add_argument("--kv-heads", type=_positive, help="key/value heads (as --heads)")
-    parser.add_argument("--head-dim", type=_positive, help="numbers per head (128)")
-    parser.add_argument("--rounds", type=_positive, default=15, help="samples of each contender (15)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (as PyTorch chooses)")
+    parser.add_argument("--heads", type=positive, help="query heads (32)")
+    parser.add_argument("--kv-heads", type=positive, help="key/value heads (as --heads)")
+    parser.add_argument("--head-dim", type=positive, help="numbers per head (128)")
+    parser.add_argument("--rounds", type=positive, default=15, help="samples of each contender (15)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (as PyTorch chooses)")
     given = parser.parse_args(arguments)
     heads = given.heads or 32
     given.kv_heads = given.kv_heads or heads
@@ -206,13 +207,6 @@ def cases(given: argparse.Namespace) -> list[Case]:
     dtype = DTYPES[given.dtype or "fp32"]
     heads, head_dim = given.heads or 32, given.head_dim or 128
     return [Case(given.batch or 1, given.tokens or 2048, dtype, heads, given.kv_heads, head_dim)]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
-    return number
 
 
 if __name__ == "__main__":

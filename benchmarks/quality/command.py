@@ -16,6 +16,7 @@ from attnpack_fx import hf
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.policy import PackPolicy, PolicyError
 from benchmarks import measure, results_file
+from benchmarks.checked import positive
 from benchmarks.graphs import compiled, op_by_op
 from benchmarks.quality import methods, score
 from benchmarks.quality.answering import Answers, answers, prefilled
@@ -196,22 +197,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--quick", action="store_true", help="few policies and contexts")
     amount.add_argument("--full", action="store_true", help="everything; the default")
-    parser.add_argument("--contexts", type=_positive, help="held-out prompts (24; quick: 12)")
-    parser.add_argument("--images", type=_positive, default=16, help="in a prompt (16)")
-    parser.add_argument("--batch", type=_positive, help="contexts answered together (12)")
+    parser.add_argument("--contexts", type=positive, help="held-out prompts (24; quick: 12)")
+    parser.add_argument("--images", type=positive, default=16, help="in a prompt (16)")
+    parser.add_argument("--batch", type=positive, help="contexts answered together (12)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model (bfloat16)")
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--threads", type=_positive, help="CPU threads (as PyTorch chooses)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (as PyTorch chooses)")
     given = parser.parse_args(arguments)
     given.contexts = given.contexts or (12 if given.quick else 24)
     given.batch = given.batch or 12
     if given.contexts % given.batch:
         parser.error(f"--contexts: got {given.contexts}, expected a multiple of --batch, {given.batch}")
     return given
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
-    return number

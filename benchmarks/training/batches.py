@@ -192,7 +192,8 @@ class BatchMaker:
             return images, self.draw(images, SEQUENCES[images], ["list"], spread, turns=True)
         if kind < LIST_SHARE + NEEDLE_SHARE and images > 1:
             images = min(images, NEEDLE_IMAGES)
-            return images, self.draw(images, SEQUENCES[images] * 3 // 2, ["locate"] * NEEDLES_ALONE, spread, turns=False)
+            tasks = ["locate"] * NEEDLES_ALONE
+            return images, self.draw(images, SEQUENCES[images] * 3 // 2, tasks, spread, turns=False)
         turns = bool(self.rng.random() < TURNS_SHARE)
         count = (TURNS if turns else QUESTIONS)[images]
         shares = dict(TASK_SHARES)
