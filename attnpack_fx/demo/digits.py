@@ -12,7 +12,7 @@ to 16 images, each introduced by its name (``#1`` ... ``#16``).  Four kinds of q
 ``count``
     read one named image out and say how often a digit occurs in it;
 ``locate``
-    name the one image that holds a given digit, which no other does, and read it out: a needle in a haystack.
+    name the one image that is marked, with a line below its digits, and read it out: a needle in a haystack.
 
 A fifth, `listing`, reads all images out, over and over, for answers of any length.
 
@@ -42,6 +42,7 @@ CELL_HEIGHT = 32
 CELL_WIDTH = 16
 IMAGE_SIZE = 64
 MAX_IMAGES = 16
+MARK_HEIGHT = 2
 
 IMAGE_TOKEN = "<image>"
 END_TOKEN = "<eos>"
@@ -190,11 +191,7 @@ def draw_cells(
 
 
 def sample_grids(
-    rng: np.random.Generator,
-    count: int,
-    split: Split,
-    augmentation: Augmentation | None = None,
-    labels: NDArray[np.int64] | None = None,
+    rng: np.random.Generator, count: int, split: Split, augmentation: Augmentation | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Draw ``count`` images with random digits of one split.
 
@@ -204,7 +201,6 @@ def sample_grids(
         split: where the digit samples come from.
         augmentation: distortions; by default `TRAIN_AUGMENTATION` for the training split and
             `MILD_AUGMENTATION` for the held-out one.
-        labels: the digits to draw, ``[count, 8]`` in reading order; by default any.
 
     Returns:
         Grey images ``[count, 64, 64]`` and their digits ``[count, 8]`` in reading order.
@@ -212,10 +208,10 @@ def sample_grids(
     Raises:
         ValueError: if ``split`` is not one of `SPLITS`.
     """
-    glyphs, classes = load_split(split)
+    glyphs, labels = load_split(split)
     if augmentation is None:
         augmentation = TRAIN_AUGMENTATION if split == "train" else MILD_AUGMENTATION
-    digits = rng.integers(0, 10, size=count * CELLS) if labels is None else labels.reshape(-1)
+    digits = rng.integers(0, 10, size=count * CELLS)
     chosen = _pick_samples(rng, split, digits)
     drawn = glyphs[chosen]
     if augmentation.blend > 0:
@@ -226,7 +222,7 @@ def sample_grids(
     cells = draw_cells(drawn, rng, augmentation)
     grid = cells.reshape(count, ROWS, COLUMNS, CELL_HEIGHT, CELL_WIDTH).transpose(0, 1, 3, 2, 4)
     pixels = np.rint(grid.reshape(count, IMAGE_SIZE, IMAGE_SIZE) * 255.0).astype(np.uint8)
-    return pixels, classes[chosen].reshape(count, CELLS)
+    return pixels, labels[chosen].reshape(count, CELLS)
 
 
 def _pick_samples(rng: np.random.Generator, split: Split, digits: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -245,18 +241,9 @@ def _class_table(split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64], ND
     return order, np.cumsum(sizes) - sizes, sizes
 
 
-def needle_labels(rng: np.random.Generator, images: int, needles: int = 1) -> NDArray[np.int64]:
-    """Digits ``[images, 8]`` of images, among them ``needles`` digits that one image each holds, in one cell.
-
-    Raises:
-        ValueError: if there is no needle, or hardly a digit besides them.
-    """
-    if not 1 <= needles <= 8:
-        raise ValueError(f"needles: got {needles}, expected 1 to 8 of the ten digits")
-    order = rng.permutation(10)
-    labels = rng.choice(order[needles:], size=images * CELLS).astype(np.int64)
-    labels[rng.choice(images * CELLS, size=needles, replace=False)] = order[:needles]
-    return labels.reshape(images, CELLS)
+def mark(pixels: NDArray[np.uint8]) -> None:
+    """Draw a line below the digits of one grey image ``[64, 64]``, in place: the image that ``locate`` asks for."""
+    pixels[-MARK_HEIGHT:] = 255
 
 
 def image_name(index: int) -> str:
@@ -275,15 +262,15 @@ def ask(task: str, labels: NDArray[np.int64], target: int, name: str, rng: np.ra
     Args:
         task: one of `TASKS`.
         labels: digits of all images ``[images, 8]``.
-        target: the image the question is about, an index into ``labels``.
+        target: the image the question is about, an index into ``labels``; for ``locate`` the marked one.
         name: that image's name in the prompt.
-        rng: chooses the cell for ``cell`` and the digit for ``count`` and ``locate``.
+        rng: chooses the cell for ``cell`` and the digit for ``count``.
 
     Returns:
         The text to put after the images (it ends in ``answer :``) and the expected answer.
 
     Raises:
-        ValueError: if ``task`` is not one of `TASKS`, or ``locate`` and no digit is in the target alone.
+        ValueError: if ``task`` is not one of `TASKS`.
     """
     digits = labels[target]
     if task == "read":
@@ -299,10 +286,7 @@ def ask(task: str, labels: NDArray[np.int64], target: int, name: str, rng: np.ra
         count = int(np.count_nonzero(digits == digit))
         return f"question : count digit {digit} in image {name} answer :", f"{_spell(digits)} count {count}"
     if task == "locate":
-        alone = np.setdiff1d(digits, np.delete(labels, target, axis=0))
-        if not len(alone):
-            raise ValueError("locate: no digit is in the target image alone; draw the digits with needle_labels")
-        return f"question : locate digit {rng.choice(alone)} answer :", f"image {name} : {_spell(digits)}"
+        return "question : locate image answer :", f"image {name} : {_spell(digits)}"
     raise ValueError(f"task must be one of {TASKS}, got {task!r}")
 
 
@@ -363,8 +347,11 @@ def held_out_questions(task: str, images: int, count: int, seed: int, split: Spl
     names = [image_name(index) for index in range(images)]
     questions: list[Question] = []
     for _ in range(count):
-        pictures, labels = _draw_pictures(rng, images, split, needle=task == "locate")
-        target = _needle_place(labels, rng) if task == "locate" else int(rng.integers(images))
+        pixels, labels = _draw(rng, images, split)
+        target = int(rng.integers(images))
+        if task == "locate":
+            mark(pixels[target])
+        pictures = tuple(to_image(picture) for picture in pixels)
         text, answer = ask(task, labels, target, names[target], rng)
         questions.append(Question(task, pictures, f"{images_text(names)} {text}", answer))
     return questions
@@ -397,7 +384,8 @@ def held_out_conversations(
     names = [image_name(index) for index in range(images)]
     pairs: list[tuple[Question, Question]] = []
     for _ in range(count):
-        pictures, labels = _draw_pictures(rng, images, split)
+        pixels, labels = _draw(rng, images, split)
+        pictures = tuple(to_image(picture) for picture in pixels)
         first, second = (int(target) for target in rng.permutation(images)[:2])
         text, answer = ask("read", labels, first, names[first], rng)
         opening = Question("read", pictures, f"{images_text(names)} {text}", answer)
@@ -418,23 +406,12 @@ def _check_counts(images: int, count: int) -> None:
         raise ValueError(f"count must not be negative, got {count}")
 
 
-def _needle_place(labels: NDArray[np.int64], rng: np.random.Generator) -> int:
-    """One of the images, of ``labels [images, 8]``, with a digit that no other has."""
-    places = [
-        image for image, digits in enumerate(labels) if len(np.setdiff1d(digits, np.delete(labels, image, axis=0)))
-    ]
-    return int(rng.choice(places))
-
-
-def _draw_pictures(
-    rng: np.random.Generator, images: int, split: Split, needle: bool = False
-) -> tuple[tuple[Image.Image, ...], NDArray[np.int64]]:
-    """Pictures and their digits ``[images, 8]``; no two pictures show the same sequence."""
+def _draw(rng: np.random.Generator, images: int, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Grey images ``[images, 64, 64]`` and their digits ``[images, 8]``; no two show the same sequence."""
     while True:
-        wanted = needle_labels(rng, images) if needle else None
-        pixels, labels = sample_grids(rng, images, split, labels=wanted)
+        pixels, labels = sample_grids(rng, images, split)
         if len(np.unique(labels, axis=0)) == images:
-            return tuple(to_image(picture) for picture in pixels), labels
+            return pixels, labels
 
 
 def score(question: Question, generated_text: str) -> float:

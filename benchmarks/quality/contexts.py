@@ -80,19 +80,19 @@ class _Drawn:
 
 def _drawn(images: int, seed: list[int], split: digits.Split) -> _Drawn:
     rng = np.random.default_rng(seed)
-    labels = digits.needle_labels(rng, images)
-    pixels, _ = digits.sample_grids(rng, images, split, labels=labels)
+    pixels, labels = digits.sample_grids(rng, images, split)
+    marked = int(rng.integers(images))
+    digits.mark(pixels[marked])
     names = [digits.image_name(index) for index in range(images)]
     first, second, third, fourth = (int(each) for each in rng.permutation(np.arange(max(images, 4)) % images)[:4])
     if second == first:
         second = (first + 1) % images
-    alone = [index for index in range(images) if len(np.setdiff1d(labels[index], np.delete(labels, index, axis=0)))]
     asked = {
         FIRST: digits.ask("read", labels, first, names[first], rng),
         "dialogue": digits.ask("read", labels, second, names[second], rng),
         "cell": digits.ask("cell", labels, third, names[third], rng),
         "count": digits.ask("count", labels, fourth, names[fourth], rng),
-        "needle": digits.ask("locate", labels, alone[0], names[alone[0]], rng),
+        "needle": digits.ask("locate", labels, marked, names[marked], rng),
         LONG: digits.listing(labels, names, LONG_TOKENS),
     }
     prompt = f"{digits.images_text(names)} {asked[FIRST][0]}"

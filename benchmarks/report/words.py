@@ -11,7 +11,7 @@ TASKS = {
     "dialogue": "a second question, asked once the cache was packed and the first answer folded into it",
     "cell": "the digit in one cell of one named image",
     "count": "how often a digit stands in one named image",
-    "needle": "which of all images holds a digit that no other does",
+    "needle": "which of all images is marked with a line, and its digits",
     "long": "512 tokens of a reference text: perplexity and accuracy by token",
 }
 LIMITS = (

@@ -14,14 +14,12 @@ from attnpack_fx.demo import digits
 from benchmarks.training.families import TOKENS_PER_IMAGE, Family
 
 NAME_TOKENS = 3
-TASK_SHARES = {"read": 0.28, "cell": 0.24, "count": 0.20, "locate": 0.28}
+TASK_SHARES = {"read": 0.36, "cell": 0.30, "count": 0.22, "locate": 0.12}
 TASK_WEIGHTS = {"read": 1.0, "cell": 3.0, "count": 1.0, "locate": 1.0, "list": 1.0}
 #: The tokens that a long answer hangs on, by their place in it: the image's name, and the number.
 KEY_WEIGHTS = {"locate": (1, 10.0), "count": (digits.CELLS + 1, 5.0)}
-#: Digits that one image of a context holds alone: few among other questions, since all other digits get rarer by it.
-NEEDLES, NEEDLES_ALONE = 2, 8
 NEEDLE_SHARE = 0.35
-#: Contexts with needles alone are short, and there are many of them.
+#: Contexts for the needle are short, and there are many of them.
 NEEDLE_IMAGES = 4
 
 
@@ -117,13 +115,12 @@ class BatchMaker:
         rows = []
         everything: list[NDArray[np.uint8]] = []
         for _ in range(sequences):
-            wanted = None
+            pixels, labels = digits.sample_grids(self.rng, images, self.split)
+            marked = int(self.rng.integers(images))
             if "locate" in tasks:
-                count = NEEDLES_ALONE if set(tasks) == {"locate"} else NEEDLES
-                wanted = digits.needle_labels(self.rng, images, count)
-            pixels, labels = digits.sample_grids(self.rng, images, self.split, labels=wanted)
+                digits.mark(pixels[marked])
             everything.append(pixels)
-            rows.append(self._row(labels, tasks, spread, turns))
+            rows.append(self._row(labels, marked, tasks, spread, turns))
         mask = None
         if not turns:
             part = torch.tensor(rows[0].segments)
@@ -138,7 +135,7 @@ class BatchMaker:
             tasks=rows[0].kinds,
         )
 
-    def _row(self, labels: NDArray[np.int64], tasks: list[str], spread: bool, turns: bool) -> _Row:
+    def _row(self, labels: NDArray[np.int64], marked: int, tasks: list[str], spread: bool, turns: bool) -> _Row:
         images = len(labels)
         block = NAME_TOKENS + self.family.span
         places = np.arange(images)
@@ -152,13 +149,12 @@ class BatchMaker:
             row.add(self._encode(f"image {name} :"), start)
             row.add_image(self.ids[digits.IMAGE_TOKEN], self.family.places + start + NAME_TOKENS)
         end = 1 + (digits.MAX_IMAGES if spread else images) * block
-        alone = [index for index in range(images) if len(np.setdiff1d(labels[index], np.delete(labels, index, 0)))]
         order = self.rng.permutation(images)
         for number, task in enumerate(tasks):
             # Turns go through the images before they come back to one.
             target = int(order[number % images]) if turns else int(self.rng.integers(images))
             if task == "locate":
-                target = int(self.rng.choice(alone))
+                target = marked
             if task == "list":
                 text, answer = digits.listing(labels, names, LISTED[images])
             else:
@@ -192,12 +188,12 @@ class BatchMaker:
             return images, self.draw(images, SEQUENCES[images], ["list"], spread, turns=True)
         if kind < LIST_SHARE + NEEDLE_SHARE and images > 1:
             images = min(images, NEEDLE_IMAGES)
-            tasks = ["locate"] * NEEDLES_ALONE
-            return images, self.draw(images, SEQUENCES[images] * 3 // 2, tasks, spread, turns=False)
+            tasks = ["locate", "cell", "cell"]
+            return images, self.draw(images, SEQUENCES[images] * 2, tasks, spread, turns=False)
         turns = bool(self.rng.random() < TURNS_SHARE)
         count = (TURNS if turns else QUESTIONS)[images]
         shares = dict(TASK_SHARES)
-        if self.rng.random() < 0.3:  # Images without a needle, whose digits are any.
+        if self.rng.random() < 0.3:  # Images without a mark.
             shares["read"] += shares.pop("locate")
         tasks = [str(task) for task in self.rng.choice(list(shares), size=count, p=list(shares.values()))]
         return images, self.draw(images, SEQUENCES[images], tasks, spread, turns)
