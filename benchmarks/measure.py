@@ -1,6 +1,7 @@
 """Timing several contenders in turn, and saying on what they ran."""
 
 import ctypes
+import gc
 import math
 import os
 import platform
@@ -39,6 +40,12 @@ def release_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def tidy() -> None:
+    """Give back to the system all that is not alive."""
+    gc.collect()
+    release_free_memory()
 
 
 def resident(peak: bool = False) -> int:

@@ -1,17 +1,15 @@
 """One contender through one long generation, its cache watched."""
 
-import gc
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 
 from attnpack_fx import cache_bytes, hf
 from attnpack_fx.demo import digits
 from attnpack_fx.demo.load import batch_inputs, load, trained_model
-from benchmarks import measure
+from benchmarks import allocator, measure
 from benchmarks.graphs import compiled, op_by_op
 from benchmarks.long.contenders import CONTENDERS
 
@@ -38,8 +36,9 @@ class Length:
 def run(name: str, length: Length) -> dict[str, Any]:
     """`steps`, tokens generated so far, from 0, and `bytes` held then; `peak_bytes`, resident beyond the model.
 
-    peak_bytes is of the last steps, with what they hold besides the cache; None where the system does not say.
+    peak_bytes is of the last steps, with what they hold besides the cache.
     """
+    allocator.give_back()
     contender = CONTENDERS[name]
     loaded = load(str(trained_model()), _DTYPE)
     asked = digits.held_out_questions(_TASK, length.images, length.prompts, _SEED)
@@ -49,30 +48,20 @@ def run(name: str, length: Length) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(_SEED)
     given = torch.tensor(words)[torch.randint(10, (length.prompts, length.tokens), generator=generator)]
     cache = contender.cache(loaded.model)
-    # A check of transformers reads a tensor's value, which would break the graph in two.
-    checks = mock.patch.dict("os.environ", TRANSFORMERS_DISABLE_TORCH_CHECK="1")
-    with checks, nullcontext() if contender.policy is None else op_by_op():
+    with nullcontext() if contender.policy is None else op_by_op():
         model = loaded.model if contender.policy is None else compiled(loaded.model, contender.policy)
         model(**inputs, **hf.cache_argument(cache), use_cache=True)
         steps, held = [0], [cache_bytes(cache)]
         for step in range(length.tokens):
             if step == length.tokens - _WATCHED:
-                _watch()
+                measure.tidy()
+                measure.forget_peak()
             model(input_ids=given[:, step : step + 1], **hf.cache_argument(cache), use_cache=True)
             if (step + 1) % length.every == 0:
                 steps.append(step + 1)
                 held.append(cache_bytes(cache))
         peak = measure.resident(peak=True)
-    cache = None
-    _tidy()
-    return {"steps": steps, "bytes": held, "peak_bytes": peak - measure.resident()}
-
-
-def _watch() -> None:
-    _tidy()
-    measure.forget_peak()
-
-
-def _tidy() -> None:
-    gc.collect()
-    measure.release_free_memory()
+        cache = None
+        measure.tidy()
+        rest = measure.resident()  # before the graphs go too
+    return {"steps": steps, "bytes": held, "peak_bytes": peak - rest}

@@ -1,6 +1,6 @@
 """Decoding throughput on a CPU at a fixed memory cap: tokens/s of the largest batch that fits, by how a cache is held.
 
-    attnpack bench speed --quick                # a narrow model and a small cap: under 100 seconds
+    attnpack bench speed --quick                # a narrow model, a small cap, one contender a kind
     attnpack bench speed --full --out speed.json
 
 The model is a decoder of transformers with random weights, the same in every layer, and some layers of LLaVA-1.5-7B's

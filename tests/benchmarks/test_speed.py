@@ -139,8 +139,9 @@ def test_failed_points_are_said(measured):
 def test_a_point_runs_in_a_process_of_its_own():
     row = in_child(point.run, "dense, eager", 3, TINY, threads=1)
     # Keys and values of two layers, of the prompt and of 3 + 1 + 2 + 1 + 2 steps.
+    assert "failed" not in row, row
     assert row["cache_bytes"] == 2 * 2 * 3 * 2 * 32 * (96 + 9) * 4
-    assert len(row["samples"]) == TINY.steps and row["cache_bytes"] <= row["peak_bytes"] < 50e6
+    assert len(row["samples"]) == TINY.steps and row["peak_bytes"] < 50e6
     failed = in_child(point.run, "dense, eager", 3, replace(TINY, tokens=-1), threads=1)
     assert "RuntimeError" in failed["failed"]
 
