@@ -41,7 +41,7 @@ CONTENDERS: dict[str, Contender] = {
     DENSE: Contender(),
     "rank 16, text dense": _unrotated(),
     "rank 16, text folded": _unrotated(text_rank=16, fold_every=64, recent=32),
-    "rank 16, all in 4 bit": _unrotated(passes=(Quantize(bits=4),)),
+    "rank 16, factors in 4 bit": _unrotated(passes=(Quantize(bits=4),)),
     "H2O, half of the tokens": _method(H2O(budget=0.5)),
     "KIVI, 2 bit": _method(KIVI(bits=2)),
     "quanto, 4 bit": Contender(quantised={"backend": "quanto", "nbits": 4}),

@@ -120,10 +120,8 @@ def candidates() -> Iterator[Candidate]:
 def _calibrated() -> Iterator[Candidate]:
     for target in CALIBRATED:
         make = lambda study, target=target: study.calibrated(target)  # noqa: E731
-        yield Candidate("ours, calibrated", f"1/{target}", target, make, quick=target in (16, 48), weight=4)
-    for target in (8, 16):
-        make = lambda study, target=target: study.calibrated(target, "speed")  # noqa: E731
-        yield Candidate("ours, calibrated", f"1/{target}, for speed", target, make)
+        yield Candidate("ours, calibrated", f"1/{target}", target, make, quick=target in (16, 48), weight=6)
+    yield Candidate("ours, calibrated", "1/16, for speed", 16, lambda study: study.calibrated(16, "speed"))
 
 
 def _low_rank(target: int, bits: int, text_bits: float, *methods: Method, **fields: Any) -> Callable[..., PackPolicy]:
@@ -155,8 +153,8 @@ def _published() -> Iterator[Candidate]:
     for rank in (16, 32, 64, 128):
         plain = {"vision_rank": rank, "key_space": "rotated"}
         yield _fixed(group, f"rank {rank}", PackPolicy(**plain))
-        yield _fixed(group, f"rank {rank}, partial", PackPolicy(**plain, partial=Partial()))
         if rank in (16, 64):
+            yield _fixed(group, f"rank {rank}, partial", PackPolicy(**plain, partial=Partial()))
             yield _fixed(group, f"rank {rank} (E)", PackPolicy(**plain, passes=(half,)))
             yield _fixed(group, f"rank {rank}, 4 bit", PackPolicy(**plain, passes=(Quantize(4),)), quick=rank == 64)
             yield _fixed(group, f"rank {rank}, 4 bit (E)", PackPolicy(**plain, passes=(Quantize(4), half)))

@@ -19,8 +19,6 @@ TASK_WEIGHTS = {"read": 1.0, "cell": 3.0, "count": 1.0, "locate": 1.0, "list": 1
 #: The tokens that a long answer hangs on, by their place in it: the image's name, and the number.
 KEY_WEIGHTS = {"locate": (1, 10.0), "count": (digits.CELLS + 1, 5.0)}
 NEEDLE_SHARE = 0.35
-#: Contexts for the needle are short, and there are many of them.
-NEEDLE_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,6 @@ class BatchMaker:
         if kind < LIST_SHARE:
             return images, self.draw(images, SEQUENCES[images], ["list"], spread, turns=True)
         if kind < LIST_SHARE + NEEDLE_SHARE and images > 1:
-            images = min(images, NEEDLE_IMAGES)
             tasks = ["locate", "cell", "cell"]
             return images, self.draw(images, SEQUENCES[images] * 2, tasks, spread, turns=False)
         turns = bool(self.rng.random() < TURNS_SHARE)

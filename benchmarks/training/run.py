@@ -28,7 +28,7 @@ VISION_BATCH = 64
 LEARNING_RATES = {"vision": 2e-3, "decoder": 1e-3}
 WEIGHT_DECAY = 0.05
 WARMUP_STEPS = 100
-AVERAGE_DECAY = 0.99
+AVERAGE_DECAY = 0.998
 
 
 def answer_logits(family: Family, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
