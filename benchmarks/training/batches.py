@@ -185,8 +185,10 @@ class BatchMaker:
         if kind < LIST_SHARE:
             return images, self.draw(images, SEQUENCES[images], ["list"], spread, turns=True)
         if kind < LIST_SHARE + NEEDLE_SHARE and images > 1:
-            tasks = ["locate", "cell", "cell"]
-            return images, self.draw(images, SEQUENCES[images] * 2, tasks, spread, turns=False)
+            # Among others as one of several turns, and not always the first of them.
+            tasks = [str(task) for task in self.rng.permutation(["locate", "read", "cell", "read"])]
+            turns = bool(self.rng.random() < 0.5)
+            return images, self.draw(images, SEQUENCES[images] * 3 // 2, tasks, spread, turns)
         turns = bool(self.rng.random() < TURNS_SHARE)
         count = (TURNS if turns else QUESTIONS)[images]
         shares = dict(TASK_SHARES)
