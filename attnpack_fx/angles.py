@@ -36,7 +36,7 @@ class SharedAngles:
         """From those of the prompt, `[B or 1, P, E]`, and where tokens went: `packed` slots of `index`, the tail."""
         if cos.shape[0] == 1 and bool((index == index[:1]).all()):
             index = index[:1]
-        rows = [_rows(each, index) for each in (cos, sin)]
+        rows = _one_for_all(*(_rows(each, index) for each in (cos, sin)))
         # Copies: of one sample, a slice is contiguous, and would keep the rows of the tail alive.
         held = rows[0][:, :packed].clone(), rows[1][:, :packed].clone()
         table = tabulate(*held, interleaved) if cos.element_size() <= 4 else None
@@ -95,7 +95,8 @@ class SharedAngles:
 
         def derive() -> SharedAngles:
             cos, sin = self.tail_rows()
-            packed = _extended(self.packed, cos[:, :count], sin[:, :count])
+            new = _one_for_all(cos[:, :count], sin[:, :count])
+            packed = _extended(self.packed, *new)
             return SharedAngles(packed, ((cos[:, count:].clone(), sin[:, count:].clone()),))
 
         return self._memo.derive("folded", count, 0, derive)
@@ -218,6 +219,13 @@ class SharedAngles:
 
 def _plain(angles: Angles[Tensor]) -> tuple[Tensor, Tensor, bool, Tensor | None]:
     return angles.cos, angles.sin, angles.interleaved, angles.axes
+
+
+def _one_for_all(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one sample, where all have the same: positions of multimodal prompts are given by sample, alike or not."""
+    if cos.shape[0] > 1 and all(bool((each == each[:1]).all()) for each in (cos, sin)):
+        return cos[:1], sin[:1]
+    return cos, sin
 
 
 def _rows(each: Tensor, index: Tensor) -> Tensor:

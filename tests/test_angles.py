@@ -192,3 +192,21 @@ def test_tokens_appended_without_their_angles_are_never_folded_with_those_of_oth
     # The rows before them, and other handles, keep theirs.
     assert angles_of(pair).tail is not None
     assert_stands_for(grown[..., :-3, :], pair.dense_key)
+
+
+@pytest.mark.parametrize("folded", [0, 2])
+def test_samples_with_the_same_angles_share_one_copy(folded):
+    """M-RoPE gives every sample rows of its own, also where all prompts are laid out alike."""
+    generator = torch.Generator().manual_seed(0)
+    cos, sin = (torch.rand(1, 9, 8, generator=generator) for _ in range(2))
+    index = torch.arange(9).repeat(3, 1)
+    one = SharedAngles.of_prompt(cos, sin, index, 6, False, keep_tail=True)
+    own = SharedAngles.of_prompt(*(each.repeat(3, 1, 1) for each in (cos, sin)), index, 6, False, keep_tail=True)
+    for each in (one, own):
+        found = each.folded(folded) if folded else each
+        assert found.packed.cos.shape[0] == found.packed.sin.shape[0] == 1
+        for rows, expected in zip((found.packed.cos, found.packed.sin), (cos, sin), strict=True):
+            torch.testing.assert_close(rows[0], expected[0, : 6 + folded])
+    other = torch.cat([cos, cos, cos + 1])
+    apart = SharedAngles.of_prompt(other, sin.repeat(3, 1, 1), index, 6, False, keep_tail=True)
+    assert apart.packed.cos.shape[0] == 3 and torch.equal(apart.packed.cos, other[:, :6])

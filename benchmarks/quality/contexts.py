@@ -66,14 +66,16 @@ def contexts(
 
 
 def prompts(loaded: Loaded, images: int, count: int, seed: int) -> list[dict[str, Any]]:
-    """Prompts with a first question, of training images, each alone: to calibrate with."""
+    """Prompts of training images, each alone, to calibrate with: the kinds of questions that are asked, in turn."""
     drawn = [_drawn(images, [seed, number], "train") for number in range(count)]
-    return [batch_inputs(loaded, [each.prompt], [each.images]) for each in drawn]
+    kinds = (FIRST, "cell", "count", "needle")
+    texts = [f"{each.shown} {each.asked[kinds[number % len(kinds)]][0]}" for number, each in enumerate(drawn)]
+    return [batch_inputs(loaded, [text], [each.images]) for text, each in zip(texts, drawn, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    prompt: str
+    shown: str
     images: list[Any]
     asked: dict[str, tuple[str, str]]
 
@@ -95,12 +97,12 @@ def _drawn(images: int, seed: list[int], split: digits.Split) -> _Drawn:
         "needle": digits.ask("locate", labels, marked, names[marked], rng),
         LONG: digits.listing(labels, names, LONG_TOKENS),
     }
-    prompt = f"{digits.images_text(names)} {asked[FIRST][0]}"
-    return _Drawn(prompt, [digits.to_image(each) for each in pixels], asked)
+    return _Drawn(digits.images_text(names), [digits.to_image(each) for each in pixels], asked)
 
 
 def _batch(loaded: Loaded, drawn: list[_Drawn]) -> Contexts:
-    inputs = batch_inputs(loaded, [each.prompt for each in drawn], [each.images for each in drawn])
+    prompts = [f"{each.shown} {each.asked[FIRST][0]}" for each in drawn]
+    inputs = batch_inputs(loaded, prompts, [each.images for each in drawn])
     # No prompt is padded: all are equally long.
     inputs.pop("attention_mask", None)
     turns = {}

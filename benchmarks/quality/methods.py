@@ -1,5 +1,6 @@
 """Every method that is compared, and with which settings it comes to a given part of the dense cache's bytes."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +27,10 @@ from attnpack_fx import (
 )
 from attnpack_fx.passes.method import Method
 
-#: Dense bytes over counted bytes at which methods are compared, where they get there.
-TARGETS = (2, 4, 8, 16, 32)
+#: Dense bytes over counted bytes at which methods are compared, where they get there; the middle first.
+TARGETS = (16, 8, 32, 4, 2)
 #: What calibrated policies are asked for besides.
-CALIBRATED = (8, 16, 32, 48, 64)
+CALIBRATED = (16, 48, 32, 8, 64)
 _BITS = 16  # of a number of the dense cache
 _RECENT = 32
 _TAIL = ("coefficients", "bases", "tail")
@@ -52,9 +53,12 @@ class Shape:
     def tokens(self) -> int:
         return self.vision + self.text
 
-    def rank(self, target: float, bits: int = _BITS, text_bits: float = _BITS) -> int:
-        """The rank of keys and values of vision tokens at which everything comes to 1 / target of the dense bytes."""
-        left = self.tokens * self.width * _BITS / target - self.text * self.width * text_bits
+    def rank(self, target: float, bits: int = _BITS, text_bits: float = _BITS, beside: float = 0) -> int:
+        """The rank of keys and values of vision tokens at which everything comes to 1 / target of the dense bytes.
+
+        beside: the share of the dense bytes that is taken by what is neither.
+        """
+        left = self.tokens * self.width * _BITS * (1 / target - beside) - self.text * self.width * text_bits
         rank = int(left / ((self.vision + self.width) * bits))
         if rank < 1:
             raise UnreachableError(
@@ -105,16 +109,11 @@ class Candidate:
 
 
 def candidates() -> Iterator[Candidate]:
-    """All, those first that the claims rest on."""
+    """All: those first that the claims rest on, then one of each kind in turn, so that a run cut short has of all."""
     yield from _calibrated()
-    yield from _composed()
-    yield from _published()
-    yield from _released()
-    yield from _quantization()
-    yield from _eviction()
-    yield from _pruning()
-    yield from _merging()
-    yield from _pairs()
+    kinds = (_composed, _released, _quantization, _eviction, _control, _published, _pruning, _pairs)
+    for row in itertools.zip_longest(*(kind() for kind in kinds)):
+        yield from filter(None, row)
 
 
 def _calibrated() -> Iterator[Candidate]:
@@ -125,7 +124,11 @@ def _calibrated() -> Iterator[Candidate]:
 
 
 def _low_rank(target: int, bits: int, text_bits: float, *methods: Method, **fields: Any) -> Callable[..., PackPolicy]:
-    return lambda study: PackPolicy(vision_rank=study.shape.rank(target, bits, text_bits), passes=methods, **fields)
+    def make(study: Study) -> PackPolicy:
+        beside = study.beside() if fields["key_space"] == "unrotated" else 0
+        return PackPolicy(vision_rank=study.shape.rank(target, bits, text_bits, beside), passes=methods, **fields)
+
+    return make
 
 
 def _composed() -> Iterator[Candidate]:
@@ -139,7 +142,7 @@ def _composed() -> Iterator[Candidate]:
             _low_rank(target, 4, 5, four, key_space="unrotated"),
             quick=target == 16,
         )
-    for target in (8, 16, 32):
+    for target in (16, 8, 32):
         yield Candidate(
             "ours, composed",
             "low rank, half evicted, all in 4 bits",
@@ -186,6 +189,7 @@ def _quantization() -> Iterator[Candidate]:
         methods[f"GEAR, {bits} bit"] = GEAR(bits, residual=_RECENT)
     for name, method in methods.items():
         yield _fixed("quantization", name, _dense(method), quick=name == "KIVI, 2 bit")
+    yield _fixed("merging", "MiniCache", _dense(MiniCache(residual=_RECENT)))
 
 
 def _eviction() -> Iterator[Candidate]:
@@ -195,8 +199,8 @@ def _eviction() -> Iterator[Candidate]:
         "Scissorhands": lambda share: Scissorhands(share * 0.96),
         "StreamingLLM": lambda share: StreamingLLM(recent=share * 0.96),
     }
-    for name, rule in rules.items():
-        for target in TARGETS:
+    for target in TARGETS:
+        for name, rule in rules.items():
             yield Candidate(
                 "eviction",
                 name,
@@ -204,8 +208,10 @@ def _eviction() -> Iterator[Candidate]:
                 lambda study, target=target, rule=rule: _dense(rule(study.shape.share(target))),
                 quick=name == "H2O" and target == 16,
             )
-    for target in TARGETS:
         yield Candidate("eviction", "A-VL", target, lambda study, target=target: _dense(_avl(study.shape, target)))
+
+
+def _control() -> Iterator[Candidate]:
     for target in TARGETS:
         yield Candidate(
             "control",
@@ -247,14 +253,10 @@ def _pruning() -> Iterator[Candidate]:
             yield Candidate(group, name, target, pruned(make, target), quick=name == "pooling" and target == 2)
 
 
-def _merging() -> Iterator[Candidate]:
-    yield _fixed("merging", "MiniCache", _dense(MiniCache(residual=_RECENT)))
-
-
 def _pairs() -> Iterator[Candidate]:
     group = "pairs"
     tail = Quantize(4, target="tail", recent=_RECENT)
-    for target in (4, 8, 16, 32):
+    for target in (16, 8, 32, 4):
         for name, bits, method in (
             ("H2O, 4 bit", 5, tail),
             ("H2O, KIVI 2 bit", 3.5, KIVI(2, residual=_RECENT)),
@@ -273,7 +275,7 @@ def _pairs() -> Iterator[Candidate]:
             target,
             _low_rank(target, _BITS, _BITS, H2O(0.5, target="vision"), key_space="unrotated"),
         )
-    for target in (4, 8, 16):
+    for target in (16, 8, 4):
         yield Candidate(
             group, "FastV, low rank", target, _low_rank(target, _BITS, _BITS, FastV(layer=2), key_space="unrotated")
         )
