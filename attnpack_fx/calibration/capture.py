@@ -28,6 +28,8 @@ from attnpack_fx.policy import PackPolicy
 _LAYOUTS = ("transpose", "swapaxes", "permute", "contiguous", "reshape", "view", "flatten", "to", "type", "getitem")
 #: Samples of many lengths make as many graphs before Dynamo takes sizes as variable.
 _GRAPHS = 64
+#: Queries of the prompt that are kept, at most: the last ones.
+_QUESTION = 32
 #: Why a layer that could be packed cannot be planned for.
 UNNUMBERED = "the number of the layer is not known from the graph"
 
@@ -53,7 +55,7 @@ class Angles:
 
 @dataclass(frozen=True)
 class Read:
-    """Queries of one decode step, `[B, Hq, k, D]`, which read the first `tokens` tokens of the cache.
+    """Queries of one call, `[B, Hq, k, D]`, which read the first `tokens` tokens of the cache.
 
     mask: as attention takes it, `[B or 1, Hq or 1, k, tokens]`, bool or added to the scores; or None.
     """
@@ -73,6 +75,8 @@ class Observed:
     angles: of the prompt, where the rotary embedding is recognised.
     out: `[Hq * D, C]`, what multiplies the attention output next, or None where that is no linear map.
     scale: of the scores; reads: one for every decode step.
+    question: the prompt's tokens behind its last vision token, or None. They read exact keys and values, but another
+        turn of the conversation asks as they do, and reads the packed cache.
     """
 
     key: Tensor
@@ -84,6 +88,7 @@ class Observed:
     out: Tensor | None
     scale: float
     reads: list[Read] = field(default_factory=list)
+    question: Read | None = None
 
 
 class Observer:
@@ -187,7 +192,8 @@ class Observer:
             angles = None if rotation is None else self._shared(cos, sin, rotation.interleaved)
             weight = None if out is None else out.detach().mT if transposed else out.detach()
             self.layers[number] = Observed(
-                key.detach(), value.detach(), key.shape[2], _real(mask), vision, angles, weight, scale
+                *(key.detach(), value.detach(), key.shape[2], _real(mask), vision, angles, weight, scale),
+                question=_question(query.detach(), mask, vision),
             )
 
         return see
@@ -226,6 +232,19 @@ def _output_projection(site: Site) -> tuple[Node | None, bool]:
             return None, False
         swaps += is_call(reader, "transpose", "swapaxes", "permute")
         node = reader
+
+
+def _question(query: Tensor, mask: Tensor | None, vision: Tensor | None) -> Read | None:
+    """Those of a prompt's queries `[B, Hq, P, D]` that come after the vision tokens of every sample."""
+    tokens = query.shape[2]
+    if vision is None or not vision.any() or (mask is not None and mask.shape[2] != tokens):
+        return None
+    start = max(int(vision.any(0).nonzero()[-1]) + 1, tokens - _QUESTION)
+    if start == tokens:
+        return None
+    if mask is None:
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    return Read(query[:, :, start:], tokens, mask.detach()[:, :, start:, :tokens])
 
 
 def _real(mask: Tensor | None) -> Tensor | None:

@@ -50,13 +50,12 @@ class Attended:
 
 
 def attended(layer: Observed, sample: int, alive: Sequence[bool]) -> Attended:
-    """The queries of one sample of the batch; alive: which decode steps count."""
+    """The queries of one sample of the batch: its question, and the decode steps that count, `alive`."""
     queries, weights, outputs = [], [], []
     key, value = layer.key[sample].float(), layer.value[sample].float()
     group = layer.reads[0].query.shape[1] // key.shape[0]
-    for read, counts in zip(layer.reads, alive, strict=True):
-        if not counts:
-            continue
+    counted = [read for read, counts in zip(layer.reads, alive, strict=True) if counts]
+    for read in counted if layer.question is None else [layer.question, *counted]:
         query = read.query[sample].float()
         keys, values = (each[:, : read.tokens].repeat_interleave(group, 0) for each in (key, value))
         scores = layer.scale * query @ keys.mT

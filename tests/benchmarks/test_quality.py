@@ -55,7 +55,7 @@ def test_rows_are_written_and_kept(tmp_path, two_candidates, capsys):
     path = tmp_path / "quality-digits-llava.json"
     first = json.loads(path.read_text())
     assert {"versions", "cpu", "commit", "seed", "dtype", "contexts", "images", "architecture"} <= first.keys()
-    assert first["dense"]["accuracy"] > 0.5 and first["dense"]["contexts"] == 2
+    assert first["dense"]["tasks"]["read"]["accuracy"] > 0.8 and first["dense"]["contexts"] == 2
     low, high, none = first["rows"]
     assert PackPolicy.from_dict(high["policy"]).vision_rank == 16 and high["prompt_ratio"] < low["prompt_ratio"]
     assert low["kl"] > high["kl"] >= 0

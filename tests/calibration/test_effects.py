@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnpack_fx.calibration.capture import Angles, Observed, Read
+from attnpack_fx.calibration.capture import Angles, Observed, Read, _question
 from attnpack_fx.calibration.effects import attended, factors, key_effects, value_effects
 from attnpack_fx.kernels.aten.rotary import rotate
 
@@ -38,20 +38,25 @@ def layers(draw: st.DrawFn) -> Observed:
     angles = Angles(1.1 * phase.cos(), 1.1 * phase.sin(), False)
     out = torch.randn((heads * group * dim, 6), generator=generator) if draw(st.booleans()) else None
     key, value = matrix(prompt + steps), matrix(prompt + steps)
-    return Observed(key, value, prompt, None, None, angles, out, SCALE, reads)
+    question = None
+    if draw(st.booleans()):
+        query = torch.randn((2, heads * group, 2, dim), generator=generator)
+        seen = torch.ones((1, 1, prompt, prompt), dtype=torch.bool).tril()[:, :, -2:]
+        question = Read(query, prompt, seen)
+    return Observed(key, value, prompt, None, None, angles, out, SCALE, reads, question)
 
 
 def outputs(layer: Observed, sample: int, key: Tensor, value: Tensor) -> Tensor:
     """Projected attention outputs `[Q, C]` of a sample, with these keys and values, in float64."""
     group = layer.reads[0].query.shape[1] // key.shape[0]
     found = []
-    for read in layer.reads:
+    for read in [layer.question, *layer.reads] if layer.question else layer.reads:
         keys, values = (each[:, : read.tokens].repeat_interleave(group, 0) for each in (key, value))
         scores = SCALE * read.query[sample].double() @ keys.mT
-        mask = read.mask[sample]
+        mask = read.mask[sample if read.mask.shape[0] > 1 else 0]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
-        found.append((scores.softmax(-1) @ values)[:, 0].flatten())
-    each = torch.stack(found)
+        found.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
+    each = torch.cat(found)
     return each if layer.out is None else each @ layer.out.double()
 
 
@@ -112,3 +117,20 @@ def test_turning_back_is_the_inverse_of_rotary_embedding():
         angles = Angles(0.7 * twice.cos(), 0.7 * twice.sin(), interleaved)
         rotated = rotate(key, angles.cos[:, None], angles.sin[:, None], interleaved)
         torch.testing.assert_close(angles.unrotated(rotated), key)
+
+
+def test_the_question_is_what_comes_behind_the_last_vision_token():
+    """Of every sample, with the mask of the prompt, and no more than the newest."""
+    query = torch.arange(2 * 40, dtype=torch.float32).view(2, 1, 40, 1)
+    vision = torch.zeros((2, 40), dtype=torch.bool)
+    vision[0, 3:35], vision[1, 2:37] = True, True
+    read = _question(query, None, vision)
+    assert read.tokens == 40 and read.query[:, 0, :, 0].tolist() == [[37, 38, 39], [77, 78, 79]]
+    assert read.mask.shape == (1, 1, 3, 40) and read.mask.sum(-1).tolist() == [[[38, 39, 40]]]
+    own = torch.randn(2, 1, 40, 40)
+    assert torch.equal(_question(query, own, vision).mask, own[:, :, 37:])
+    early = torch.zeros((1, 40), dtype=torch.bool)
+    early[:, 0] = True
+    assert _question(query, None, early).query.shape[2] == 32
+    assert _question(query, None, None) is None and _question(query, None, torch.zeros_like(vision)) is None
+    assert _question(query, None, torch.ones_like(vision)) is None
