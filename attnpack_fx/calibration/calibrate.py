@@ -81,7 +81,8 @@ def calibrate(
     """A policy with ranks, bits and a key space for every layer, from a few prompts and one number.
 
     model: a transformers model with `generate`, compiled or not; left as it was found. samples: prompts as the model's
-        processor gives them, batches of one or more.
+        processor gives them, batches of one or more, with the kinds of questions that will be asked: both the question
+        and the answer say what of the cache is read.
     budget: bytes that the packed tokens of one sample may take (factors and scales, all layers together) at the mean
         number of tokens of the samples; below 1, a share of their dense bytes. cos and sin of un-rotated keys, one copy
         for all layers, come on top: see `Calibration.shared_bytes`.

@@ -32,6 +32,8 @@ TARGETS = (16, 8, 32, 4, 2)
 #: What calibrated policies are asked for besides.
 CALIBRATED = (16, 48, 32, 8, 64)
 _BITS = 16  # of a number of the dense cache
+#: Of the bytes that are asked for: what a plan comes to rounds up a little from prompt to prompt.
+_WITHIN = 0.998
 _RECENT = 32
 _TAIL = ("coefficients", "bases", "tail")
 
@@ -89,7 +91,7 @@ class Study:
     def calibrated(self, target: float, prefer: Any = "fidelity") -> PackPolicy:
         if (target, prefer) not in self.found:
             self.found[target, prefer] = attnpack_fx.calibrate(
-                self.model, self.samples(), budget=1 / target - self.beside(), text=True, prefer=prefer
+                self.model, self.samples(), budget=_WITHIN / target - self.beside(), text=True, prefer=prefer
             )
         return self.found[target, prefer]
 
