@@ -7,9 +7,7 @@ from pathlib import Path
 
 from attnpack_fx.bench import PARTS
 from benchmarks import measure, results_file
-
-#: Where `report` writes, when it is asked for alone and with `all`.
-REPORT = measure.ROOT / "docs" / "evaluation"
+from benchmarks.report.command import FOLDER as REPORT
 
 
 def quality(given: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -23,7 +21,8 @@ def memory(given: argparse.Namespace, rest: Sequence[str]) -> None:
     from benchmarks.long.command import main
 
     main([*_amount(given), "--out", str(given.out / "long.json"), *rest])
-    counted.main(["--out", str(given.out / "counted.json")])
+    few = ["--only", "AttentionPack"] if given.quick else []
+    counted.main(["--out", str(given.out / "counted.json"), *few])
 
 
 def speed(given: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -59,12 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     amount.add_argument("--quick", action="store_true", help="a small part of everything, in minutes")
     amount.add_argument("--full", action="store_true", help="everything")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results, which are continued (%(default)s)")
-    parser.add_argument("--page", type=Path, default=REPORT, metavar="FOLDER", help="of the report (%(default)s)")
+    parser.add_argument("--page", type=Path, metavar="FOLDER", help="of the report (docs/evaluation; of --out: there)")
     parser.add_argument("--threads", type=int, help="CPU threads (as PyTorch chooses)")
     given, rest = parser.parse_known_args(arguments)
     if given.out is None:
         # What is committed was measured in full.
         given.out = Path("evaluation-quick") if given.quick else results_file.FOLDER
+    if given.page is None:
+        given.page = REPORT if given.out.resolve() == results_file.FOLDER else given.out
     if given.part == "all":
         if rest:
             parser.error(f"got {' '.join(rest)} for all parts, expected options of one; name the part")

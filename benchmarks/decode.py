@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import attention_step, end_to_end, measure
-from benchmarks.checked import positive
+from benchmarks.arguments import positive
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Flag and field of both kinds of case, and of the end-to-end case alone.

@@ -28,7 +28,7 @@ from attnpack_fx.kernels.aten.rotary import Rotary, per_slot, rotate
 from attnpack_fx.kernels.aten.unrotated import scores
 from attnpack_fx.kernels.rotary_axes import tabulate
 from benchmarks import measure
-from benchmarks.checked import positive
+from benchmarks.arguments import positive
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTENDERS = ("dense", "rotated R=64", "1-D R=16", "1-D R=64", "M-RoPE R=16", "M-RoPE R=64")

@@ -59,4 +59,6 @@ def test_all_parts_run_in_turn_with_the_same_amount(monkeypatch, tmp_path):
     assert name == "speed" and rest == ["--cap", "3"] and benchmarks._amount(given) == ["--full"]
     # What a quick run measures does not go among what is committed.
     benchmarks.main(["memory", "--quick"])
-    assert ran[-1][1].out == Path("evaluation-quick")
+    assert ran[-1][1].out == ran[-1][1].page == Path("evaluation-quick")
+    benchmarks.main(["report"])
+    assert ran[-1][1].page == benchmarks.REPORT and ran[-1][1].out == benchmarks.results_file.FOLDER

@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import results_file
-from benchmarks.checked import positive
+from benchmarks.arguments import part, positive
 from benchmarks.child import in_child
-from benchmarks.long.contenders import CONTENDERS, DENSE
+from benchmarks.long.contenders import CONTENDERS, DENSE, FEW
 from benchmarks.long.generate import Length, run
 
 Row = dict[str, Any]
@@ -62,14 +62,13 @@ def table(rows: Sequence[Row], length: Length) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `length` and `contenders` say what it comes to."""
-    parser = argparse.ArgumentParser(
-        prog="attnpack bench memory", description="Bytes a cache holds over a long generation."
+    parser = part(
+        "memory",
+        "Bytes a cache holds over a long generation.",
+        quick="96 tokens after 2 prompts, dense and ours",
+        full="bytes after every fourth token instead of sixteenth",
     )
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--quick", action="store_true", help="96 tokens after 2 prompts")
-    amount.add_argument("--full", action="store_true", help="bytes after every fourth token instead of sixteenth")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="rows already in it are kept")
-    parser.add_argument("--threads", type=positive, help="CPU threads (as PyTorch chooses)")
     parser.add_argument("--tokens", type=positive, help="generated (512; quick: 96)")
     parser.add_argument("--only", action="append", choices=CONTENDERS, metavar="NAME", help="; ".join(CONTENDERS))
     given = parser.parse_args(arguments)
@@ -81,5 +80,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"--tokens: got {length.tokens}, expected a multiple of {length.every}, after which bytes are counted"
         )
     given.length = length
-    given.contenders = tuple(given.only or CONTENDERS)
+    given.contenders = tuple(given.only or (FEW if given.quick else CONTENDERS))
     return given

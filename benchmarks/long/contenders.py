@@ -48,3 +48,5 @@ CONTENDERS: dict[str, Contender] = {
     "quanto, 2 bit": Contender(quantised={"backend": "quanto", "nbits": 2}),
     "hqq, 4 bit": Contender(quantised={"backend": "hqq", "nbits": 4, "axis_key": 1, "axis_value": 1}),
 }
+#: For a quick run.
+FEW = (DENSE, "rank 16, text folded")

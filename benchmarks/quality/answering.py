@@ -98,8 +98,8 @@ def _step(step: Step, batch: Contexts, cache: Any, ids: Tensor) -> Tensor:
         start = hf.keys_and_values(cache)[0][0].shape[2] + batch.after
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         placed["position_ids"] = positions.repeat(3, ids.shape[0], 1)
+    ids = ids.clone()  # Of a slice the strides are, which differ, and each takes a graph.
     if ids.shape[1] > 1:  # Questions and chunks are of many lengths: one graph for all of them.
-        ids = ids.clone()
         for each in (ids, *placed.values()):
             torch._dynamo.mark_dynamic(each, each.dim() - 1)
     return step(input_ids=ids, **hf.cache_argument(cache), use_cache=True, **placed).logits.float()

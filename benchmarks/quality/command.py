@@ -1,6 +1,7 @@
 """The command line of the comparison, and the file of results, which is continued where it exists."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -15,17 +16,21 @@ import torch
 
 from attnpack_fx import hf
 from attnpack_fx.cache_bytes import cache_bytes
+from attnpack_fx.passes.storage import KeySpace
 from attnpack_fx.policy import PackPolicy
 from benchmarks import measure, results_file
-from benchmarks.checked import positive
+from benchmarks.arguments import part, positive
 from benchmarks.graphs import compiled, op_by_op
 from benchmarks.quality import methods, score
+from benchmarks.quality.agreement import compared, identity
 from benchmarks.quality.answering import Answers, answers, prefilled
 from benchmarks.quality.contexts import TASKS, Contexts, contexts, prompts
 from benchmarks.quality.spectra import spectra
 from benchmarks.trained import MODELS, load_trained
 
 _CALIBRATION_PROMPTS = 4
+#: Contexts whose singular values are averaged.
+_OF_SPECTRA = 4
 #: No number of a context that is asked: contexts are seeded with `[seed, number]`.
 _CALIBRATION_SEED = 20_001
 
@@ -89,10 +94,14 @@ class Comparison:
                 progress.update()
         for candidate in todo:
             print(_line(self._known(candidate)))
+        committed = results_file.FOLDER / self.path.name
+        if self.path.resolve() != committed and committed.exists():
+            print(f"\nBeside {committed.relative_to(measure.ROOT)}:")
+            print(compared(self.record["rows"], json.loads(committed.read_text())["rows"]))
 
     def _known(self, candidate: methods.Candidate) -> dict[str, Any] | None:
-        name = {"group": candidate.group, "name": candidate.name, "target": candidate.target}
-        return next((row for row in self.record["rows"] if name.items() <= row.items()), None)
+        own = candidate.group, candidate.name, candidate.target
+        return next((row for row in self.record["rows"] if identity(row) == own), None)
 
     def _shape(self) -> methods.Shape:
         config = self.loaded.model.config.get_text_config()
@@ -104,12 +113,12 @@ class Comparison:
     def _samples(self) -> list[dict[str, Any]]:
         return prompts(self.loaded, self.given.images, _CALIBRATION_PROMPTS, _CALIBRATION_SEED)
 
-    @lru_cache(maxsize=1)  # noqa: B019  (one comparison a process)
-    def _beside(self) -> float:
-        """What a cache of un-rotated keys holds besides its factors, as a share of the dense cache."""
+    @lru_cache  # noqa: B019  (one comparison a process)
+    def _beside(self, space: KeySpace) -> float:
+        """What a cache holds besides its factors, as a share of the dense cache."""
         batch, dense = self._batches(1)[0]
         cache, shape = hf.empty_cache(self.loaded.model), self._shape()
-        policy = PackPolicy(vision_rank=1, text_rank=1, key_space="unrotated")
+        policy = PackPolicy(vision_rank=1, text_rank=1, key_space=space)
         prefilled(compiled(self.loaded.model, policy), batch, cache)
         factors = shape.layers * 2 * (shape.tokens + 2 * shape.width) * self.loaded.model.dtype.itemsize
         return (cache_bytes(cache) - batch.size * factors) / dense.prompt_bytes
@@ -140,7 +149,8 @@ class Comparison:
                 "bytes_per_context": tally.prompt_bytes / len(tally.nll),
             }
         if "spectra" not in self.record:
-            self.record["spectra"] = spectra(self.loaded.model, self._batches(1)[0][0])
+            few = contexts(self.loaded, self.given.images, _OF_SPECTRA, _OF_SPECTRA, self.given.seed)[0]
+            self.record["spectra"] = spectra(self.loaded.model, few)
         results_file.write(self.path, self.record)
 
     def _row(self, study: methods.Study, candidate: methods.Candidate) -> dict[str, Any]:
@@ -192,19 +202,15 @@ def _line(row: dict[str, Any] | None) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="attnpack bench quality", description=__doc__)
+    parser = part("quality", __doc__, quick="few policies and contexts", full="everything; the default")
     parser.add_argument("--out", type=Path, default=results_file.FOLDER, metavar="FOLDER", help="(%(default)s)")
     parser.add_argument("--model", choices=MODELS, help="this model alone (all, at once)")
     parser.add_argument("--only", action="append", metavar="GROUP", help="this group; may be given several times")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--quick", action="store_true", help="few policies and contexts")
-    amount.add_argument("--full", action="store_true", help="everything; the default")
     parser.add_argument("--contexts", type=positive, help="held-out prompts (12)")
     parser.add_argument("--images", type=positive, default=16, help="in a prompt (16)")
     parser.add_argument("--batch", type=positive, help="contexts answered together (12)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model (bfloat16)")
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--threads", type=positive, help="CPU threads (as PyTorch chooses)")
     given = parser.parse_args(arguments)
     given.contexts = given.contexts or 12
     given.batch = given.batch or 12

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import measure, results_file
 from benchmarks.report import curves, drawing
 from benchmarks.report.accuracy import accuracy
 from benchmarks.report.data import Results, load
@@ -16,15 +17,16 @@ from benchmarks.report.page import page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ROOT = Path(__file__).resolve().parents[2]
+#: Where the committed report lies.
+FOLDER = measure.ROOT / "docs" / "evaluation"
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="attnpack bench report", description="Write one HTML page, figures and a Markdown table from result files."
     )
-    parser.add_argument("--results", type=Path, default=_ROOT / "benchmarks/results/evaluation", metavar="FOLDER")
-    parser.add_argument("--out", type=Path, default=_ROOT / "docs/evaluation", metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=results_file.FOLDER, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER")
     given = parser.parse_args(arguments)
     try:
         results = load(given.results)

@@ -18,13 +18,14 @@ class Row:
     """One method on one model. Shares are in [0, 1], `kl` in nats per token, intervals 95 % over contexts.
 
     ratio: bytes of the dense cache over counted bytes, after the prompt; vision_ratio: the same of vision tokens.
-    difference: accuracy minus the dense cache's, paired by context. target: the ratio asked for, where one was.
-    tasks, long: as they stand in the file.
+    contexts: how many prompts it was measured on. difference: accuracy minus the dense cache's, paired by context.
+    target: the ratio asked for, where one was. tasks, long: as they stand in the file.
     """
 
     group: str
     name: str
     target: float | None
+    contexts: int
     ratio: float
     vision_ratio: float | None
     accuracy: float
@@ -54,7 +55,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Quality:
-    """Every method on one model. dense, spectra: as they stand in the file; made: the file's own record of the run."""
+    """Every method on one model.
+
+    contexts: prompts of a row that does not say otherwise. dense, spectra: as they stand in the file. made: the file's
+    own record of the run.
+    """
 
     file: str
     model: str
@@ -175,7 +180,7 @@ def _quality(file: Path) -> Quality:
             if "skipped" in row:
                 skipped.append(Skipped(row["group"], row["name"], row.get("target"), str(row["skipped"])))
             else:
-                rows.append(_row(row))
+                rows.append(_row(row, record["contexts"]))
         return Quality(
             file=file.name,
             model=record["model"],
@@ -192,11 +197,12 @@ def _quality(file: Path) -> Quality:
         raise ValueError(f"{file}: got no {error}, expected it in every result of quality; measure again") from error
 
 
-def _row(row: Record) -> Row:
+def _row(row: Record, contexts: int) -> Row:
     return Row(
         group=row["group"],
         name=row["name"],
         target=row.get("target"),
+        contexts=row.get("contexts", contexts),
         ratio=row["prompt_ratio"],
         vision_ratio=row.get("vision_ratio"),
         accuracy=row["accuracy"],

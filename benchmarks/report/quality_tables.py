@@ -50,8 +50,9 @@ def main_table(qualities: Sequence[Quality], speeds: Mapping[str, float]) -> Htm
 def full_table(quality: Quality) -> Html:
     """Every row of one model, group by group; those that no other row beats are marked."""
     best = set(map(id, front_of(quality.rows)))
-    head = ("method", "reduction", "of vision", *_HEAD, "agree, %", "long text: diverges at", "reduction at its end")
-    bodies: list[tuple[str, Iterable[tuple[str, Sequence[Cell]]]]] = [("", [_dense(quality, True, 3)])]
+    head = ("method", "reduction", "of vision", *_HEAD, "agree, %", "long text: diverges at", "reduction at its end",
+            "contexts")  # fmt: skip
+    bodies: list[tuple[str, Iterable[tuple[str, Sequence[Cell]]]]] = [("", [_dense(quality, True, 4)])]
     for group, members in _by_group(quality):
         bodies.append((group, [("front" if id(row) in best else "", _full(row)) for row in members]))
     return table(f"{quality.model}: every method", head, bodies)
@@ -137,6 +138,7 @@ def _full(row: Row) -> list[Cell]:
         share(row.agree),
         number(row.long.get("first_divergence"), 0),
         ratio(row.long.get("ratio")),
+        f"{row.contexts:,}",
     ]
 
 

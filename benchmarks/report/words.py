@@ -42,7 +42,9 @@ def made(record: Record) -> str:
 def sample(quality: Quality) -> str:
     """How many contexts, of how many images, on what."""
     images = f" of {quality.images} images" if quality.images else ""
-    return f"{quality.contexts:,} contexts{images}. {made(quality.made)}"
+    counts = {row.contexts for row in quality.rows} or {quality.contexts}
+    contexts = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+    return f"{contexts} contexts{images}. {made(quality.made)}"
 
 
 def run(quality: Quality) -> str:

@@ -42,4 +42,4 @@ FULL = Case()
 USUAL = Case(hidden=2048, mlp=5504, heads=16, cap_bytes=1 << 29)
 #: A quarter as wide and as deep, a sixteenth of the cap. Weights this small stay in the processor's cache, and what a
 #: step needs besides the cache weighs more than in many layers: ratios are rough.
-QUICK = Case(hidden=1024, mlp=2752, heads=8, layers=2, cap_bytes=1 << 26, steps=4)
+QUICK = Case(hidden=1024, mlp=2752, heads=8, layers=2, cap_bytes=1 << 26, steps=6, rounds=0)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import results_file
-from benchmarks.checked import positive
+from benchmarks.arguments import part, positive
 from benchmarks.child import in_child
 from benchmarks.speed import case as cases
 from benchmarks.speed import point
@@ -106,14 +106,13 @@ def _row(rows: list[Row], name: str, batch: int) -> Row | None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `case` and `contenders` say what it comes to."""
-    parser = argparse.ArgumentParser(
-        prog="attnpack bench speed", description="Tokens/s of the largest batch whose decoding fits a cap of memory."
+    parser = part(
+        "speed",
+        "Tokens/s of the largest batch whose decoding fits a cap of memory.",
+        quick="a narrow model, a small cap, one contender of each kind",
+        full="eight layers of LLaVA-1.5-7B's width",
     )
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--quick", action="store_true", help="a narrow model, a small cap, one contender of each kind")
-    amount.add_argument("--full", action="store_true", help="eight layers of LLaVA-1.5-7B's width")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="rows already in it are kept")
-    parser.add_argument("--threads", type=positive, help="CPU threads (as PyTorch chooses)")
     parser.add_argument("--cap", type=positive, metavar="MB", help="of memory beyond the model (1074; quick: 134)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(bfloat16)")
     parser.add_argument("--only", action="append", choices=CONTENDERS, metavar="NAME", help=", ".join(CONTENDERS))

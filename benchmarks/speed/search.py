@@ -5,17 +5,17 @@ from collections.abc import Mapping
 
 #: The first batch tried. Not 1, whose sizes are compiled in.
 FIRST = 2
-_GROWTH = 4
+_GROWTH = 8
 
 
 def next_batch(known: Mapping[int, float], cap: float, limit: int) -> int | None:
-    """The next batch to try; None when the largest that fits is known to an eighth of itself.
+    """The next batch to try; None when the largest that fits is known to an eighth of itself, or by a straight line.
 
     known: bytes by batch, of those tried; `math.inf` for one that could not run. More memory for a larger batch is
     taken for granted. cap: in bytes. limit: the largest batch to try.
 
-    Batches double, or quadruple while a straight line through the two largest leaves much room; what lies between one
-    that fits and one that does not is found by where such a line crosses the cap.
+    The second batch is twice the first; then a straight line through the two largest says which one still fits. What
+    lies between one that fits and one that does not is found by where such a line crosses the cap.
     """
     if not known:
         return min(FIRST, limit)
@@ -35,7 +35,8 @@ def next_batch(known: Mapping[int, float], cap: float, limit: int) -> int | None
         return None
     if len(fitting) < 2:
         return min(2 * low, limit)
-    return min(max(_crossing(known, fitting[-2], low, cap), low + step), _GROWTH * low, limit)
+    further = min(_crossing(known, fitting[-2], low, cap), _GROWTH * low, limit)
+    return further if further > low else None
 
 
 def largest(known: Mapping[int, float], cap: float) -> int | None:

@@ -61,14 +61,14 @@ def table(rows: Sequence[Row], case: Case) -> str:
     lines = [
         f"{case.layers} layers of {case.heads} heads of {case.head_dim}, {case.dtype}, prompts of {case.tokens} tokens "
         f"({case.text} text); cap {case.cap_bytes / 1e6:.0f} MB",
-        f"{'':30}{'batch':>7}{'cache MB':>10}{'peak MB':>9}{'tokens/s':>10}{'spread':>16}{'ms a step':>11}",
+        f"{'':30}{'batch':>7}{'cache MB':>10}{'peak MB':>9}{'tokens/s':>10}{'spread':>20}{'ms a step':>11}",
     ]
     for name, of in found["best"].items():
         row = next(row for row in rows if (row["contender"], row["batch"]) == (name, of["batch"]))
         rates = sorted(row["batch"] / sample for sample in row["samples"])
         lines.append(
             f"{name:30}{row['batch']:>7}{row['cache_bytes'] / 1e6:>10.1f}{row['peak_bytes'] / 1e6:>9.1f}"
-            f"{row['tokens_per_second']:>10.1f}{f'{rates[0]:.1f} to {rates[-1]:.1f}':>16}"
+            f"{row['tokens_per_second']:>10.1f}{f'{rates[0]:.1f} to {rates[-1]:.1f}':>20}"
             f"{1e3 * statistics.median(row['samples']):>11.1f}"
         )
     for name in dict.fromkeys(row["contender"] for row in rows):

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from attnpack_fx import H2O, PackPolicy, Quantize
+from attnpack_fx import H2O, LayerPlan, PackPolicy, Quantize
 from benchmarks.graphs import compiled, op_by_op
-from benchmarks.quality import command, methods, score
+from benchmarks.quality import agreement, command, methods, score
 from benchmarks.quality.answering import answers
 from benchmarks.quality.contexts import FIRST, LONG, LONG_TOKENS, TASKS, contexts, prompts
 from benchmarks.quality.spectra import spectra
@@ -173,7 +173,7 @@ def test_every_candidate_makes_a_policy_or_says_why_not(monkeypatch):
     monkeypatch.setattr(
         methods.attnpack_fx, "calibrate", lambda model, samples, **given: PackPolicy(vision_rank=given["text"] + 1)
     )
-    study = methods.Study(None, methods.Shape(4, 256, 1024, 55), list, lambda: 0.01)
+    study = methods.Study(None, methods.Shape(4, 256, 1024, 55), list, lambda space: 0.01)
     seen, made = set(), 0
     for each in methods.candidates():
         assert (each.group, each.name, each.target) not in seen
@@ -185,7 +185,7 @@ def test_every_candidate_makes_a_policy_or_says_why_not(monkeypatch):
             assert each.target is not None and "1/" in str(error)
     assert made > 80
     quick = {each.group for each in methods.candidates() if each.quick}
-    assert {"ours, calibrated", "AttentionPack, as published", "eviction", "control"} <= quick
+    assert {"ours, calibrated", "AttentionPack, as released", "eviction"} <= quick
 
 
 @settings(max_examples=50)
@@ -222,3 +222,33 @@ def test_a_batch_that_does_not_divide_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.parse(["--contexts", "33", "--batch", "2"])
     assert "expected a multiple" in capsys.readouterr().err
+
+
+def _measured(name, difference, low, high):
+    return {"group": "g", "name": name, "target": 16, "difference": difference, "difference_interval": [low, high]}
+
+
+def test_rows_agree_where_either_lies_in_the_other_s_interval():
+    earlier = [_measured("same", -0.02, -0.03, -0.01), _measured("worse", -0.02, -0.03, -0.01)]
+    earlier += [_measured("exact", 0.0, 0.0, 0.0), _measured("gone", 0.0, 0.0, 0.0)]
+    rows = [_measured("same", -0.035, -0.06, 0.0), _measured("worse", -0.06, -0.08, -0.04)]
+    rows += [_measured("exact", 0.00005, 0.00005, 0.00005), _measured("new", 0.0, 0.0, 0.0)]
+    said = agreement.compared(rows, [*earlier, {"group": "g", "name": "new", "target": 16, "skipped": "why"}])
+    assert "3.50" in said and said.count("DIFFERENT") == 1 and "g: worse, 1/16" in said
+    assert said.endswith("2 of 3 rows within the intervals") and "gone" not in said and "new" not in said
+
+
+@pytest.mark.parametrize(("turned", "more", "expected"), [(True, True, 1), (False, False, 2), (False, True, 1)])
+def test_a_plan_without_angles_gets_their_bytes(monkeypatch, turned, more, expected):
+    plan = {True: LayerPlan(None, None, "unrotated"), False: LayerPlan(None, None, "rotated")}
+    asked = []
+
+    def calibrate(model, samples, budget, **given):
+        asked.append(budget)
+        return PackPolicy(layers=(plan[turned if len(asked) == 1 else more],))
+
+    monkeypatch.setattr(methods.attnpack_fx, "calibrate", calibrate)
+    beside = {"unrotated": 0.01, "rotated": 0.002}
+    found = methods.Study(None, methods.Shape(1, 64, 64, 4), list, beside.__getitem__).calibrated(16)
+    assert asked == pytest.approx([0.998 / 16 - 0.01, 0.998 / 16 - 0.002][: 1 + (not turned)])
+    assert found.layers == (plan[turned if expected == 1 else more],)

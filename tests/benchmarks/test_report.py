@@ -112,7 +112,7 @@ def test_every_row_and_group_is_on_the_page(written, results):
     for quality in results.qualities:
         assert [row for row in quality.rows if f">{row.name}</th>" not in text] == []
     for group, *_ in report_inputs.GROUPS:
-        assert f'<th colspan="12" scope="rowgroup">{group}</th>' in text
+        assert f'<th colspan="13" scope="rowgroup">{group}</th>' in text
         assert f">{group}</text>" in text
     assert "tokens are not pruned &lt;here&gt;" in text
     assert "hqq is missing" in text

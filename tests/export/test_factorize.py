@@ -10,6 +10,8 @@ from tests.kernels.inputs import SEEDS, relative_error
 
 #: What fp32 leaves of a matrix besides the truncation, as a share of its norm.
 ROUNDING = 2e-5
+#: Where most columns have nothing to span: the median is 1e-6, the worst of some thousand matrices 4e-5.
+ROUNDING_OF_LOWER_RANK = 1e-4
 
 
 def with_spectrum(rows: int, columns: int, singular: Tensor, seed: int = 0) -> Tensor:
@@ -29,14 +31,14 @@ def factored(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return truncated_svd(a, rank, starting_basis(a.shape[2], rank))
 
 
-def check(a: Tensor, rank: int) -> None:
+def check(a: Tensor, rank: int, rounding: float = ROUNDING) -> None:
     """Within 1 % of the best there is, and what is promised of either factor."""
     coefficient, basis = factored(a, rank)
     assert coefficient.shape == (*a.shape[:2], rank) and basis.shape == (a.shape[0], rank, a.shape[2])
     singular = torch.linalg.svdvals(a.double())
     total = singular.norm(dim=1)
     error = (a.double() - coefficient.double() @ basis.double()).norm(dim=(1, 2))
-    assert (error <= 1.01 * singular[:, rank:].norm(dim=1) + ROUNDING * total).all()
+    assert (error <= 1.01 * singular[:, rank:].norm(dim=1) + rounding * total).all()
     unit = coefficient.double() / total.clamp(min=1e-300)[:, None, None]
     lengths = unit.norm(dim=1)
     assert (lengths.diff(dim=1) <= 2e-6).all()
@@ -77,9 +79,9 @@ def test_a_typical_size(decay, rank):
 def test_fewer_tokens_than_columns_are_kept_without_a_loss(tokens, width):
     """As in a sample that is shorter than its neighbours."""
     a = torch.randn((3, tokens, width), generator=torch.Generator().manual_seed(tokens))
-    check(a, width)
+    check(a, width, ROUNDING_OF_LOWER_RANK)
     padded = nn.functional.pad(a, (0, 0, 0, 30))
-    check(padded, width)
+    check(padded, width, ROUNDING_OF_LOWER_RANK)
     coefficient, _ = factored(padded, width)
     assert coefficient[:, tokens:].abs().amax() < 1e-6 * max(float(a.abs().sum()), 1e-6)
 

@@ -27,6 +27,8 @@ POLICIES = {
     "int4": PackPolicy(vision_rank=(32, 16), passes=(Quantize(bits=4),)),
     "aoti": PackPolicy(vision_rank=(32, 16)),
 }
+#: Of logits, as a share of the largest. In 4 bits a number between two codes may get either, as a processor rounds.
+TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "int8": 2e-3, "int4": 2e-2, "aoti": 2e-3}
 
 
 @lru_cache(maxsize=2)
@@ -89,7 +91,7 @@ def test_the_tokens_of_packed_generation(artefact: Path, name: str, images: int,
     expected, logits = packed(source, POLICIES[name], inputs)
     assert torch.equal(tokens, expected)
     ours, theirs = torch.cat(seen, 1).float(), logits[:, 1:].float()
-    assert (ours - theirs).abs().max() <= (1e-2 if name == "float16" else 2e-3) * theirs.abs().max()
+    assert (ours - theirs).abs().max() <= TOLERANCE[name] * theirs.abs().max()
 
 
 @pytest.mark.parametrize("artefact", ["float32"], indirect=True)
