@@ -62,17 +62,13 @@ def table(rows: Sequence[Row], length: Length) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `length` and `contenders` say what it comes to."""
-    parser = part(
-        "memory",
-        "Bytes a cache holds over a long generation.",
-        quick="96 tokens after 2 prompts, dense and ours",
-        full="bytes after every fourth token instead of sixteenth",
-    )
+    what = "Bytes a cache holds over a long generation."
+    parser = part("memory", what, "96 tokens after 2 prompts, dense and ours")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="rows already in it are kept")
     parser.add_argument("--tokens", type=positive, help="generated (512; quick: 96)")
     parser.add_argument("--only", action="append", choices=CONTENDERS, metavar="NAME", help="; ".join(CONTENDERS))
     given = parser.parse_args(arguments)
-    length = Length(prompts=2, tokens=96, every=8) if given.quick else Length(every=4) if given.full else Length()
+    length = Length(prompts=2, tokens=96, every=8) if given.quick else Length()
     if given.tokens:
         length = Length(length.images, length.prompts, given.tokens, length.every)
     if length.tokens % length.every:

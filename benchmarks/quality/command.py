@@ -202,7 +202,7 @@ def _line(row: dict[str, Any] | None) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = part("quality", __doc__, quick="few policies and contexts", full="everything; the default")
+    parser = part("quality", __doc__, "few policies and contexts")
     parser.add_argument("--out", type=Path, default=results_file.FOLDER, metavar="FOLDER", help="(%(default)s)")
     parser.add_argument("--model", choices=MODELS, help="this model alone (all, at once)")
     parser.add_argument("--only", action="append", metavar="GROUP", help="this group; may be given several times")

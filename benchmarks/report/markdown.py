@@ -5,9 +5,11 @@ import re
 
 from benchmarks.report import words
 from benchmarks.report.analysis import claims, main_rows
-from benchmarks.report.data import Quality, Results
-from benchmarks.report.markup import NOTHING, Html, interval, nats, number, points, ratio, share
+from benchmarks.report.data import Quality, Results, Row
+from benchmarks.report.markup import NOTHING, Html, nats, number, ratio, share, with_interval
 
+#: Of the ratio asked for: what comes this near is not told apart.
+_NEAR = 0.01
 _HEAD = (
     "method",
     "group",
@@ -18,14 +20,45 @@ _HEAD = (
     "KL, nats",
     "perplexity",
 )
+#: Rows of the brief table: what they are called there; group, name and target in the results.
+_BRIEF: dict[str, tuple[str, str, int | None]] = {
+    **{f"calibrated, {ratio}x smaller": ("ours, calibrated", f"1/{ratio}", ratio) for ratio in (8, 16, 32, 48, 64)},
+    "AttentionPack, as released, rank 16": ("AttentionPack, as released", "rank 16", None),
+    "AttentionPack, as published, rank 16": ("AttentionPack, as published", "rank 16", None),
+    "KIVI, 2 bits": ("quantization", "KIVI, 2 bit", None),
+    "MiniCache": ("merging", "MiniCache", None),
+    "H2O": ("eviction", "H2O", 8),
+}
 
 
 def markdown(results: Results) -> str:
-    """The claims and `main_rows` of every model; missing parts are named."""
+    """The claims, the brief table, and `main_rows` of every model; missing parts are named."""
     parts = [f"{_marked(words.summary(results.qualities))}\n"] if results.qualities else []
-    parts += [_model(quality) for quality in results.qualities]
+    parts += [f"{brief(results)}\n", *map(_model, results.qualities)]
     parts += [f"{what}: not measured (`{file}`).\n" for file, what in results.missing.items()]
     return "\n".join(parts)
+
+
+def brief(results: Results) -> str:
+    """Few rows, a column a model: points from dense accuracy, 95 % intervals, and the ratio where none was asked."""
+    lines = [("cache, bytes counted", *(f"{quality.model}, points from dense" for quality in results.qualities))]
+    lines.append(("---",) * len(lines[0]))
+    for label, identity in _BRIEF.items():
+        known = [_find(quality, *identity) for quality in results.qualities]
+        if any(known):
+            lines.append((label, *map(_brief, known)))
+    return "\n".join(map(_line, lines))
+
+
+def _find(quality: Quality, group: str, name: str, target: int | None) -> Row | None:
+    return next((row for row in quality.rows if (row.group, row.name, row.target) == (group, name, target)), None)
+
+
+def _brief(row: Row | None) -> str:
+    if row is None:
+        return NOTHING
+    reached = row.target is not None and abs(row.ratio / row.target - 1) < _NEAR
+    return with_interval(row.difference, row.difference_interval) + ("" if reached else f" at {ratio(row.ratio)}")
 
 
 def _model(quality: Quality) -> str:
@@ -40,7 +73,7 @@ def _model(quality: Quality) -> str:
             row.group,
             ratio(row.ratio),
             share(row.accuracy),
-            f"{points(row.difference)} {interval(row.difference_interval)}".strip(),
+            with_interval(row.difference, row.difference_interval),
             share(row.exact),
             nats(row.kl),
             number(row.long.get("perplexity"), 3),

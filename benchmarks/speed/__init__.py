@@ -1,11 +1,11 @@
 """Decoding throughput on a CPU at a fixed memory cap: tokens/s of the largest batch that fits, by how a cache is held.
 
-    attnpack bench speed --quick                # a narrow model, a small cap, one contender a kind
-    attnpack bench speed --full --out speed.json
+    attnpack bench speed --quick                # a narrower model, a small cap, one contender a kind
+    attnpack bench speed --out speed.json
 
-The model is a decoder of transformers with random weights, the same in every layer, and some layers of LLaVA-1.5-7B's
-shape; prompts are 2,048 tokens, of which all but 32 are vision tokens. A cap of 1 GiB for eight layers is one of 4 GiB
-for the 32 of the real model.
+The model is a decoder of transformers with random weights, the same in every layer: eight layers half as wide as
+LLaVA-1.5-7B's 32. Prompts are 2,048 tokens, of which all but 32 are vision tokens. A cap of half a GiB is one of 4 GiB
+for the real model.
 
 **What counts against the cap** is resident memory of the process while it decodes, at its peak, beyond what it has with
 the model loaded, everything compiled and no cache: the cache, and whatever a step needs besides, such as the dense copy

@@ -16,15 +16,15 @@ class Case:
     turn with those of other contenders.
     """
 
-    hidden: int = 4096
-    mlp: int = 11008
-    heads: int = 32
+    hidden: int = 2048
+    mlp: int = 5504
+    heads: int = 16
     head_dim: int = 128
     layers: int = 8
     tokens: int = 2048
     text: int = 32
     dtype: str = "bfloat16"
-    cap_bytes: int = 1 << 30
+    cap_bytes: int = 1 << 29
     steps: int = 6
     rounds: int = 1
 
@@ -37,9 +37,8 @@ class Case:
         return asdict(self)
 
 
+#: A quarter of LLaVA-1.5-7B's layers, half as wide.
 FULL = Case()
-#: Half as wide, half the cap: about as large batches.
-USUAL = Case(hidden=2048, mlp=5504, heads=16, cap_bytes=1 << 29)
-#: A quarter as wide and as deep, a sixteenth of the cap. Weights this small stay in the processor's cache, and what a
-#: step needs besides the cache weighs more than in many layers: ratios are rough.
+#: Half as wide again, a quarter as deep, an eighth of the cap. Weights this small stay in the processor's cache, and
+#: what a step needs besides the cache weighs more than in many layers: ratios are rough.
 QUICK = Case(hidden=1024, mlp=2752, heads=8, layers=2, cap_bytes=1 << 26, steps=6, rounds=0)

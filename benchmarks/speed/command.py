@@ -106,18 +106,14 @@ def _row(rows: list[Row], name: str, batch: int) -> Row | None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `case` and `contenders` say what it comes to."""
-    parser = part(
-        "speed",
-        "Tokens/s of the largest batch whose decoding fits a cap of memory.",
-        quick="a narrow model, a small cap, one contender of each kind",
-        full="eight layers of LLaVA-1.5-7B's width",
-    )
+    what = "Tokens/s of the largest batch whose decoding fits a cap of memory."
+    parser = part("speed", what, "a narrower model, a smaller cap, one contender of each kind")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="rows already in it are kept")
-    parser.add_argument("--cap", type=positive, metavar="MB", help="of memory beyond the model (1074; quick: 134)")
+    parser.add_argument("--cap", type=positive, metavar="MB", help="of memory beyond the model (537; quick: 67)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(bfloat16)")
     parser.add_argument("--only", action="append", choices=CONTENDERS, metavar="NAME", help=", ".join(CONTENDERS))
     given = parser.parse_args(arguments)
-    case = cases.QUICK if given.quick else cases.FULL if given.full else cases.USUAL
+    case = cases.QUICK if given.quick else cases.FULL
     cap = given.cap * 10**6 if given.cap else case.cap_bytes
     given.case = replace(case, dtype=given.dtype, cap_bytes=cap)
     given.contenders = tuple(given.only or (FEW if given.quick else CONTENDERS))

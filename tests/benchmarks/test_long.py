@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from attnpack_fx import PackPolicy, cache_bytes
 from attnpack_fx.demo.load import load, trained_model
 from benchmarks.long import command, generate
-from benchmarks.long.contenders import CONTENDERS
+from benchmarks.long.contenders import CONTENDERS, FEW
 from benchmarks.long.generate import Length
 
 SMALL = Length(images=1, prompts=1, tokens=8, every=4)
@@ -66,7 +66,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(command, "in_child", fake)
     out = tmp_path / "memory.json"
-    arguments = ["--quick", "--out", str(out)]
+    arguments = ["--tokens", "96", "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):
         command.main(arguments)
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == list(CONTENDERS)[:2]
@@ -85,8 +85,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, caps
 
 
 def test_arguments(capsys):
-    assert command.parse(["--quick"]).length == Length(prompts=2, tokens=96, every=8)
-    assert command.parse([]).length.tokens == 512 and command.parse(["--full"]).length.every == 4
+    quick = command.parse(["--quick"])
+    assert quick.length == Length(prompts=2, tokens=96, every=8) and quick.contenders == FEW
+    assert command.parse([]).length.tokens == 512 and command.parse(["--full"]).length == command.parse([]).length
     with pytest.raises(SystemExit):
         command.parse(["--tokens", "13"])
     assert "got 13, expected a multiple of 16" in capsys.readouterr().err

@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import report_inputs
 
+from benchmarks import results_file
 from benchmarks.report import analysis, command, other_tables, quality_tables, words
 from benchmarks.report.data import load
+from benchmarks.report.markdown import brief
 from benchmarks.report.markup import nats, number, points
 from benchmarks.report.page import page
 from benchmarks.report.published import REFERENCES
@@ -316,3 +318,13 @@ def _names(results):
         "memory",
         *(f"{kind} {quality.model}" for quality in results.qualities for kind in ("accuracy", "spectra")),
     ]
+
+
+def test_what_is_committed_says_what_was_measured():
+    results = load(results_file.FOLDER)
+    assert not results.missing
+    root = Path(__file__).parents[2]
+    table = brief(results)
+    assert table.count("\n") > 8
+    for file in ("README.md", "docs/evaluation/table.md"):
+        assert table in (root / file).read_text(), f"{file}: run `attnpack bench report` and copy its brief table"
