@@ -94,10 +94,11 @@ def test_every_later_question_starts_from_the_same_cache(loaded, asked, monkeypa
     """Without the questions before it, a question gets the same answer: none of them has left anything behind."""
     batch, dense = asked
     policy = PackPolicy(vision_rank=16, passes=(H2O(budget=0.8), Quantize(bits=4)))
+    step = compiled(loaded.model, policy)
     with op_by_op():
-        own = answers(loaded.model, compiled(loaded.model, policy), batch, dense)
+        own = answers(loaded.model, step, batch, dense)
         monkeypatch.setattr("benchmarks.quality.answering.LATER", ("needle",))
-        alone = answers(loaded.model, compiled(loaded.model, policy), batch, dense)
+        alone = answers(loaded.model, step, batch, dense)
     torch.testing.assert_close(alone.logits["needle"], own.logits["needle"])
     torch.testing.assert_close(alone.logits[LONG], own.logits[LONG])
     assert 2 * own.prompt_bytes < dense.prompt_bytes < dense.long_bytes

@@ -23,11 +23,10 @@ MATRIX = (
     "tokens_kernel",
 )
 
-#: Together they launch every kernel, the largest among them; the other architectures are compiled for them alone.
+#: Together they launch every kernel, the largest in half precision among them; the other architectures are compiled for them alone.
 EVERYWHERE = (
     "LLaVA-1.5-7B",
     "rank 256, head dim 256",
-    "fp32",
     "un-rotated keys, rank 64, GQA",
     "un-rotated keys, rank 16, M-RoPE",
     "LLaVA-1.5-7B, 4 bits",
