@@ -23,7 +23,8 @@ MATRIX = (
     "tokens_kernel",
 )
 
-#: Together they launch every kernel, the largest in half precision among them; the other architectures are compiled for them alone.
+#: Together they launch every kernel, the largest in half precision among them; the other architectures are compiled for
+#: them alone.
 EVERYWHERE = (
     "LLaVA-1.5-7B",
     "rank 256, head dim 256",
