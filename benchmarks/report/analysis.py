@@ -26,20 +26,23 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def front_of(rows: Sequence[Row]) -> list[Row]:
-    """Rows that none has both a larger ratio and a better accuracy than, by rising ratio."""
-    return [rows[place] for place in front([(row.ratio, row.accuracy) for row in rows])]
+    """Rows that none has both a larger ratio and a better accuracy than, by rising ratio.
+
+    Accuracy, here and below, is its difference from dense: not all rows are of the same contexts.
+    """
+    return [rows[place] for place in front([(row.ratio, row.difference) for row in rows])]
 
 
 def within(rows: Sequence[Row], loss: float) -> Row | None:
     """The row of the largest ratio that loses at most `loss` of accuracy."""
     fitting = [row for row in rows if row.difference >= -loss - _ROUNDING]
-    return max(fitting, key=lambda row: (row.ratio, row.accuracy), default=None)
+    return max(fitting, key=lambda row: (row.ratio, row.difference), default=None)
 
 
 def best_at(rows: Sequence[Row], ratio: float) -> Row | None:
     """The most accurate row of at least this ratio, but for `ALLOWANCE`; of equals, the one with fewer bytes."""
     fitting = [row for row in rows if row.ratio * (1 + ALLOWANCE) >= ratio]
-    return max(fitting, key=lambda row: (row.accuracy, row.ratio), default=None)
+    return max(fitting, key=lambda row: (row.difference, row.ratio), default=None)
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,17 @@ def claims(quality: Quality) -> list[Claim]:
     return found
 
 
-Verdict = Literal["ahead", "ahead, intervals overlap", "level", "not ahead", "ours not measured", "unopposed"]
+Verdict = Literal[
+    "ahead",
+    "ahead, intervals overlap",
+    "level",
+    "not ahead, intervals overlap",
+    "not ahead",
+    "ours not measured",
+    "unopposed",
+]
 #: Verdicts that are marked on the page.
-BEHIND: tuple[Verdict, ...] = ("level", "not ahead", "ours not measured")
+BEHIND: tuple[Verdict, ...] = ("level", "not ahead, intervals overlap", "not ahead", "ours not measured")
 
 
 @dataclass(frozen=True)
@@ -89,12 +100,14 @@ class Comparison:
             return "ours not measured"
         if self.other is None:
             return "unopposed"
-        if self.ours.accuracy == self.other.accuracy:
+        if self.ours.difference == self.other.difference:
             return "level"
-        if self.ours.accuracy < self.other.accuracy:
-            return "not ahead"
-        mine, its = self.ours.difference_interval, self.other.difference_interval
-        return "ahead" if mine and its and mine[0] > its[1] else "ahead, intervals overlap"
+        ahead = self.ours.difference > self.other.difference
+        better, worse = (self.ours, self.other) if ahead else (self.other, self.ours)
+        high, low = better.difference_interval, worse.difference_interval
+        if high and low and high[0] > low[1]:
+            return "ahead" if ahead else "not ahead"
+        return "ahead, intervals overlap" if ahead else "not ahead, intervals overlap"
 
 
 def comparisons(quality: Quality) -> list[Comparison]:
@@ -115,7 +128,7 @@ def main_rows(quality: Quality) -> list[Row]:
     for group in quality.groups:
         members = [row for row in others if row.group == group]
         if members:
-            found.append(within(members, CLAIMS[-1][1]) or max(members, key=lambda row: (row.accuracy, row.ratio)))
+            found.append(within(members, CLAIMS[-1][1]) or max(members, key=lambda row: (row.difference, row.ratio)))
     return found
 
 

@@ -231,7 +231,7 @@ def test_where_ours_is_not_ahead_is_marked(results):
 def test_more_bytes_do_not_count_as_equal(results):
     (quality, _) = results.qualities
     (row, *_) = quality.rows
-    fitting, large = replace(row, ratio=15.9), replace(row, ratio=15.0, accuracy=1.0)
+    fitting, large = replace(row, ratio=15.9), replace(row, ratio=15.0, difference=1.0)
 
     assert analysis.best_at([fitting, large], 16) is fitting
     assert analysis.best_at([large], 16) is None
