@@ -105,8 +105,8 @@ def _beside_the_paper(results: Results, _: Figures) -> Html:
 def _equal_bytes(results: Results, _: Figures) -> Html:
     explained = element(
         "p", "For every reduction that methods were configured for: the most accurate row of ours and of all other "
-        "groups that holds at most that many bytes. Where ours is not ahead, that is marked. With so few bytes saved that no method loses anything, who is "
-        "ahead is chance: intervals say so.",
+        "groups that holds at most that many bytes. Where ours is not ahead, that is marked. With so few bytes saved "
+        "that no method loses anything, who is ahead is chance: intervals say so.",
     )  # fmt: skip
     return joined([explained, _of_models(results, quality_tables.equal_bytes_table)])
 
