@@ -228,6 +228,14 @@ def test_where_ours_is_not_ahead_is_marked(results):
         assert f"<strong>{verdict}</strong>" in quality_tables.equal_bytes_table(other)
 
 
+def test_a_verdict_says_where_intervals_overlap(results):
+    (quality, _) = results.qualities
+    for ours, verdict in ((0.01, "ahead, intervals overlap"), (-0.01, "not ahead, intervals overlap")):
+        close = _of(quality, lambda row, ours=ours: ours if row.ours else 0.0)
+        wide = [replace(row, difference_interval=(row.difference - 0.1, row.difference + 0.1)) for row in close.rows]
+        assert {each.verdict for each in analysis.comparisons(replace(close, rows=tuple(wide)))} == {verdict}
+
+
 def test_more_bytes_do_not_count_as_equal(results):
     (quality, _) = results.qualities
     (row, *_) = quality.rows
