@@ -18,9 +18,11 @@ from torch.fx import Graph, GraphModule, Node
 from attnpack_fx import modality
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes import pipeline
+from attnpack_fx.passes.split_graph import split_graph
 from attnpack_fx.passes.state import Argument, GraphState, PackedInput, SiteReport
 from attnpack_fx.policy import PackPolicy, PolicyError
 from attnpack_fx.runtime import Runtime
+from attnpack_fx.split_call import SplitCall
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def _compile(
         state = _state_of(gm, example_inputs, policy)
         counts = pipeline.run(state)
         log.debug("passes: %s", counts)
-        compiled = _inductor(_module(gm, state.graph), [state.examples[node] for node in state.inputs], patches)
+        compiled = _compiled(gm, state, policy, patches)
     except (PolicyError, RestartAnalysis, SkipFrame):
         raise  # the caller's mistake, or Dynamo's own way of asking for another trace
     except Exception as error:
@@ -146,6 +148,21 @@ def _inductor(module: GraphModule, examples: list[Any], patches: dict[str, Any])
 
     compiled: Callable[..., Any] = compile_fx(module, examples, config_patches=patches or None)  # type: ignore[assignment]
     return compiled
+
+
+def _compiled(gm: GraphModule, state: GraphState, policy: PackPolicy, patches: dict[str, Any]) -> Callable[..., Any]:
+    """The rewritten graph, compiled; in two parts where the number of tokens of later layers depends on the data."""
+    examples = [state.examples[node] for node in state.inputs]
+    if not state.pruned:
+        return _inductor(_module(gm, state.graph), examples, patches)
+    (pruned,) = state.pruned
+    split = split_graph(state.graph, pruned.hidden)
+    first, second = _module(gm, split.first), GraphModule(gm, split.second)
+
+    def compiler(module: GraphModule, given: list[Any]) -> Callable[..., Any]:
+        return _inductor(module, given, patches)
+
+    return SplitCall(split, compiler(first, examples), second, (pruned.rows, pruned.hidden), compiler, policy.strict)
 
 
 def _raiser(error: Exception) -> Callable[..., Any]:

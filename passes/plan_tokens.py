@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels import ops, ops_prune  # noqa: F401  (register torch.ops.attnpack)
 from attnpack_fx.passes.state import (
     TEXT,
     VISION,
@@ -111,11 +111,9 @@ class TokenPlanner:
         """What a layer has for every row, `[B or 1, T', ...]`, for every logical position; anything where none is."""
         if rows is None:
             return of_rows
-        graph = self.state.graph
-        places = graph.call_method("clamp", (self._places_of(rows),), {"min": 0})
-        if len(shape_of(of_rows) or ()) == 3:
-            places = graph.call_method("unsqueeze", (places, 2))
-        return graph.call_function(torch.take_along_dim, (of_rows, places, 1))
+        # One operator: where shapes are traced, nothing of it asks how many rows there are, which depends on the data.
+        arguments = (of_rows, self._places_of(rows), 1)
+        return self.state.graph.call_function(torch.ops.attnpack.gather_tokens.default, arguments)
 
     def _real_of(self, rows: Node) -> tuple[Node, Node]:
         """Which tokens have a row and are no padding, bool `[B, T]`, and a tensor `[B, H, T, D]` with all tokens."""

@@ -5,6 +5,7 @@ layers read follow; behind the last layer the rows go back among all, where a ro
 when it was.
 """
 
+import itertools
 import operator
 from typing import Any
 
@@ -18,6 +19,7 @@ from attnpack_fx.passes.follow_tokens import Followed, follow
 from attnpack_fx.passes.layer_boundary import Boundary, find_boundary, prompt_sites
 from attnpack_fx.passes.patterns import value_of
 from attnpack_fx.passes.plan_tokens import TokenPlanner
+from attnpack_fx.passes.split_graph import splits_region
 from attnpack_fx.passes.state import GraphState, Pruned, SiteReport, shape_of
 from attnpack_fx.passes.token_pruning import Prompt, TokenPruning
 from attnpack_fx.passes.token_spans import Gathered, GatheredMask, Tokens
@@ -48,6 +50,8 @@ def decide(state: GraphState, method: TokenPruning) -> tuple[Boundary, Followed]
         return boundary
     if boundary.before.obstacle is not None:
         return boundary.before.obstacle
+    if splits_region(list(itertools.takewhile(lambda node: node is not boundary.nodes[0], state.graph.nodes))):
+        return "the decoder layers stand in an autocast region of the model's own"
     followed = follow(state, boundary)
     return followed if isinstance(followed, str) else (boundary, followed)
 
@@ -73,7 +77,7 @@ class _Writer:
             self.rows, hidden = method.prune(prompt)
             hidden.meta["example_value"] = value_of(boundary.hidden)
             self.count = graph.call_method("size", (self.rows, 1))
-        self.state.pruned.append(Pruned(method.layer, self.rows))
+        self.state.pruned.append(Pruned(method.layer, self.rows, hidden))
         for node in boundary.nodes:
             if node in self.followed.arguments:
                 with graph.inserting_before(node):

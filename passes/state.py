@@ -272,12 +272,14 @@ class Pruned:
 
     first_layer: the first of them, from 0. rows: int64 `[B, T']`, the logical prompt positions of the rows that they
     see, in ascending order, filled up at the end of a sample with -1; padding is not among them.
+    hidden: `[B, T', C]`, what enters the first layer; how many rows stay depends on the data, so graphs are cut behind.
 
     Nodes of these layers keep the `example_value` Dynamo traced, with all tokens.
     """
 
     first_layer: int
     rows: Node
+    hidden: Node
 
 
 @dataclass

@@ -13,7 +13,7 @@ from tests.decoder import close
 from tests.passes.test_prune_tokens import compiled, fastv_rows, of_tokens
 from tests.zoo import ZOO, _seeded, prompt
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 ONE_TOKEN: dict[str, Any] = {
     "max_new_tokens": 1,
@@ -64,15 +64,14 @@ def oracle(name: str, inputs: dict[str, Tensor], number: int, ratio: float) -> t
     ("name", "batch", "padding", "attention"),
     [
         ("llava-mha", 1, 0, "sdpa"),
-        ("llava-gqa", 2, 3, "sdpa"),
-        ("llava-gqa", 2, 3, "eager"),
-        ("qwen2.5-vl", 2, 3, "sdpa"),
-        ("qwen2-vl", 1, 0, "sdpa"),
-        ("internvl", 2, 0, "sdpa"),
+        pytest.param("llava-gqa", 2, 3, "sdpa", marks=pytest.mark.slow),
+        pytest.param("llava-gqa", 2, 3, "eager", marks=pytest.mark.slow),
+        pytest.param("qwen2.5-vl", 2, 3, "sdpa", marks=pytest.mark.slow),
+        pytest.param("qwen2-vl", 1, 0, "sdpa", marks=pytest.mark.slow),
+        pytest.param("internvl", 2, 0, "sdpa", marks=pytest.mark.slow),
     ],
 )
-def test_fastv_of_transformers_models(name, batch, padding, attention, monkeypatch):
-    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+def test_fastv_of_transformers_models(name, batch, padding, attention):
     inputs = ZOO[name].inputs(batch, padding)
     reports: list[SiteReport] = []
     with torch.no_grad():
@@ -91,8 +90,8 @@ def test_fastv_of_transformers_models(name, batch, padding, attention, monkeypat
     assert keys.slots == seen[0] and keys.shape[2] == inputs["input_ids"].shape[1]
 
 
-def test_images_of_different_number_with_padding(monkeypatch):
-    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+@pytest.mark.slow
+def test_images_of_different_number_with_padding():
     with _seeded(3):
         two = prompt(1, 0, (319, 16), (319, 16), tokens=12)
         one = prompt(1, 4, (319, 16), tokens=24)
@@ -110,9 +109,9 @@ def test_images_of_different_number_with_padding(monkeypatch):
     assert out.past_key_values.layers[1].keys.slots == 8 + 24  # of vision most in one sample, of text in the other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava-next", "smolvlm", "paligemma"])
-def test_keeping_everything_changes_nothing(name, monkeypatch):
-    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+def test_keeping_everything_changes_nothing(name):
     inputs = ZOO[name].inputs(2, 3)
     reports: list[SiteReport] = []
     with torch.no_grad():
@@ -122,3 +121,19 @@ def test_keeping_everything_changes_nothing(name, monkeypatch):
         out = model.generate(**inputs, **ONE_TOKEN)
     assert of_tokens(reports) == [("pruned", "FastV")]
     close(out.logits[0], expected.logits[0], 1e-5)
+
+
+def test_prompts_of_any_length_and_number():
+    """The second length makes every size symbolic, and attention without a mask then sees how many rows there are."""
+    model = ZOO["llava-mha"].build("sdpa")
+    reports: list[SiteReport] = []
+    model.forward = compiled(model.forward, FastV(1, 0.5), reports)
+    for batch, text in ((1, 12), (1, 17), (2, 20), (1, 30)):
+        with _seeded(text), torch.no_grad():
+            inputs = prompt(batch, 0, (319, 16), tokens=text) | {"pixel_values": torch.randn(batch, 3, 56, 56)}
+            out = model.generate(**inputs, **ONE_TOKEN)
+            for sample in range(batch):
+                one = {key: value[sample : sample + 1] for key, value in inputs.items()}
+                close(out.logits[0][sample : sample + 1], oracle("llava-mha", one, 1, 0.5)[0], 1e-5)
+        assert out.past_key_values.layers[1].keys.slots == text + 8
+    assert of_tokens(reports) == [("pruned", "FastV")] * 3  # one sample, any length, any number
