@@ -10,7 +10,6 @@ A packed tensor is a wrapper: its shape is that of the dense tensor, and the add
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -62,6 +61,7 @@ class Memoryless(torch.Tensor):
         """`dense()` as nested lists of numbers."""
         return self.dense().tolist()
 
+    @torch.compiler.disable  # an address cannot be traced
     def __dlpack__(self, *, copy: bool | None = None, **options):
         if copy is False:  # DLPack's protocol: BufferError
             raise BufferError(_no_memory("a DLPack capsule that shares memory"))
@@ -85,7 +85,7 @@ class Memoryless(torch.Tensor):
 
     def const_data_ptr(self) -> int:
         if is_fake(self):
-            return super().const_data_ptr()  # type: ignore[misc]
+            return super().const_data_ptr()
         raise RuntimeError(_no_memory("an address"))
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -128,21 +128,17 @@ def forbid_pointer(tensor: Tensor) -> None:
 
 def refuse_writes(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raise NotImplementedError if this call writes into a memoryless tensor; it may read any."""
-    for position, name in _written(func):
-        value = args[position] if position < len(args) else kwargs.get(name)
+    arguments = func._schema.arguments
+    if func._schema.is_mutable:
+        written = [place for place, each in enumerate(arguments) if each.alias_info and each.alias_info.is_write]
+    elif func._schema.name.endswith("_"):
+        written = [0]  # operators of torch.distributed, which declare nothing: what they write comes first
+    else:
+        return
+    for place in written:
+        value = args[place] if place < len(args) else kwargs.get(arguments[place].name)
         if any(isinstance(leaf, Memoryless) for leaf in tree_leaves(value)):
             raise NotImplementedError(_no_writing(str(func)))
-
-
-@lru_cache(maxsize=1024)
-def _written(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
-    """Position and name of every argument that an operator writes."""
-    arguments = list(enumerate(func._schema.arguments))
-    written = [(place, each.name) for place, each in arguments if each.alias_info and each.alias_info.is_write]
-    if not written and func._schema.name.endswith("_"):
-        # The operators of torch.distributed declare nothing; what they write comes first.
-        written = [(place, each.name) for place, each in arguments[:1]]
-    return tuple(written)
 
 
 def _no_memory(wanted: str) -> str:
@@ -154,6 +150,7 @@ def _no_memory(wanted: str) -> str:
 
 def _no_writing(what: str) -> str:
     return (
-        f"{what} would write into a PackedTensor, whose dense form does not exist in memory. Got an in-place operation, "
-        "expected one that returns a new tensor; call `.dense()` first and use its result instead."
+        f"{what} would write into a PackedTensor, whose dense form does not exist in memory. "
+        "Got an in-place operation, expected one that returns a new tensor; "
+        "call `.dense()` first and use its result instead."
     )

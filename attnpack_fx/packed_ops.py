@@ -26,6 +26,7 @@ def each_sample(start: int, end: int, repeats: int, device: torch.device) -> Ten
 
 def _cat(tensors, dim=0):
     tensors = [tensor for tensor in tensors if not (tensor.dim() == 1 and tensor.numel() == 0)]
+    first: Any
     first, *rest = tensors
     if not isinstance(first, Memoryless) or is_fake(first):
         return NotImplemented
