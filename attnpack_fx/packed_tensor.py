@@ -24,7 +24,7 @@ from attnpack_fx.memoryless import Memoryless, forbid_pointer, is_fake, refuse_w
 from attnpack_fx.packed_ops import PACKED, each_sample, slice_packed
 from attnpack_fx.placement import Placement
 from attnpack_fx.shared import copies, version_of
-from attnpack_fx.tail import TailBuffer, TailLease, allocate
+from attnpack_fx.tail import TailBuffer, TailLease, allocate, exact
 
 
 class PackedTensor(Memoryless):
@@ -342,7 +342,8 @@ def import_attnpack_fx_before_loading(state, rows, importance) -> PackedTensor:
 
     `torch.load(weights_only=True)` quotes this name, and can quote nothing else, where `attnpack_fx` is not imported.
     """
-    return PackedTensor(Held.from_state(state), allocate(rows, rows.shape[0]).lease(rows.shape[0]), importance)
+    # Nothing is read or copied here: files as before torch 1.6 fill the tensors afterwards.
+    return PackedTensor(Held.from_state(state), exact(rows), importance)
 
 
 torch.serialization.add_safe_globals([import_attnpack_fx_before_loading])

@@ -250,6 +250,7 @@ COMPILED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:attnpack", "ignore:Dynamo does not know")
 @pytest.mark.parametrize("way", COMPILED)
 def test_compiled_code_reads_the_dense_contents_too(way, without_inductor):
     packed = packed_pair()[0]
@@ -263,6 +264,7 @@ def test_compiled_code_reads_the_dense_contents_too(way, without_inductor):
             torch.testing.assert_close(compiled(packed, x), COMPILED[way](packed.dense(), x))
 
 
+@pytest.mark.filterwarnings("ignore:attnpack")
 def test_a_graph_may_ask_for_the_dense_contents(without_inductor):
     packed = packed_pair()[0]
     compiled = torch.compile(lambda packed: packed.dense() * 2 + packed, backend="attnpack", fullgraph=True)
