@@ -85,7 +85,7 @@ class Memoryless(torch.Tensor):
 
     def const_data_ptr(self) -> int:
         if is_fake(self):
-            return super().const_data_ptr()
+            return super().const_data_ptr()  # type: ignore[misc]
         raise RuntimeError(_no_memory("an address"))
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -96,7 +96,7 @@ class Memoryless(torch.Tensor):
     # ---- ways to write
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter

@@ -24,11 +24,14 @@ def each_sample(start: int, end: int, repeats: int, device: torch.device) -> Ten
         return torch.arange(start, end, device=device).repeat_interleave(repeats)
 
 
+def _is_packed(value: object) -> bool:
+    return isinstance(value, Memoryless)
+
+
 def _cat(tensors, dim=0):
     tensors = [tensor for tensor in tensors if not (tensor.dim() == 1 and tensor.numel() == 0)]
-    first: Any
     first, *rest = tensors
-    if not isinstance(first, Memoryless) or is_fake(first):
+    if not _is_packed(first) or is_fake(first):
         return NotImplemented
     if dim in (0, -4) and rest:
         return _join(tensors)
@@ -37,7 +40,7 @@ def _cat(tensors, dim=0):
     batch, heads, _, width = first.shape
     for new in rest:
         fits = new.dim() == 4 and (new.shape[0], new.shape[1], new.shape[3]) == (batch, heads, width)
-        if isinstance(new, Memoryless) or not fits or new.dtype != first.dtype or new.device != first.device:
+        if _is_packed(new) or not fits or new.dtype != first.dtype or new.device != first.device:
             return NotImplemented
     if not rest:
         return first.handle()
@@ -46,7 +49,7 @@ def _cat(tensors, dim=0):
 
 def _join(tensors):
     """Samples of several caches in one batch: of prompts and tails as long, in the same segments."""
-    if any(not isinstance(tensor, Memoryless) for tensor in tensors):
+    if any(not _is_packed(tensor) for tensor in tensors):
         return NotImplemented
     if any(t.held.resting is not None and t.held.resting.index.shape[1] for t in tensors):
         # Decompressed they would be lost without a word.
