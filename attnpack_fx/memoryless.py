@@ -46,16 +46,19 @@ class Memoryless(torch.Tensor):
     # ---- ways that may copy
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
-        """`dense()` as an array; it can be written only with `force`, which promises no shared memory."""
+        """`dense()` as an array; read-only unless `force`, as a write would have to reach this tensor and cannot."""
         array = self.dense().numpy(force=force)
-        if not force:  # shared memory is expected, and what is written here would be lost
+        if not force:
             array.flags.writeable = False
         return array
 
     def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
         if copy is False:  # NumPy's protocol: ValueError
             raise ValueError(_no_memory("an array that shares memory"))
-        return self.dense().__array__(dtype)
+        array = self.dense().numpy()
+        if not copy and dtype in (None, array.dtype):  # as `numpy()`: of a dense tensor it would share memory
+            array.flags.writeable = False
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def tolist(self):
         """`dense()` as nested lists of numbers."""

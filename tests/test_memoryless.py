@@ -224,9 +224,11 @@ def test_code_that_asks_nothing_of_the_tensor_throws(way, outcomes):
 
 def test_what_is_written_into_a_copy_is_not_lost_without_a_word():
     packed = packed_pair()[0]
-    with pytest.raises(ValueError, match="read-only"):
-        packed.numpy()[0] = 1.0
-    packed.numpy(force=True)[0] = 1.0
+    for shared in (packed.numpy(), np.asarray(packed), np.asarray(packed, dtype=np.float32)):
+        with pytest.raises(ValueError, match="read-only"):
+            shared[0] = 1.0
+    for copied in (packed.numpy(force=True), np.array(packed), np.asarray(packed, dtype=np.float64)):
+        copied[0] = 1.0
 
 
 def test_shared_memory_holds_every_part():
