@@ -2,15 +2,12 @@
 tail.
 
 Operations a cache needs stay packed (`cat` along T, selecting and repeating samples, dropping the newest tokens, `to`,
-`clone`, `detach`,
-`zero_`); every other operation decompresses first and is therefore still correct. Nothing writes through a
-decompressed copy: in-place
-operations it cannot honour are refused.
+`clone`, `detach`, `zero_`: `packed_ops.py`); every other operation decompresses first and is therefore still correct.
+Nothing writes through a decompressed copy: in-place operations it cannot honour are refused (`memoryless.py`).
 """
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,17 +17,17 @@ from torch.nn.functional import pad as _pad
 from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts, rank_of, stacked
+from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts, rank_of
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment
+from attnpack_fx.memoryless import Memoryless, forbid_pointer, is_fake, refuse_writes
+from attnpack_fx.packed_ops import PACKED, each_sample, slice_packed
 from attnpack_fx.placement import Placement
 from attnpack_fx.shared import copies, version_of
-from attnpack_fx.tail import TailBuffer, TailLease, allocate
-
-aten = torch.ops.aten
+from attnpack_fx.tail import TailBuffer, TailLease, allocate, exact
 
 
-class PackedTensor(torch.Tensor):
+class PackedTensor(Memoryless):
     """Packed keys or values of one layer; behaves as the dense `[B, H, T, D]` tensor it stands for.
 
     Made by the compiled graph, or by `attnpack_fx.pack`. Fields, none of them to be written to:
@@ -43,7 +40,7 @@ class PackedTensor(torch.Tensor):
     Where every KV head keeps tokens of its own (`held.heads`), a sample of these is a (sample, head) pair.
 
     Not differentiable. Saves and loads with `torch.save` / `torch.load(weights_only=True)` once `attnpack_fx` is
-    imported.
+    imported. What reads its memory gets the dense contents or an error that names `dense()` (`memoryless.py`).
     """
 
     held: Held
@@ -68,9 +65,14 @@ class PackedTensor(torch.Tensor):
             size = batch, heads, held.placement.tokens + lease.length - held.kept, dim
         else:
             size = traced[1]
-        return torch.Tensor._make_wrapper_subclass(cls, size, dtype=rows.dtype, device=rows.device, requires_grad=False)
+        packed = torch.Tensor._make_wrapper_subclass(cls, size, dtype=rows.dtype, device=rows.device)
+        if traced is None:
+            forbid_pointer(packed)
+        return packed
 
-    def __init__(self, held, lease, importance=None, traced=None):
+    def __init__(self, held, lease=None, importance=None, traced=None):
+        if lease is None:  # `torch.Tensor(packed)` makes an alias, and initialises it with its own argument
+            return
         self.held = held
         self.lease = lease
         self.importance = importance
@@ -169,7 +171,7 @@ class PackedTensor(torch.Tensor):
 
     def dense(self) -> Tensor:
         """The dense `[B, H, T, D]` tensor this stands for; padding and what is not read any more is zero."""
-        if _is_fake(self):  # only shapes matter while tracing, and they are to be those that Dynamo gave
+        if is_fake(self):  # only shapes matter while tracing, and they are to be those that Dynamo gave
             return self.rows.new_empty(self.shape)
         parts = self.parts
         stored = parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot
@@ -211,7 +213,7 @@ class PackedTensor(torch.Tensor):
             held = replace(held, angles=held.angles.cropped(length))
         if held.resting is not None:
             held = replace(held, resting=held.resting.crop(tokens))
-        return self._with(held=held, lease=self.lease.buffer.lease(length))
+        return self.handle(held=held, lease=self.lease.buffer.lease(length))
 
     def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
@@ -236,7 +238,8 @@ class PackedTensor(torch.Tensor):
         importance = self.importance if to is None or self.importance is None else self.importance.to(to)
         return PackedTensor(self.held.map(function, to, name), lease, importance)
 
-    def _with(self, held: Held | None = None, lease: TailLease | None = None) -> "PackedTensor":
+    def handle(self, held: Held | None = None, lease: TailLease | None = None) -> "PackedTensor":
+        """Another handle on the same parts, or on these."""
         lease = lease or self.lease.buffer.lease(self.lease.length)
         return PackedTensor(held or self.held, lease, self.importance)
 
@@ -269,17 +272,12 @@ class PackedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
-        handler = _PACKED.get(func)
+        handler = PACKED.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func._schema.is_mutable:
-            raise NotImplementedError(
-                f"{func} would write into a PackedTensor, whose dense form does not exist in memory. "
-                "Got an in-place operation, "
-                "expected one that returns a new tensor; call `.dense()` first and use its result instead."
-            )
+        refuse_writes(func, args, kwargs)
         args, kwargs = tree_map_only(PackedTensor, PackedTensor.dense, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -287,32 +285,27 @@ class PackedTensor(torch.Tensor):
         # Straight to the slice: through autograd the result would be a view that keeps `self` and its lease alive, and
         # the next append
         # after a crop would have to copy the tail.
-        if isinstance(key, tuple) and len(key) in (3, 4) and not _is_fake(self):
+        if isinstance(key, tuple) and len(key) in (3, 4) and not is_fake(self):
             *leading, tokens, last = key
             full = all(item is Ellipsis or item == slice(None) for item in (*leading, last))
             if full and isinstance(tokens, slice) and (Ellipsis in leading or len(key) == 4):
-                result = _slice(self, 2, tokens.start, tokens.stop, tokens.step or 1)
+                result = slice_packed(self, 2, tokens.start, tokens.stop, tokens.step or 1)
                 if result is not NotImplemented:
                     return result
         return super().__getitem__(key)
 
     def repeat_interleave(self, repeats, dim=None, *, output_size=None):
         # The operator is composite: below Python only its `unsqueeze` and `expand` would be seen.
-        if dim != 0 or not isinstance(repeats, int) or _is_fake(self):
+        if dim != 0 or not isinstance(repeats, int) or is_fake(self):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
-        return self.select(_range(0, self.shape[0], repeats, self.device))
-
-    def __setitem__(self, key, value):
-        raise NotImplementedError(
-            "a PackedTensor cannot be written by index: its dense form does not exist in memory. "
-            "Call `.dense()` and write into that."
-        )
+        return self.select(each_sample(0, self.shape[0], repeats, self.device))
 
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), self.clone())
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self.held.state(), self.lease.buffer.rows[: self.lease.length].clone(), self.importance)
+        rows = self.lease.buffer.rows[: self.lease.length].clone()
+        return import_attnpack_fx_before_loading, (self.held.state(), rows, self.importance)
 
     def __repr__(self, *, tensor_contents=None):
         ranks = self.ranks
@@ -344,142 +337,13 @@ def _shape(*sizes: int) -> Tensor:
     return known
 
 
-@lru_cache(maxsize=64)
-def _range(start: int, end: int, repeats: int, device: torch.device) -> Tensor:
-    """start .. end - 1, each so many times; one tensor, as layers share what they select by it."""
-    with torch.inference_mode(False):
-        return torch.arange(start, end, device=device).repeat_interleave(repeats)
+def import_attnpack_fx_before_loading(state, rows, importance) -> PackedTensor:
+    """Rebuild a saved PackedTensor.
+
+    `torch.load(weights_only=True)` quotes this name, and can quote nothing else, where `attnpack_fx` is not imported.
+    """
+    # Nothing is read or copied here: files as before torch 1.6 fill the tensors afterwards.
+    return PackedTensor(Held.from_state(state), exact(rows), importance)
 
 
-def _rebuild(state, rows, importance) -> PackedTensor:
-    return PackedTensor(Held.from_state(state), allocate(rows, rows.shape[0]).lease(rows.shape[0]), importance)
-
-
-torch.serialization.add_safe_globals([_rebuild])
-
-# ---- operations that stay packed; each may decline with NotImplemented, which decompresses
-# ----------------------------------------
-
-
-def _is_fake(packed: object) -> bool:
-    """While Dynamo traces, a packed value means its dense form; the rewrite decides what really happens."""
-    return isinstance(packed, PackedTensor) and isinstance(packed.rows, FakeTensor)
-
-
-def _cat(tensors, dim=0):
-    tensors = [tensor for tensor in tensors if not (tensor.dim() == 1 and tensor.numel() == 0)]
-    first, *rest = tensors
-    if not isinstance(first, PackedTensor) or _is_fake(first):
-        return NotImplemented
-    if dim in (0, -4) and rest:
-        return _join(tensors)
-    if dim not in (2, -2):
-        return NotImplemented
-    batch, heads, _, width = first.shape
-    for new in rest:
-        fits = new.dim() == 4 and (new.shape[0], new.shape[1], new.shape[3]) == (batch, heads, width)
-        if isinstance(new, PackedTensor) or not fits or new.dtype != first.dtype or new.device != first.device:
-            return NotImplemented
-    if not rest:
-        return first._with()
-    return first.append(rest[0] if len(rest) == 1 else torch.cat(rest, dim=2))
-
-
-def _join(tensors):
-    """Samples of several caches in one batch: of prompts and tails as long, in the same segments."""
-    if any(not isinstance(tensor, PackedTensor) for tensor in tensors):
-        return NotImplemented
-    if any(t.held.resting is not None and t.held.resting.index.shape[1] for t in tensors):
-        # Decompressed they would be lost without a word.
-        raise NotImplementedError(
-            "joining caches along the batch: got tokens that rest, expected caches whose tokens are all read; use a "
-            "method that evicts instead of A-VL, or join prompts before prefill"
-        )
-    first = tensors[0]
-    kinds = {(t.shape[1:], t.placement.tokens, t.dtype, t.device, t.importance is None) for t in tensors}
-    held = first.held.join([tensor.held for tensor in tensors[1:]])
-    if len(kinds) > 1 or held is None:
-        return NotImplemented
-    of_all_slots = first.importance is not None and first.importance.shape[1] != (*first.held.counts, 0)[0]
-    if of_all_slots and len({(t.held.counts, t.held.kept, t.importance.shape[1]) for t in tensors}) > 1:
-        return NotImplemented  # slots would not stay where they are
-    rows = []
-    kept = max(tensor.held.kept for tensor in tensors)
-    for tensor in tensors:
-        placed, appended = tensor.lease.buffer.rows[: tensor.lease.length].tensor_split([tensor.held.kept])
-        rows.append(torch.cat([placed, placed.new_zeros((kept - placed.shape[0], *placed.shape[1:])), appended]))
-    joined = torch.cat(rows, dim=1)
-    importance = None
-    if first.importance is not None:
-        importance = stacked([tensor.importance for tensor in tensors])
-    return PackedTensor(held, allocate(joined, joined.shape[0]).lease(joined.shape[0]), importance)
-
-
-def _slice(packed, dim=0, start=None, end=None, step=1):
-    if _is_fake(packed) or step != 1:
-        return NotImplemented
-    dim = dim % packed.dim()
-    size = packed.shape[dim]
-    start, end, _ = slice(start, end).indices(size)
-    if (start, end) == (0, size):
-        return packed._with()
-    if dim == 2 and start == 0:
-        return packed.crop(end)
-    if dim == 0 and start < end:
-        return packed.select(_range(start, end, 1, packed.device))
-    return NotImplemented
-
-
-def _index_select(packed, dim, index):
-    return NotImplemented if _is_fake(packed) or dim % packed.dim() != 0 else packed.select(index)
-
-
-def _index(packed, indices):
-    rows, *rest = indices
-    if _is_fake(packed) or rows is None or rows.dim() != 1 or any(other is not None for other in rest):
-        return NotImplemented
-    if rows.dtype == torch.bool:
-        rows = rows.nonzero()[:, 0]
-    return packed.select(torch.where(rows < 0, rows + packed.shape[0], rows))
-
-
-def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None, pin_memory=None, memory_format=None):
-    if _is_fake(packed) or pin_memory or (dtype is not None and not dtype.is_floating_point):
-        return NotImplemented
-    target = packed.device if device is None else torch.device(device)
-    return packed.map(
-        lambda part: aten._to_copy(part, dtype=dtype, device=target, non_blocking=non_blocking), target, ("to", dtype)
-    )
-
-
-def _clone(packed, *, memory_format=None):
-    return NotImplemented if _is_fake(packed) else packed.map(torch.clone)
-
-
-def _alias(packed):
-    return NotImplemented if _is_fake(packed) else packed._with()
-
-
-def _zero(packed):
-    if _is_fake(packed):
-        return NotImplemented
-    # New parts rather than zeroed ones: forks of this cache may read the old.
-    zeros = packed.map(torch.zeros_like)
-    for block in zeros.held.factors:
-        if block.scale is not None:  # a copy; codes of any value then mean zero
-            block.scale.zero_()
-    PackedTensor.__init__(packed, zeros.held, zeros.lease, zeros.importance)
-    return packed
-
-
-_PACKED: dict[Any, Callable[..., Any]] = {
-    aten.cat.default: _cat,
-    aten.slice.Tensor: _slice,
-    aten.index_select.default: _index_select,
-    aten.index.Tensor: _index,
-    aten._to_copy.default: _to_copy,
-    aten.clone.default: _clone,
-    aten.detach.default: _alias,
-    aten.alias.default: _alias,
-    aten.zero_.default: _zero,
-}
+torch.serialization.add_safe_globals([import_attnpack_fx_before_loading])

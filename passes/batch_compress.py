@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
-from attnpack_fx.passes.cleanup import writes
+from attnpack_fx.passes.in_place import writes
 from attnpack_fx.passes.patterns import is_call
 from attnpack_fx.passes.state import GraphState
 

@@ -1,22 +1,7 @@
 """What every rewrite ends in: what it left dead out, placeholders nobody reads out, graph checked."""
 
-import torch
-from torch.fx import Node
-
+from attnpack_fx.passes.in_place import writes
 from attnpack_fx.passes.state import GraphState
-
-_IN_PLACE_OPERATORS = (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "iand",
-    "ior",
-    "ixor",
-    "imatmul",
-    "setitem",
-)
 
 
 def cleanup(state: GraphState) -> int:
@@ -43,18 +28,3 @@ def drop_dead(state: GraphState) -> None:
     does not know them. So only nodes that had readers before the rewrite, and write nothing, are removed.
     """
     state.graph.eliminate_dead_code(lambda node: node.is_impure() or node in state.wanted or writes(node))
-
-
-def writes(node: Node) -> bool:
-    """Whether a node may change a tensor in place."""
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        if isinstance(node.target, torch._ops.OpOverload):
-            return node.target._schema.is_mutable
-        name = getattr(node.target, "__name__", "")
-        return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return node.op == "call_module"

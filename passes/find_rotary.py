@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from attnpack_fx.passes.in_place import written
 from attnpack_fx.passes.patterns import (
     cast_source,
     columns_of,
@@ -29,10 +30,6 @@ _PURE = (
     *("getitem", "unsqueeze", "squeeze", "cat", "concat", "concatenate", "stack", "split", "chunk", "narrow", "unbind"),
     *("repeat_interleave", "repeat", "expand", "to", "float", "type", "type_as", "half", "bfloat16", "contiguous"),
     *("transpose", "permute", "reshape", "view", "flatten", "gather", "neg", "mul", "add", "sub", "cos", "sin", "size"),
-)
-_IN_PLACE = (
-    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"),
-    *("setitem", "ilshift", "irshift"),
 )
 _UNKNOWN_STORAGE = 0  # what is written into it may be written into any
 
@@ -339,7 +336,7 @@ class _Values:
     def __init__(self, graph: Graph) -> None:
         self._writers: dict[int, list[Node]] = {}
         for node in graph.nodes:
-            for storage in {_storage(value) for value in map(value_of, _written(node)) if value is not None}:
+            for storage in {_storage(value) for value in map(value_of, written(node)) if value is not None}:
                 self._writers.setdefault(storage, []).append(node)
         self._first: dict[Node, Node] = {}
         known: dict[Any, Node] = {}
@@ -384,27 +381,3 @@ def _storage(value: torch.Tensor) -> int:
         return value.untyped_storage()._cdata
     except NotImplementedError:  # a tensor inside vmap, as in transformers' mask functions
         return _UNKNOWN_STORAGE
-
-
-def _written(node: Node) -> list[Node]:
-    """What a node writes into, or may."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    schema = getattr(node.target, "_schema", None)
-    if "out" in node.kwargs or "mutation" in name or (schema is not None and schema.is_mutable):
-        return node.all_input_nodes
-    if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or _is_inplace(node):
-        written = node.args[0] if node.args else []
-        return [
-            item for item in (written if isinstance(written, list | tuple) else [written]) if isinstance(item, Node)
-        ]
-    return []
-
-
-def _is_inplace(node: Node) -> bool:
-    """Whether a function such as `torch.nn.functional.silu` is told to work in place."""
-    code = getattr(node.target, "__code__", None)
-    names = code.co_varnames[: code.co_argcount] if code is not None else ()
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return bool(given.get("inplace", False))

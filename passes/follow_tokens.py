@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
-from attnpack_fx.passes.cleanup import writes
+from attnpack_fx.passes.in_place import written
 from attnpack_fx.passes.layer_boundary import Boundary
 from attnpack_fx.passes.patterns import argument, cast_source, inserted_axis, is_call, layer_of, value_of
 from attnpack_fx.passes.state import GraphState, shape_of
@@ -86,7 +86,7 @@ class _Follower:
             return
         if is_call(node, *_POSITIONAL):
             self._check_untouched(node)
-        if writes(node) and not (node.args and self.trial.tracked(node.args[0])):
+        if not all(map(self.trial.tracked, written(node))):
             raise Lost(f"{layer_of(node)} writes tokens to a tensor that lives outside ({node.name})")
         if is_call(node, *_VIEWS) and self._is_view(node):
             self._view(node)

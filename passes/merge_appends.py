@@ -4,7 +4,7 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
-from attnpack_fx.passes.cleanup import writes
+from attnpack_fx.passes.in_place import writes
 from attnpack_fx.passes.state import GraphState
 
 _ATTENTION = (torch.ops.attnpack.attention.default, torch.ops.attnpack.attention_weights.default)

@@ -202,6 +202,10 @@ def decompress_rest(state: GraphState, appended: dict[Node, Appended]) -> None:
             with state.graph.inserting_after(read.length):
                 dense = _decompress(state, packed, read.tail, read.length)
             packed.node.replace_all_uses_with(dense)
+    for asked in state.graph.find_nodes(op="call_method", target="dense"):
+        # Only a packed value has this method, and what it is called on is dense by now.
+        asked.replace_all_uses_with(asked.args[0])
+        state.graph.erase_node(asked)
 
 
 def _report_readers(state: GraphState, value: Node) -> None:

@@ -168,12 +168,13 @@ def test_any_sequence_of_cache_operations_on_every_way_to_store(way, steps, valu
         assert_stands_for(earlier, expected)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("way", STORED)
-def test_every_way_to_store_saves_and_loads_with_weights_only(way):
+def test_every_way_to_store_saves_and_loads_with_weights_only(way, zipped):
     pair = STORED[way]()
     pair.append(2)
     file = io.BytesIO()
-    torch.save([pair.key, pair.value], file)
+    torch.save([pair.key, pair.value], file, _use_new_zipfile_serialization=zipped)
     file.seek(0)
     for loaded, saved in zip(torch.load(file, weights_only=True), (pair.key, pair.value), strict=True):
         assert_stands_for(loaded, saved.dense())
