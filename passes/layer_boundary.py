@@ -43,7 +43,10 @@ def find_boundary(state: GraphState, sites: list[Site], layer: int) -> Boundary 
     """The place in front of decoder layer number `layer`, or why there is none; sites: see `prompt_sites`."""
     stems = {_stem(layer_of(site.node)) for site in sites}
     if len(stems) != 1 or any(layer_number(layer_of(site.node)) is None for site in sites):
-        return "this graph does not show the decoder layers by number in one list; they may be graphs of their own"
+        return (
+            "this graph shows no list of decoder layers by number: they may be compiled one by one, and tokens can be "
+            "pruned only where one graph holds the layers"
+        )
     stem = stems.pop()
     # Layers that keep no cache, or another one, are decoder layers too.
     decoder = [site for site in state.sites if _stem(layer_of(site.node)) == stem]
@@ -54,7 +57,7 @@ def find_boundary(state: GraphState, sites: list[Site], layer: int) -> Boundary 
     if layer > last:
         return f"there is no layer {layer} to prune in front of: the decoder has {last + 1} layers"
     if found.get(layer - 1) not in sites:
-        return f"layer {layer - 1} does not attend to the prompt alone"
+        return _not_a_prompt(state, layer - 1, found.get(layer - 1))
     order = list(state.graph.nodes)
     inside = [number for number, node in enumerate(order) if _within(node, stem, layer)]
     end = max(number for number, node in enumerate(order) if _within(node, stem, last))
@@ -77,6 +80,15 @@ def find_boundary(state: GraphState, sites: list[Site], layer: int) -> Boundary 
         return f"what goes from layer {layer - 1} to layer {layer} is not floating point"
     later = tuple(site for number, site in found.items() if number is not None and number >= layer)
     return Boundary(hidden, before, later, tuple(nodes))
+
+
+def _not_a_prompt(state: GraphState, layer: int, site: Site | None) -> str:
+    """Why the attention of a layer does not put a prompt into an empty cache."""
+    if site is None:
+        return f"no attention of layer {layer} was recognised"
+    if site.key not in state.results:
+        return f"layer {layer} keeps other keys than it attends to, as a layer with a sliding window does"
+    return f"layer {layer} does not attend to the prompt alone"
 
 
 _NUMBER = re.compile(r"(?<![A-Za-z_])\d+")

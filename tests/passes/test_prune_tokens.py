@@ -212,6 +212,7 @@ REASONS = {
     "too deep": (Decoder(layers=3), FastV(3), True, "the decoder has 3 layers"),
     "one layer": (Decoder(layers=1), FastV(1), True, "the decoder has 1 layers"),
     "by number": (First(layers=3), FastV(1), True, "takes some of the tokens by number"),
+    "window before": (Decoder(windows=(4, None, None)), FastV(1), True, "layer 0 keeps other keys than it attends to"),
     "window": (Decoder(windows=(None, None, 4)), FastV(1), True, "takes some of the tokens by number"),
 }
 
