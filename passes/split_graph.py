@@ -51,7 +51,7 @@ def split_graph(graph: Graph, last: Node) -> Split:
             before[node] = None
     behind = [node for node in order[:-1] if node not in before]
     crossing, again = _needed(behind, before)
-    returned: list[Node] = list(output.args[0])  # type: ignore[arg-type]
+    returned: list[Node] = list(output.args[0])
 
     places: dict[Node, Place] = {}
     for number, node in enumerate(node for node in before if node.op == "placeholder"):
@@ -90,7 +90,7 @@ def _needed(behind: Sequence[Node], before: dict[Node, None]) -> tuple[list[Node
         elif is_call(node, "size") and len(node.args) == 2:
             # A size stays what it is of the tensor: as a number of its own it would no longer be known to be the same.
             again[node] = None
-            crossing[node.args[0]] = None  # type: ignore[index]
+            crossing[node.args[0]] = None
         else:
             crossing[node] = None
     return list(crossing), list(again)
