@@ -24,7 +24,7 @@ from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts, rank_of, stacked
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment
 from attnpack_fx.placement import Placement
-from attnpack_fx.shared import copies, version_of
+from attnpack_fx.shared import made_of
 from attnpack_fx.tail import TailBuffer, TailLease, allocate
 
 aten = torch.ops.aten
@@ -217,10 +217,10 @@ class PackedTensor(torch.Tensor):
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
         length, heads = self.lease.length, self.held.heads
         if heads:
-            samples = rows  # of every layer: what they share has to be asked for by one tensor
-            rows = copies.of(
+            samples = rows
+            rows = made_of(
                 samples,
-                (version_of(samples), heads),
+                ("heads", heads),
                 lambda: (samples[:, None] * heads + torch.arange(heads, device=samples.device)).flatten(),
             )
         lease = allocate(self.lease.buffer.rows[:length].index_select(1, rows), length).lease(length)
@@ -438,9 +438,12 @@ def _index(packed, indices):
     rows, *rest = indices
     if _is_fake(packed) or rows is None or rows.dim() != 1 or any(other is not None for other in rest):
         return NotImplemented
-    if rows.dtype == torch.bool:
-        rows = rows.nonzero()[:, 0]
-    return packed.select(torch.where(rows < 0, rows + packed.shape[0], rows))
+    batch = packed.shape[0]
+
+    def counted() -> Tensor:
+        return rows.nonzero()[:, 0] if rows.dtype == torch.bool else torch.where(rows < 0, rows + batch, rows)
+
+    return packed.select(made_of(rows, ("counted", batch), counted))
 
 
 def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None, pin_memory=None, memory_format=None):
