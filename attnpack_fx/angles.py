@@ -167,7 +167,9 @@ class SharedAngles:
 
     def select(self, rows: Tensor) -> "SharedAngles":
         """The samples `rows` (int64 `[B']`) of the batch."""
-        return self._memo.derive("select", (rows, version_of(rows)), lambda: self._map(lambda each: _chosen(each, rows)))
+        return self._memo.derive(
+            "select", (rows, version_of(rows)), lambda: self._map(lambda each: _chosen(each, rows))
+        )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SharedAngles":
         if self.packed.cos.device == device:
@@ -208,12 +210,24 @@ class SharedAngles:
         cos, sin, interleaved, axes, tail = state
         return cls(Angles(cos, sin, axes, interleaved), None if tail is None else tuple(map(tuple, tail)))
 
+    def same_as(self, other: "SharedAngles") -> bool:
+        """Whether both turn every slot alike; compares contents."""
+        if self is other:
+            return True
+        forms = [(each.packed.interleaved, each.packed.axes is None, each.tail is None) for each in (self, other)]
+        pairs = zip(self.tensors, other.tensors, strict=True) if len(self.tensors) == len(other.tensors) else None
+        return forms[0] == forms[1] and pairs is not None and all(_equal(*pair) for pair in pairs)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SharedAngles":
         angles = self.packed
         axes = None if angles.axes is None else function(angles.axes)
         packed = Angles(function(angles.cos), function(angles.sin), axes, angles.interleaved)
         tail = None if self.tail is None else tuple((function(cos), function(sin)) for cos, sin in self.tail)
         return SharedAngles(packed, tail)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def _plain(angles: Angles[Tensor]) -> tuple[Tensor, Tensor, bool, Tensor | None]:

@@ -191,7 +191,11 @@ class Placement:
         """Whether both place every token alike (compares contents only when the objects differ, and once)."""
         if self is other:
             return True
-        if self.tokens != other.tokens or self.index.shape != other.index.shape:
+        if (
+            self.tokens != other.tokens
+            or self.index.shape != other.index.shape
+            or self.index.device != other.index.device
+        ):
             return False
         return self._memo.derive("same as", (other,), lambda: torch.equal(self.index, other.index))
 

@@ -1,6 +1,7 @@
 """`cache_bytes` says what a cache keeps alive, found by walking all it refers to; and nothing else is kept."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from attnpack_fx import AVL, H2O, KIVI, Energy, MiniCache, PackedTensor, Partial, Quantize, StreamingLLM, cache_bytes
+from attnpack_fx import (
+    AVL,
+    H2O,
+    KIVI,
+    AttnpackWarning,
+    Energy,
+    MiniCache,
+    PackedTensor,
+    Partial,
+    Quantize,
+    StreamingLLM,
+    cache_bytes,
+)
 from attnpack_fx.hf import cache_argument, empty_cache
 from tests.live_storages import all_live_storages, live_storages
 from tests.zoo import ZOO
@@ -113,6 +126,13 @@ def test_methods_and_forks(options, without_inductor):
     for fork in others(cache):
         assert_counted(fork)
         assert len({id(each.placement) for each in packed(fork)}) == placements
+
+
+def test_dense_layers_do_not_keep_what_travels_from_graph_to_graph(without_inductor):
+    with warnings.catch_warnings(action="ignore", category=AttnpackWarning):
+        cache = generated(compiled("qwen3-vl", vision_rank=None), ZOO["qwen3-vl"].inputs(2, 2), 1)
+    assert not packed(cache)
+    assert_counted(cache)
 
 
 def test_a_kept_prefix_keeps_nothing_of_what_continued_it(without_inductor):
