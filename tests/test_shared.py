@@ -61,9 +61,13 @@ def test_what_layers_select_by_lives_as_long_as_what_it_is_made_of():
     assert torch.equal(made_of(rows, "thrice", lambda: rows * 3), rows * 3)
     rows += 1
     assert torch.equal(made_of(rows, "twice", lambda: rows * 2), rows * 2)
-    made = weakref.ref(made_of(rows, "twice", lambda: rows * 2))
+
+
+def test_nothing_that_was_selected_by_is_kept():
+    rows = torch.tensor([1, 0])
+    gone = weakref.ref(rows), weakref.ref(made_of(rows, "zero", zeros))
     del rows
-    assert made() is None
+    assert gone[0]() is None and gone[1]() is None
 
 
 class Number:
