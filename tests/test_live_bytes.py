@@ -106,7 +106,7 @@ def others(cache: Cache) -> Iterator[Cache]:
         lambda fork: fork.reorder_cache(torch.tensor([1, 0])),
         lambda fork: fork.batch_select_indices(torch.tensor([-1, 0])),
         lambda fork: fork.batch_repeat_interleave(3),
-        lambda fork: fork.crop(-9),
+        lambda fork: fork.crop(-20),
         lambda fork: move(fork, torch.float64),
     ):
         fork = copy.deepcopy(cache)
