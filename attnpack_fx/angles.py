@@ -62,13 +62,13 @@ class SharedAngles:
             new = (each.repeat_interleave(heads, 0) if heads and each.shape[0] > 1 else each for each in (cos, sin))
             return SharedAngles(self.packed, (*tail, tuple(new)))  # type: ignore[arg-type]
 
-        return self._memo.derive("appended", cos, 0, derive)
+        return self._memo.derive("appended", (cos, sin, heads), derive)
 
     def untracked(self) -> "SharedAngles":
         """Without those of the tail, which then has rows of unknown angles: it takes no folds."""
         if self.tail is None:
             return self
-        return self._memo.derive("untracked", None, 0, lambda: SharedAngles(self.packed))
+        return self._memo.derive("untracked", (), lambda: SharedAngles(self.packed))
 
     def cropped(self, length: int) -> "SharedAngles":
         """With the first `length` rows of the tail."""
@@ -77,9 +77,9 @@ class SharedAngles:
 
         def derive() -> SharedAngles:
             cos, sin = self.tail_rows()
-            return SharedAngles(self.packed, ((cos[:, :length], sin[:, :length]),))
+            return SharedAngles(self.packed, ((cos[:, :length].clone(), sin[:, :length].clone()),))
 
-        return self._memo.derive("cropped", length, 0, derive)
+        return self._memo.derive("cropped", (length,), derive)
 
     def tail_rows(self) -> tuple[Tensor, Tensor]:
         """cos and sin `[B or 1, length, E]` of the tail."""
@@ -99,7 +99,7 @@ class SharedAngles:
             packed = _extended(self.packed, *new)
             return SharedAngles(packed, ((cos[:, count:].clone(), sin[:, count:].clone()),))
 
-        return self._memo.derive("folded", count, 0, derive)
+        return self._memo.derive("folded", (count,), derive)
 
     def dropped(self, count: int) -> "SharedAngles":
         """Without the first `count` tail rows, which are packed as they are."""
@@ -110,7 +110,7 @@ class SharedAngles:
             cos, sin = self.tail_rows()
             return SharedAngles(self.packed, ((cos[:, count:].clone(), sin[:, count:].clone()),))
 
-        return self._memo.derive("dropped", count, 0, derive)
+        return self._memo.derive("dropped", (count,), derive)
 
     def taken(self, packed: Tensor, tail: Tensor) -> "SharedAngles":
         """Of some of the first `slots` packed slots, and some tail rows, int64 `[B, n]` each, -1 for filler; for one
@@ -126,8 +126,7 @@ class SharedAngles:
         """Of every sample's heads; one sample stands for all."""
         return self._memo.derive(
             "apart",
-            heads,
-            0,
+            (heads,),
             lambda: self._map(lambda each: each if each.shape[0] == 1 else each.repeat_interleave(heads, 0)),
         )
 
@@ -168,7 +167,9 @@ class SharedAngles:
 
     def select(self, rows: Tensor) -> "SharedAngles":
         """The samples `rows` (int64 `[B']`) of the batch."""
-        return self._memo.derive("select", rows, version_of(rows), lambda: self._map(lambda each: _chosen(each, rows)))
+        return self._memo.derive(
+            "select", (rows, version_of(rows)), lambda: self._map(lambda each: _chosen(each, rows))
+        )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SharedAngles":
         if self.packed.cos.device == device:
@@ -177,7 +178,7 @@ class SharedAngles:
         def derive() -> SharedAngles:
             return self._map(lambda each: copies.of(each, device, lambda: each.to(device, non_blocking=non_blocking)))
 
-        return self._memo.derive("to", device, 0, derive)
+        return self._memo.derive("to", (device,), derive)
 
     def join(
         self, others: Sequence["SharedAngles"], batches: Sequence[int], counts: Sequence[Sequence[int]]
@@ -198,7 +199,7 @@ class SharedAngles:
                 joined.append(torch.cat([_stack(alike) for alike in zip(*parts, strict=True)], 1))
             return SharedAngles(Angles(joined[0], joined[1], None, self.packed.interleaved))
 
-        return self._memo.derive("join", (*others, *map(tuple, counts)), 0, derive)
+        return self._memo.derive("join", (*others, *map(tuple, counts)), derive)
 
     def state(self) -> tuple[Any, ...]:
         """Everything, in plain containers and tensors; `from_state` is the inverse."""
@@ -209,12 +210,24 @@ class SharedAngles:
         cos, sin, interleaved, axes, tail = state
         return cls(Angles(cos, sin, axes, interleaved), None if tail is None else tuple(map(tuple, tail)))
 
+    def same_as(self, other: "SharedAngles") -> bool:
+        """Whether both turn every slot alike; compares contents."""
+        if self is other:
+            return True
+        forms = [(each.packed.interleaved, each.packed.axes is None, each.tail is None) for each in (self, other)]
+        pairs = zip(self.tensors, other.tensors, strict=True) if len(self.tensors) == len(other.tensors) else None
+        return forms[0] == forms[1] and pairs is not None and all(_equal(*pair) for pair in pairs)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SharedAngles":
         angles = self.packed
         axes = None if angles.axes is None else function(angles.axes)
         packed = Angles(function(angles.cos), function(angles.sin), axes, angles.interleaved)
         tail = None if self.tail is None else tuple((function(cos), function(sin)) for cos, sin in self.tail)
         return SharedAngles(packed, tail)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def _plain(angles: Angles[Tensor]) -> tuple[Tensor, Tensor, bool, Tensor | None]:

@@ -20,9 +20,19 @@ def cache_bytes(past_key_values: object) -> int:
     past_key_values: a transformers cache of any kind (dynamic, static, quantized, encoder-decoder), an object
         of your own with tensors in its attributes, tuples, lists or mappings of those, or a single tensor.
 
-    Every tensor found counts with its *whole* storage, each storage once: a view costs what it keeps alive,
-    spare capacity included. A `PackedTensor`, or any other wrapper subclass, counts as its parts: factors,
-    indices, tail. A cache that holds nothing yet is 0 bytes.
+    Counted is every storage that the cache keeps alive and that holds numbers, on whatever device, once, and *whole*: a
+    view costs what it is a view of, and spare room counts. Of a `PackedTensor` these are
+
+        coefficients, bases, codes, scales, zero points, codebooks, outliers and residuals of its segments;
+        the rows of the dense tail, with the room that the tail has to grow;
+        the index of its slots, and where methods ask for it which tokens are vision tokens and how many are absent;
+        cos and sin of keys stored before rotary embedding, and the rows of slots in these tables;
+        columns in reserve, resting tokens, bounds on errors, and what attention remembers of each token.
+
+    What layers, keys and values share counts once. A basis of the model counts as well, since the cache refers to it,
+    though requests share it. Any other wrapper subclass counts as its parts. Weak references keep nothing, and are not
+    followed: a cache remembers what was derived from it only in this way. Not counted are Python's own objects, and
+    memory that an allocator holds back. A cache that holds nothing yet is 0 bytes.
 
     Raises `ValueError` for something that is no cache, and for meta and fake tensors, which have no bytes.
     """

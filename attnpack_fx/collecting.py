@@ -12,20 +12,25 @@ from attnpack_fx.passes.asks import keeps_angles, moves_tokens
 from attnpack_fx.passes.state import Grown, OutputSpec, Packed, Plain
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
+from attnpack_fx.shared import Alike
 from attnpack_fx.storing import after, squares_of, store
 from attnpack_fx.tail import TailBuffer
 
 
 class Collector:
-    """The outputs of one call. What layers share, their placement and angles, is made once.
+    """The outputs of one graph. What layers share, their placement and angles, is made once.
 
-    results: of the compiled graph; grown: packed arguments with room for this call's tokens, by position.
+    results: of the compiled graph; grown: packed arguments with room for this call's tokens, by position; alike: what
+    graphs of this call have made before.
     """
 
-    def __init__(self, results: Sequence[Any], grown: dict[int, PackedTensor], policy: PackPolicy) -> None:
+    def __init__(
+        self, results: Sequence[Any], grown: dict[int, PackedTensor], policy: PackPolicy, alike: Alike
+    ) -> None:
         self._results = results
         self._grown = grown
         self._policy = policy
+        self._alike = alike
         self._placements: dict[int, Placement] = {}
         self._angles: dict[Any, SharedAngles] = {}
 
@@ -56,8 +61,7 @@ class Collector:
             vision = None if spec.vision is None else results[spec.vision].expand(slot.shape) & (slot >= 0)
             placed = Placement.from_plan(indices, slot, vision, moves=moves_tokens(self._policy))
             # Layers of different ranks decide for themselves whether packing pays, and mostly decide alike.
-            alike = (known for known in self._placements.values() if known.same_as(placed))
-            self._placements[spec.slot] = next(alike, placed)
+            self._placements[spec.slot] = self._alike.one(placed)
         squares = None if spec.squares is None else results[spec.squares]
         segments, modalities, losses = [], [], []
         for number, (name, columns) in enumerate(zip(spec.modalities, spec.columns, strict=True)):
@@ -88,5 +92,6 @@ class Collector:
         if known not in self._angles:
             cos, sin = (self._results[number] for number in spec.angles)
             keep = keeps_angles(self._policy)
-            self._angles[known] = SharedAngles.of_prompt(cos, sin, placement.index, packed, spec.interleaved, keep)
+            made = SharedAngles.of_prompt(cos, sin, placement.index, packed, spec.interleaved, keep)
+            self._angles[known] = self._alike.one(made)
         return self._angles[known]

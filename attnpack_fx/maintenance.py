@@ -7,12 +7,17 @@ from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.passes.asks import acting
 from attnpack_fx.passes.method import Stage
 from attnpack_fx.policy import PackPolicy
+from attnpack_fx.shared import lasting
 
 
 def maintain(layers: Sequence[CachedLayer], policy: PackPolicy) -> None:
     """Do with the layers of one call all that it has made due."""
-    if not layers:
-        return
+    if layers:
+        with lasting():
+            _maintain(layers, policy)
+
+
+def _maintain(layers: Sequence[CachedLayer], policy: PackPolicy) -> None:
     active = [layer for layer in layers if not layer.skipped]
     for layer in layers:
         observing.observe(layer, policy)

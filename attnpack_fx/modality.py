@@ -54,11 +54,10 @@ def carried(arguments: Iterable[Any]) -> Tensor | None:
     return None
 
 
-def carry(mask: Tensor, tensors: Iterable[Any]) -> None:
+def carry(mask: Tensor, tensors: Iterable[Tensor]) -> None:
     """Let `mask` travel on `tensors` to the next graph of the same call."""
     for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            setattr(tensor, _ATTRIBUTE, mask)
+        setattr(tensor, _ATTRIBUTE, mask)
 
 
 def fit(mask: Tensor, batch: int, tokens: int, device: torch.device, newest: bool) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnpack_fx.held import stacked
 from attnpack_fx.memoryless import Memoryless, is_fake
+from attnpack_fx.shared import made_of
 from attnpack_fx.tail import allocate
 
 aten = torch.ops.aten
@@ -100,9 +101,12 @@ def _index(packed, indices):
     rows, *rest = indices
     if is_fake(packed) or rows is None or rows.dim() != 1 or any(other is not None for other in rest):
         return NotImplemented
-    if rows.dtype == torch.bool:
-        rows = rows.nonzero()[:, 0]
-    return packed.select(torch.where(rows < 0, rows + packed.shape[0], rows))
+    batch = packed.shape[0]
+
+    def counted() -> Tensor:
+        return rows.nonzero()[:, 0] if rows.dtype == torch.bool else torch.where(rows < 0, rows + batch, rows)
+
+    return packed.select(made_of(rows, ("counted", batch), counted))
 
 
 def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None, pin_memory=None, memory_format=None):

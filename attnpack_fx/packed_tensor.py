@@ -23,7 +23,7 @@ from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment
 from attnpack_fx.memoryless import Memoryless, forbid_pointer, is_fake, refuse_writes
 from attnpack_fx.packed_ops import PACKED, each_sample, slice_packed
 from attnpack_fx.placement import Placement
-from attnpack_fx.shared import copies, version_of
+from attnpack_fx.shared import made_of
 from attnpack_fx.tail import TailBuffer, TailLease, allocate, exact
 
 
@@ -219,10 +219,10 @@ class PackedTensor(Memoryless):
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
         length, heads = self.lease.length, self.held.heads
         if heads:
-            samples = rows  # of every layer: what they share has to be asked for by one tensor
-            rows = copies.of(
+            samples = rows
+            rows = made_of(
                 samples,
-                (version_of(samples), heads),
+                ("heads", heads),
                 lambda: (samples[:, None] * heads + torch.arange(heads, device=samples.device)).flatten(),
             )
         lease = allocate(self.lease.buffer.rows[:length].index_select(1, rows), length).lease(length)

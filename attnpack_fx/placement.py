@@ -74,12 +74,12 @@ class Placement:
             found = self.is_vision(self.index)
             return torch.zeros_like(self.index, dtype=torch.bool) if found is None else found
 
-        return self._memo.derive("vision slots", None, 0, derive)
+        return self._memo.derive("vision slots", (), derive)
 
     @property
     def least_missing(self) -> int:
         """`missing` of the sample with the fewest."""
-        return self._memo.derive("least missing", None, 0, lambda: int(self.missing.min()) if len(self.index) else 0)
+        return self._memo.derive("least missing", (), lambda: int(self.missing.min()) if len(self.index) else 0)
 
     @property
     def missing(self) -> Tensor:
@@ -102,7 +102,7 @@ class Placement:
         def derive() -> Placement:
             return self._map(lambda each: each.repeat_interleave(heads, 0))
 
-        return self._memo.derive("apart", heads, 0, derive)
+        return self._memo.derive("apart", (heads,), derive)
 
     def select(self, rows: Tensor) -> "Placement":
         """The samples `rows` (int64 `[B']`) of the batch."""
@@ -110,7 +110,7 @@ class Placement:
         def derive() -> Placement:
             return self._map(lambda each: copies.of(each, rows, lambda: each.index_select(0, rows)))
 
-        return self._memo.derive("select", rows, version_of(rows), derive)
+        return self._memo.derive("select", (rows, version_of(rows)), derive)
 
     def crop(self, tokens: int) -> "Placement":
         """Only the first `tokens` logical prompt positions; their slots keep their numbers."""
@@ -118,10 +118,10 @@ class Placement:
         def derive() -> Placement:
             index = self.index.masked_fill(self.index >= tokens, -1)
             ragged = self.ragged or _has_filler(index)
-            vision = None if self.vision is None else self.vision[:, :tokens]
+            vision = None if self.vision is None else self.vision[:, :tokens].clone()
             return Placement(index, min(tokens, self.tokens), ragged, vision, self.absent)
 
-        return self._memo.derive("crop", tokens, 0, derive)
+        return self._memo.derive("crop", (tokens,), derive)
 
     def extend(self, count: int) -> "Placement":
         """With slots for the first `count` tokens appended so far, which follow the placed ones."""
@@ -132,7 +132,7 @@ class Placement:
             index = torch.cat([self.index, positions], 1)
             return Placement(index, end, self.ragged, self.vision, self.absent)
 
-        return self._memo.derive("extend", count, 0, derive)
+        return self._memo.derive("extend", (count,), derive)
 
     def reorder(self, order: Tensor) -> "Placement":
         """With the first slots in another order, int64 `[B, n]`; for one layer, so not remembered."""
@@ -172,7 +172,7 @@ class Placement:
             ragged = self.ragged or _has_filler(index)
             return Placement(index, self.tokens, ragged, vision, absent)
 
-        return self._memo.derive("join", (*others, *map(tuple, counts)), 0, derive)
+        return self._memo.derive("join", (*others, *map(tuple, counts)), derive)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Placement":
         if self.index.device == device:
@@ -181,7 +181,7 @@ class Placement:
         def derive() -> Placement:
             return self._map(lambda each: copies.of(each, device, lambda: each.to(device, non_blocking=non_blocking)))
 
-        return self._memo.derive("to", device, 0, derive)
+        return self._memo.derive("to", (device,), derive)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Placement":
         vision, absent = (None if each is None else function(each) for each in (self.vision, self.absent))
@@ -191,9 +191,13 @@ class Placement:
         """Whether both place every token alike (compares contents only when the objects differ, and once)."""
         if self is other:
             return True
-        if self.tokens != other.tokens or self.index.shape != other.index.shape:
+        if (
+            self.tokens != other.tokens
+            or self.index.shape != other.index.shape
+            or self.index.device != other.index.device
+        ):
             return False
-        return self._memo.derive("same as", other, 0, lambda: torch.equal(self.index, other.index))
+        return self._memo.derive("same as", (other,), lambda: torch.equal(self.index, other.index))
 
 
 def _has_filler(index: Tensor) -> bool:

@@ -31,6 +31,7 @@ from attnpack_fx.passes.state import (
 )
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.regrouping import weighed
+from attnpack_fx.shared import Alike
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,12 @@ class Runtime:
         grown: dict[int, PackedTensor] = {}
         flat = [feed(arguments, grown) for feed in self._feeders]
         results = self._compiled(*flat)
-        collector = Collector(results, grown, self._policy)
+        alike = Alike.of_call(arguments)
+        collector = Collector(results, grown, self._policy, alike)
         outputs = [collector.collect(spec) for spec in self._outputs]
         self._maintain(arguments, results, outputs)
         self._pack_candidates(outputs)
-        self._carry(arguments, results, outputs)
+        self._carry(arguments, results, outputs, alike)
         return outputs
 
     def _maintain(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any]) -> None:
@@ -92,12 +94,15 @@ class Runtime:
             packed = pack(outputs[key], outputs[value], self._policy, modality=fitted, layer=layer)
             outputs[key], outputs[value] = packed
 
-    def _carry(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any]) -> None:
+    def _carry(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any], alike: Alike) -> None:
         if not self._carries:
             return
+        # Keys and values, packed or not, outlive the call, and would keep the mask.
+        flowing = [item for item in outputs if isinstance(item, Tensor) and item.dim() != 4]
+        alike.travel(flowing)
         mask = results[self._carried] if self._carried is not None else modality.carried(arguments)
         if mask is not None:
-            modality.carry(mask, (item for item in outputs if not isinstance(item, PackedTensor)))
+            modality.carry(mask, flowing)
 
 
 def _observed(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor:

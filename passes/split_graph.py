@@ -90,7 +90,7 @@ def _needed(behind: Sequence[Node], before: dict[Node, None]) -> tuple[list[Node
         elif is_call(node, "size") and len(node.args) == 2:
             # A size stays what it is of the tensor: as a number of its own it would no longer be known to be the same.
             again[node] = None
-            crossing[node.args[0]] = None
+            crossing[node.all_input_nodes[0]] = None
         else:
             crossing[node] = None
     return list(crossing), list(again)

@@ -1,5 +1,7 @@
 """A placement says where tokens are, shared by every layer packed alike."""
 
+import weakref
+
 import torch
 
 from attnpack_fx.placement import Placement
@@ -43,11 +45,15 @@ def test_cropping_forgets_later_tokens_and_keeps_slot_numbers():
     assert cropped.ragged
 
 
-def test_the_same_derivation_is_the_same_object():
+def test_the_same_derivation_is_the_same_object_while_somebody_holds_it():
     shared, rows = placement(), torch.tensor([1, 0])
-    assert shared.select(rows) is shared.select(rows)
-    assert shared.crop(3) is shared.crop(3)
+    selected, cropped = shared.select(rows), shared.crop(3)
+    assert shared.select(rows) is selected
+    assert shared.crop(3) is cropped
     assert shared.to(CPU) is shared
+    gone = weakref.ref(selected.index)
+    del selected
+    assert gone() is None
 
 
 def test_another_derivation_is_another_object():

@@ -170,4 +170,6 @@ def _ascending(places: Tensor, outliers: Tensor) -> dict[str, Tensor]:
     places, order = places.sort(dim=1, stable=True)
     count = int((places >= 0).sum(1).max()) if places.numel() else 0
     first = places.shape[1] - count
-    return {"places": places[:, first:].contiguous(), "outliers": outliers.gather(1, order[:, first:])}
+    # A copy: of one sample, the part is contiguous, and would keep the places of those that are gone.
+    kept = places[:, first:].clone(memory_format=torch.contiguous_format)
+    return {"places": kept, "outliers": outliers.gather(1, order[:, first:])}

@@ -55,6 +55,7 @@ def test_flushes_add_up(seed, form, batch, sizes, dim):
 def check_outliers(rows, count):
     """That they ascend, and that no sample could do with fewer columns."""
     assert rows.places.dtype == torch.int32 and rows.places.shape == rows.outliers.shape
+    assert rows.places.untyped_storage().nbytes() == 4 * rows.places.numel()
     assert (rows.places >= 0).sum() == count
     assert (rows.places.diff(dim=1) > 0)[rows.places[:, 1:] >= 0].all()
     assert rows.places.shape[1] == 0 or (rows.places[:, 0] >= 0).any()
