@@ -39,3 +39,9 @@ def fresh_dynamo():
 def without_inductor(fresh_dynamo, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rewritten graphs run op by op: for tests whose point is the rewrite, not the code made from it."""
     monkeypatch.setattr(backend, "_inductor", lambda module, examples, patches: module)
+
+
+@pytest.fixture(params=["op by op", pytest.param("Inductor", marks=pytest.mark.slow)])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """Op by op, which fails soonest, in the fast suite; and as users run it, through Inductor, in the slow one."""
+    request.getfixturevalue("without_inductor" if request.param == "op by op" else "fresh_dynamo")

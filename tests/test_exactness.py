@@ -70,19 +70,17 @@ def _check(example: Example, attn_implementation: str, batch: int = 1, left_padd
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_full_rank_generates_what_the_dense_model_generates(name: str) -> None:
+def test_full_rank_generates_what_the_dense_model_generates(name: str, either_way: None) -> None:
     _check(ZOO[name], "sdpa")
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_attention_written_out_is_packed_as_well(name: str, without_inductor: None) -> None:
-    """Another graph to find the sites in; once rewritten it holds the same operators, which Inductor compiles above."""
+def test_attention_written_out_is_packed_as_well(name: str, either_way: None) -> None:
     _check(ZOO[name], "eager")
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_left_padded_batch(attn_implementation: str, without_inductor: None) -> None:
-    """Through Inductor: beams in tests/test_generation.py."""
+def test_left_padded_batch(attn_implementation: str, either_way: None) -> None:
     _check(ZOO["llava-gqa"], attn_implementation, batch=2, left_padding=5)
 
 

@@ -243,7 +243,7 @@ def follow(model: Decoder, step: Any, ids: Tensor, features: Tensor, tokens: int
 
 
 @pytest.mark.parametrize("text", [6, 0], ids=["text in the prompt", "vision alone"])
-def test_folds_make_no_graphs(text, without_inductor):
+def test_folds_make_no_graphs(text, either_way):
     model, width = Decoder(layers=2), 24
     ids, features = prompt(text=6, vision=10)
     if not text:
@@ -258,7 +258,7 @@ def test_folds_make_no_graphs(text, without_inductor):
     assert {key.lease.length for key, _ in cache} == {150 - (packed[-1] - text)}
 
 
-def test_memory_follows_the_closed_form(without_inductor):
+def test_memory_follows_the_closed_form(either_way):
     model, rank, tokens = Decoder(layers=2, kv_heads=2, dim=8), 4, 100
     ids, features = prompt(text=6, vision=10)
     step = compiled(model, vision_rank=4, text_rank=rank)
@@ -277,7 +277,7 @@ def test_memory_follows_the_closed_form(without_inductor):
     assert all(key.placement is value.placement for key, value in cache)
 
 
-def test_two_continuations_of_one_cache(without_inductor):
+def test_two_continuations_of_one_cache(either_way):
     model = Decoder(layers=2)
     step = compiled(model, fold_every=4, recent=4)
     ids, features = prompt()
@@ -299,7 +299,7 @@ def test_two_continuations_of_one_cache(without_inductor):
     close(cache[0][0].dense(), dense[0][0])
 
 
-def test_several_new_tokens_at_once(without_inductor):
+def test_several_new_tokens_at_once(either_way):
     model = Decoder(layers=1)
     step = compiled(model, fold_every=4, recent=2)
     ids, features = prompt(batch=2)

@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 #: For tests of what the packed cache means. Those of what compiled code does to it, in place and to its copies, go
 #: through Inductor: beams, forks, threads and gradients.
-op_by_op = pytest.mark.usefixtures("without_inductor")
+either_way = pytest.mark.usefixtures("either_way")
 
 Model = transformers.PreTrainedModel
 Cache = transformers.DynamicCache
@@ -99,7 +99,7 @@ def test_beam_search(dense: Model, packed: Model) -> None:
     assert len(actual.sequences.unique(dim=0)) == 8
 
 
-@op_by_op
+@either_way
 def test_prompt_lookup(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     # A prompt that ends as it began, so that the lookup finds candidates.
@@ -113,7 +113,7 @@ def test_prompt_lookup(dense: Model, packed: Model) -> None:
     assert_same(actual, expected)
 
 
-@op_by_op
+@either_way
 def test_sampled_sequences(dense: Model, packed: Model) -> None:
     results = []
     for model in (dense, packed):
@@ -127,7 +127,7 @@ def test_sampled_sequences(dense: Model, packed: Model) -> None:
 # ---- one cache, several uses -------------------------------------------------------------------------------
 
 
-@op_by_op
+@either_way
 def test_crop_then_continue(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -167,7 +167,7 @@ def test_one_cache_continued_two_ways(dense: Model, packed: Model, copied: bool)
     assert_packed(second)
 
 
-@op_by_op
+@either_way
 def test_the_same_past_twice(dense: Model, packed: Model) -> None:
     """Hand-made steps, each from the same packed past: earlier calls leave no trace in it."""
     logits = []
@@ -180,7 +180,7 @@ def test_the_same_past_twice(dense: Model, packed: Model) -> None:
     assert torch.equal(logits[1][0], logits[1][3])
 
 
-@op_by_op
+@either_way
 def test_second_turn(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     expected, actual = (generate(model, inputs, tokens=6) for model in (dense, packed))
@@ -194,7 +194,7 @@ def test_second_turn(dense: Model, packed: Model) -> None:
 
 
 # transformers wraps every forward in one function, so all its frames share one code object's recompile limit.
-@op_by_op
+@either_way
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_batch_changed_between_calls(dense: Model, packed: Model) -> None:
     for batch, left_padding in ((2, 3), (1, 0), (3, 2), (2, 0)):
@@ -202,7 +202,7 @@ def test_batch_changed_between_calls(dense: Model, packed: Model) -> None:
         assert_same(generate(packed, inputs, tokens=4), generate(dense, inputs, tokens=4))
 
 
-@op_by_op
+@either_way
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model) -> None:
     """Frames that Dynamo no longer compiles run eagerly, on whatever cache the compiled ones made."""
@@ -212,7 +212,7 @@ def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model
         assert_close(torch.stack(actual.logits), torch.stack(expected.logits))
 
 
-@op_by_op
+@either_way
 def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -223,7 +223,7 @@ def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Mode
     assert_packed(cache)
 
 
-@op_by_op
+@either_way
 def test_samples_dropped_and_repeated_between_steps(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -300,7 +300,7 @@ def test_graphs_stop_growing(name: str, rank: int | str, request: pytest.Fixture
 # ---- models side by side -----------------------------------------------------------------------------------
 
 
-@op_by_op
+@either_way
 def test_two_policies_for_one_class(dense: Model) -> None:
     inputs = llava_inputs()
     full, low = compiled("llava-gqa"), compiled("llava-gqa", vision_rank=(6, 4), text_rank=None)
@@ -385,7 +385,7 @@ def test_decode_step_with_gradients_enabled(dense: Model, packed: Model) -> None
     assert_close(actual, expected)
 
 
-@op_by_op
+@either_way
 def test_without_cache(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from .zoo import ZOO
 
 TOKENS = 6
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("either_way")
 
 
 @pytest.fixture(scope="module")

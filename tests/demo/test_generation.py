@@ -14,7 +14,7 @@ from tests.zoo import ZOO
 FULL = PackPolicy(vision_rank="full", text_rank="full")
 
 
-def test_dense_and_lossless_packed_runs_agree(without_inductor):
+def test_dense_and_lossless_packed_runs_agree(either_way):
     loaded, inputs = tiny_llava(), ZOO["llava-mha"].inputs(2, 0)
     with compiled(loaded.model, DENSE, FULL):
         dense = timed(loaded, inputs, 6, exactly=True)

@@ -8,7 +8,7 @@ from attnpack_fx.policy import PackPolicy
 from tests.demo.models import loaded_trained
 
 
-def test_lossless_packing_answers_as_the_dense_cache_does(tmp_path, without_inductor, monkeypatch):
+def test_lossless_packing_answers_as_the_dense_cache_does(tmp_path, either_way, monkeypatch):
     monkeypatch.setattr(trained, "_PATIENCE", 0)
     out = tmp_path / "a.png"
     settings = trained.Settings(images=(1, 2), questions=2, new_tokens=4)
