@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts, rank_of, stacked
 from attnpack_fx.kernels import ops
+from attnpack_fx.kernels.aten.balance import fits
 from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment
 from attnpack_fx.placement import Placement
 from attnpack_fx.shared import copies, version_of
@@ -39,6 +40,8 @@ class PackedTensor(torch.Tensor):
     lease: the dense tail's rows; `lease.length` of them hold tokens.
     importance: None, or fp32 `[B, N]`, how much queries attended to each token: of the first segment, or of all slots
         there were at the last step (`observing.py`).
+    taken_back: None, or what to go back to when the last call's newest tokens are cropped (`taking_back.py`), and
+        whether this is its key (0) or its value (1).
 
     Where every KV head keeps tokens of its own (`held.heads`), a sample of these is a (sample, head) pair.
 
@@ -49,6 +52,7 @@ class PackedTensor(torch.Tensor):
     held: Held
     lease: TailLease
     importance: Tensor | None
+    taken_back: "tuple[Any, int] | None"
     rows: Tensor
     sizes: Tensor
 
@@ -74,6 +78,7 @@ class PackedTensor(torch.Tensor):
         self.held = held
         self.lease = lease
         self.importance = importance
+        self.taken_back = None
         if traced is not None:
             self.rows, self.sizes = lease.buffer.rows, traced[0]
             return
@@ -114,7 +119,9 @@ class PackedTensor(torch.Tensor):
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes memory."""
-        return [*self.held.tensors, self.lease.buffer.rows, *([] if self.importance is None else [self.importance])]
+        before = [] if self.taken_back is None else self.taken_back[0].tensors[self.taken_back[1]]
+        known = [] if self.importance is None else [self.importance]
+        return [*self.held.tensors, self.lease.buffer.rows, *known, *before]
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -200,7 +207,12 @@ class PackedTensor(torch.Tensor):
         return grown if self.held.angles is None else grown.turned(self.held.angles.untracked())
 
     def crop(self, tokens: int) -> "PackedTensor":
-        """Only the first `tokens` tokens."""
+        """Only the first `tokens` tokens; without those of the last call that are gone, for what methods know, too."""
+        if self.taken_back is not None:
+            before, which = self.taken_back
+            pair = before.cropped(tokens)
+            if pair is not None:
+                return pair[which].handle()
         placed, length = self.placement.tokens, self.held.kept
         held = self.held
         if tokens < placed:
@@ -211,7 +223,10 @@ class PackedTensor(torch.Tensor):
             held = replace(held, angles=held.angles.cropped(length))
         if held.resting is not None:
             held = replace(held, resting=held.resting.crop(tokens))
-        return self._with(held=held, lease=self.lease.buffer.lease(length))
+        importance = self.importance
+        if importance is not None:  # slots that are free again say nothing about tokens that will take them
+            importance = importance[:, : held.packed + length]
+        return PackedTensor(held, self.lease.buffer.lease(length), importance)
 
     def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
@@ -236,9 +251,11 @@ class PackedTensor(torch.Tensor):
         importance = self.importance if to is None or self.importance is None else self.importance.to(to)
         return PackedTensor(self.held.map(function, to, name), lease, importance)
 
-    def _with(self, held: Held | None = None, lease: TailLease | None = None) -> "PackedTensor":
-        lease = lease or self.lease.buffer.lease(self.lease.length)
-        return PackedTensor(held or self.held, lease, self.importance)
+    def handle(self) -> "PackedTensor":
+        """Another handle on the same."""
+        made = PackedTensor(self.held, self.lease.buffer.lease(self.lease.length), self.importance)
+        made.taken_back = self.taken_back
+        return made
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """What Dynamo sees, and guards on at every call: no part, only the dims of the tail and what varies."""
@@ -381,7 +398,7 @@ def _cat(tensors, dim=0):
         if isinstance(new, PackedTensor) or not fits or new.dtype != first.dtype or new.device != first.device:
             return NotImplemented
     if not rest:
-        return first._with()
+        return first.handle()
     return first.append(rest[0] if len(rest) == 1 else torch.cat(rest, dim=2))
 
 
@@ -422,7 +439,7 @@ def _slice(packed, dim=0, start=None, end=None, step=1):
     size = packed.shape[dim]
     start, end, _ = slice(start, end).indices(size)
     if (start, end) == (0, size):
-        return packed._with()
+        return packed.handle()
     if dim == 2 and start == 0:
         return packed.crop(end)
     if dim == 0 and start < end:
@@ -446,6 +463,8 @@ def _index(packed, indices):
 def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None, pin_memory=None, memory_format=None):
     if _is_fake(packed) or pin_memory or (dtype is not None and not dtype.is_floating_point):
         return NotImplemented
+    if dtype is not None and not all(fits(b.coefficient, dtype) for b in packed.held.factors if b.scale is None):
+        return NotImplemented  # every number fits half precision, but not every norm
     target = packed.device if device is None else torch.device(device)
     return packed.map(
         lambda part: aten._to_copy(part, dtype=dtype, device=target, non_blocking=non_blocking), target, ("to", dtype)
@@ -457,7 +476,7 @@ def _clone(packed, *, memory_format=None):
 
 
 def _alias(packed):
-    return NotImplemented if _is_fake(packed) else packed._with()
+    return NotImplemented if _is_fake(packed) else packed.handle()
 
 
 def _zero(packed):

@@ -45,9 +45,7 @@ def expected(rule, tokens):
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-    tokens=TOKENS, budget=BUDGETS, seed=SEEDS, every=st.integers(1, 20), recent=st.integers(0, 12), target=TARGETS
-)
+@given(tokens=TOKENS, budget=BUDGETS, seed=SEEDS, every=st.integers(1, 20), recent=st.integers(0, 12), target=TARGETS)
 def test_who_stays(tokens, budget, seed, every, recent, target):
     if isinstance(budget, int):
         budget = max(budget, recent)
