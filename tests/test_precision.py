@@ -39,14 +39,9 @@ def error(actual: Any, expected: Any) -> float:
 # ---- float64 -----------------------------------------------------------------------------------------------
 
 
-def doubled() -> tuple[Model, dict[str, Tensor]]:
-    inputs = ZOO["llava-gqa"].inputs(2, 3)
-    inputs["pixel_values"] = inputs["pixel_values"].double()
-    return ZOO["llava-gqa"].build("sdpa").double(), inputs
-
-
-def assert_equals_dense(**options: Any) -> None:
-    model, inputs = doubled()
+def assert_equals_dense(name: str = "llava-gqa", **options: Any) -> None:
+    model, inputs = ZOO[name].build("sdpa").double(), ZOO[name].inputs(2, 3)
+    inputs = {key: each.double() if each.is_floating_point() else each for key, each in inputs.items()}
     expected = generated(model, inputs)
     model.compile(backend="attnpack", options=FULL | options)
     actual = generated(model, inputs)
@@ -67,7 +62,8 @@ def test_float64_at_full_rank_is_dense(options: dict[str, Any], without_inductor
 
 
 def test_float64_through_inductor() -> None:
-    assert_equals_dense(key_space="unrotated")
+    """Of a model that is float64 throughout: Llama's norms are fp32, which compiled code rounds in its own way."""
+    assert_equals_dense("gpt2")
 
 
 def test_float64_of_low_rank_is_the_best_there_is() -> None:
@@ -101,8 +97,8 @@ def test_large_keys_and_values_in_half_precision() -> None:
             attention = layer.self_attn
             # Powers of two: what attention returns stays as it was.
             for large, small in ((attention.k_proj, attention.q_proj), (attention.v_proj, attention.o_proj)):
-                large.weight *= 2.0**14
-                small.weight *= 2.0**-14
+                large.weight *= 2.0**13
+                small.weight *= 2.0**-13
     model = model.half()
     inputs = ZOO["llava-gqa"].inputs(1, 0)
     inputs["pixel_values"] = inputs["pixel_values"].half()

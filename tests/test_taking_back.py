@@ -7,14 +7,25 @@ import torch
 import transformers
 from torch import Tensor
 
-from attnpack_fx import AVL, H2O, KIVI, PackPolicy, Partial, RandomEviction, Scissorhands, StreamingLLM
+from attnpack_fx import (
+    AVL,
+    H2O,
+    KIVI,
+    PackPolicy,
+    Partial,
+    RandomEviction,
+    Scissorhands,
+    StreamingLLM,
+    cache_bytes,
+)
 from attnpack_fx.passes.method import Method
+from tests.decoder import Decoder, next_ids, prompt
 from tests.layer_inputs import mirrored
 from tests.stored_inputs import Way
 from tests.zoo import TEXT_TOKENS, ZOO
 
 Model = transformers.PreTrainedModel
-Cache = transformers.DynamicCache
+DecoderCache = list[tuple[Any, Any]]
 
 METHODS: dict[str, tuple[Method, ...]] = {
     "H2O": (H2O(14, every=2),),
@@ -38,46 +49,50 @@ def text(tokens: int, seed: int) -> Tensor:
     return torch.randint(TEXT_TOKENS.start, TEXT_TOKENS.stop, (1, tokens), generator=random)
 
 
-def run(model: Model, calls: list[tuple[int, int]]) -> tuple[Cache, list[Tensor]]:
+def run(policy: PackPolicy, calls: list[tuple[int, int]], batch: int = 1) -> tuple[DecoderCache, list[Tensor]]:
     """A prompt, then further calls; of each so many tokens stay and so many are cropped again.
 
     Returns the cache and, after every call, the logits of what stays.
     """
-    inputs, cache, logits = ZOO["llava-gqa"].inputs(1, 0), transformers.DynamicCache(), []
+    torch._dynamo.reset()
+    model = torch.compile(Decoder(layers=2), backend="attnpack", options={"policy": policy})
+    ids, features = prompt(text=14, vision=10, batch=batch)
+    cache: DecoderCache | None = None
+    logits = []
     for number, (staying, cropped) in enumerate(calls):
-        ids = torch.cat([text(staying, number), text(cropped, 90 + number)], 1)
-        given: dict[str, Any] = {"input_ids": ids}
-        if not number:
-            ids = torch.cat([inputs["input_ids"], ids], 1)
-            given = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with torch.no_grad():
-            out = model(**given, past_key_values=cache, use_cache=True)
-        logits.append(out.logits[:, : ids.shape[1] - cropped])
+        new = torch.cat([next_ids(staying, batch, number), next_ids(cropped, batch, 90 + number)], 1)
+        given = (new, None) if number else (torch.cat([ids, new], 1), features)
+        found, cache = model(*given, cache)
+        end = found.shape[1] - cropped
+        logits.append(found[:, :end])
         if cropped:
-            cache.crop(-cropped)
+            cache = [(key[..., :-cropped, :], value[..., :-cropped, :]) for key, value in cache]
+    assert cache is not None
     return cache, logits
 
 
-@pytest.mark.parametrize("rank", [None, "full"])
-@pytest.mark.parametrize("name", METHODS)
-def test_as_if_they_had_never_been_there(name: str, rank: str | None, without_inductor: None) -> None:
+@pytest.mark.parametrize(
+    ("name", "rank", "batch"),
+    [*((name, None, 1) for name in METHODS), ("AVL", "full", 1), ("H2O", None, 2), ("Scissorhands", "full", 2)],
+)
+def test_as_if_they_had_never_been_there(name: str, rank: str | None, batch: int, without_inductor: None) -> None:
     """At prefill and later; several tokens, all but one, and none."""
-    if rank is not None and len(METHODS[name]) > 1:
-        pytest.skip("once is enough")
-    model = compiled(vision_rank=rank, passes=METHODS[name])
+    policy = PackPolicy(vision_rank=rank, passes=METHODS[name], strict=True)
     calls = [(6, 9), (3, 4), (1, 5), (4, 0), (2, 1), (1, 6)]
-    (cropped, one), (never, other) = run(model, calls), run(model, [(staying, 0) for staying, _ in calls])
+    # More forms of a cache in one test than a program meets.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        cropped, one = run(policy, calls, batch)
+        never, other = run(policy, [(staying, 0) for staying, _ in calls], batch)
     for actual, expected in zip(one, other, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     evicted = False
-    for actual, expected in zip(cropped.layers, never.layers, strict=True):
-        for kind in ("keys", "values"):
-            left, right = getattr(actual, kind), getattr(expected, kind)
+    for actual, expected in zip(cropped, never, strict=True):
+        for left, right in zip(actual, expected, strict=True):
             assert _stored(left) == _stored(right)
             torch.testing.assert_close(left.dense(), right.dense(), atol=1e-4, rtol=1e-4)
-        scores = [_scores(each.keys) for each in (actual, expected)]
+        scores = [_scores(each[0]) for each in (actual, expected)]
         torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
-        evicted |= min(map(len, _stored(actual.keys))) < actual.keys.shape[2]
+        evicted |= min(map(len, _stored(actual[0]))) < actual[0].shape[2]
     assert evicted
 
 
@@ -95,36 +110,36 @@ def _scores(packed: Any) -> Tensor:
 
 
 def test_partial_decompression(without_inductor: None) -> None:
-    model = compiled(vision_rank=8, partial=Partial(regroup_every=2))
+    policy = PackPolicy(vision_rank=8, partial=Partial(regroup_every=2), strict=True)
     calls = [(6, 4), (2, 3), (1, 2), (2, 2)]
-    caches = [run(model, each)[0] for each in (calls, [(staying, 0) for staying, _ in calls])]
-    for actual, expected in zip(*(cache.layers for cache in caches), strict=True):
-        assert torch.equal(actual.keys.index[:, :16], expected.keys.index[:, :16])
-        torch.testing.assert_close(actual.keys.importance, expected.keys.importance, atol=1e-5, rtol=1e-4)
+    caches = [run(policy, each)[0] for each in (calls, [(staying, 0) for staying, _ in calls])]
+    for (actual, _), (expected, _) in zip(*caches, strict=True):
+        assert torch.equal(actual.index[:, :10], expected.index[:, :10])
+        torch.testing.assert_close(actual.importance, expected.importance, atol=1e-5, rtol=1e-4)
 
 
-def test_the_whole_of_a_call_and_more_can_be_cropped(without_inductor: None) -> None:
-    """What went before is then as it was left."""
-    model = compiled(vision_rank=None, passes=(H2O(14, every=2),))
-    cache, _ = run(model, [(6, 0), (3, 0)])
-    cache.crop(-3)
-    before, _ = run(model, [(6, 0)])
-    for actual, expected in zip(cache.layers, before.layers, strict=True):
-        assert all(
-            set(left) <= set(right) for left, right in zip(_stored(actual.keys), _stored(expected.keys), strict=True)
-        )
-        assert actual.keys.shape == expected.keys.shape
+def test_the_whole_of_a_call_can_be_cropped(without_inductor: None) -> None:
+    """What went before is then as it was left, but for what left since."""
+    policy = PackPolicy(vision_rank=None, passes=(H2O(14, every=2),), strict=True)
+    cache, _ = run(policy, [(6, 0), (3, 0)])
+    for (key, _), (before, _) in zip(cache, run(policy, [(6, 0)])[0], strict=True):
+        cropped = key[..., :-3, :]
+        assert cropped.shape == before.shape
+        pairs = zip(_stored(cropped), _stored(before), strict=True)
+        assert all(set(left) <= set(right) for left, right in pairs)
 
 
 def test_nothing_is_kept_once_the_next_call_has_begun(without_inductor: None) -> None:
-    """Nor after a call of one token, which is no draft."""
-    model = compiled(vision_rank=None, passes=(H2O(14),))
-    cache, _ = run(model, [(6, 2)])
-    held = [layer.keys for layer in cache.layers]
-    assert all(key.taken_back is not None for key in held)
-    with torch.no_grad():
-        model(input_ids=text(1, 0), past_key_values=cache, use_cache=True)
-    assert all(key.taken_back is None for key in [*held, *(layer.keys for layer in cache.layers)])
+    """Nor after a call of one token, which is no draft. Until then it counts as memory."""
+    policy = PackPolicy(vision_rank=None, passes=(H2O(14),), strict=True)
+    model = torch.compile(Decoder(layers=2), backend="attnpack", options={"policy": policy})
+    _, cache = model(*prompt(text=14, vision=10))
+    held = [part for pair in cache for part in pair]
+    assert all(part.taken_back is not None for part in held)
+    before = cache_bytes(held)
+    _, later = model(next_ids(1), None, cache)
+    assert all(part.taken_back is None for part in [*held, *(part for pair in later for part in pair)])
+    assert cache_bytes(held) < before / 1.5
 
 
 def test_slots_that_are_free_again_say_nothing_of_tokens_that_take_them() -> None:

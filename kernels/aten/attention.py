@@ -78,7 +78,7 @@ def attention(
     for start in range(0, queries, tile):
         part = query if tile >= queries else query[:, :, start : start + tile]
         count = part.shape[2]
-        q = (part * scale).to(work).reshape(batch * kv_heads, -1, key_dim)
+        q = (part.to(work) * scale).reshape(batch * kv_heads, -1, key_dim)
         scores, first = [], 0
         for segment in keys:
             scores.append(_scores(q, segment, rotary, first, batch))
