@@ -3,11 +3,12 @@
 Methods have acted on that call by then: rejected queries have added to what is known about every token, and tokens may
 have left on their account. So a call of several tokens, as is a prompt with drafts behind it, is kept as it was before
 methods acted, until the next call begins. Where its newest tokens are cropped before that, methods act anew on what is
-left, and the cache is as if the others had never been there. What was packed or folded with them has seen them all the
-same: factors of low rank are of all tokens of the call.
+left, and the cache is as if the others had never been there. What was packed with them has seen them all the same:
+factors of low rank are of all tokens of a prompt. And a call attends to what there is when it begins: nothing leaves
+between its tokens, as it may between calls of one token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -68,6 +69,13 @@ def remember(called: Sequence[Called | None], layers: Sequence[CachedLayer]) -> 
         if before is not None:
             layer.key, layer.value = layer.key.handle(), layer.value.handle()
             layer.key.taken_back, layer.value.taken_back = (before, 0), (before, 1)
+
+
+def settle(tensors: Iterable[Tensor]) -> None:
+    """Let tensors of a cache drop what a crop would go back to, as the next call does: for who counts bytes now."""
+    for tensor in tensors:
+        if isinstance(tensor, PackedTensor):
+            tensor.taken_back = None
 
 
 def _without(layer: CachedLayer, tokens: int, asked: Observation | None) -> CachedLayer | None:

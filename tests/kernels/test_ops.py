@@ -50,7 +50,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("operator", [attnpack.attention.default, attnpack.attention_weights.default])
+@pytest.mark.parametrize(
+    "operator", [attnpack.attention.default, attnpack.attention_weights.default, attnpack.attention_each.default]
+)
 def test_attention(shape, operator):
     opcheck(operator, tuple(attention_arguments(shape).values()))
 
@@ -183,5 +185,5 @@ def test_decode_steps_compile_once_and_match_eager():
 
 def test_operators_explain_themselves():
     names = ("plan", "compress", "sketch", "align", "fold", "take_rows", "append_", "decompress", "attention")
-    for name in (*names, "attention_weights", "observe"):
+    for name in (*names, "attention_weights", "attention_each", "observe", "observe_newest"):
         assert getattr(ops, name).__doc__ == getattr(attnpack, name).__doc__ != ""
