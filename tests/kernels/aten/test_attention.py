@@ -215,11 +215,8 @@ def test_the_weights_of_the_newest_queries_each_by_itself(each, tile, monkeypatc
     torch.testing.assert_close(seen[:, 0], older)
 
 
-def test_small_queries_in_half_precision_keep_their_digits():
-    """Large keys make for small queries; scaled in half precision these would be where it tells few numbers apart."""
-    arguments = attention_arguments(Shapes(dtype=torch.float16, queries=1))
-    arguments["query"] = arguments["query"] * 2.0**-12
-    arguments["key_tail"] = arguments["key_tail"] * 2.0**12
-    arguments["key_coefficients"] = [each * 2.0**8 for each in arguments["key_coefficients"]]
-    arguments["key_bases"] = [each * 2.0**4 for each in arguments["key_bases"]]
-    assert relative_error(attention(**arguments), reference.attention(**arguments)) < 6e-4
+def test_queries_in_half_precision_are_scaled_in_single():
+    """As in scaled_dot_product_attention: rounded once more, large scores are off by what softmax makes much of."""
+    arguments = attention_arguments(Shapes(dtype=torch.float16, queries=1)) | {"scale": 0.3}
+    arguments["query"] = arguments["query"] * 16
+    assert relative_error(attention(**arguments), reference.attention(**arguments)) < 5e-4
