@@ -16,7 +16,7 @@ from torch._library.fake_impl import allocate_size
 from attnpack_fx.kernels import aten
 from attnpack_fx.kernels.aten.svd import sketch_size
 from attnpack_fx.kernels.no_gradient import refuse_gradient
-from attnpack_fx.kernels.parts import NEWEST, ROWS, first_blocks
+from attnpack_fx.kernels.parts import ROWS, first_blocks
 from attnpack_fx.kernels.registering import LIBRARY, fake, operator, triton
 
 
@@ -218,7 +218,7 @@ def decompress(
 
 @fake("decompress")
 def _(coefficients, bases, tail, length, index, slot, cos, sin, interleaved, axes, blocks, scales, owners):
-    kept = index.shape[1] - _packed(coefficients, blocks)
+    kept = index.shape[1] - packed_slots(coefficients, blocks)
     _, batch, heads, dim = tail.shape
     return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
 
@@ -310,42 +310,6 @@ def attention_weights(
     return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=True)
 
 
-@operator()
-def attention_each(
-    query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    length: int,
-    index: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """`attention_weights` of several queries, of the newest each by itself: what drafts take back when they go.
-
-    Arguments and first result as in `attention`; the second fp32 `[B, 1 + n, slots]`, n the least of `NEWEST` and Tq:
-    weights averaged over query heads, first the sum of those of older queries, then of the newest n each, in order.
-    """
-    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
-    more = key_scales, value_scales, key_owners, value_owners
-    return aten.attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=True, each=NEWEST)
-
-
 def _attention(query: Tensor, *arguments: Any, weights: bool) -> tuple[Tensor, Tensor]:
     implementation = triton if _has_kernels(query, *arguments, weights=weights) else aten
     return implementation.attention(query, *arguments, weights)
@@ -366,20 +330,12 @@ def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_t
 @fake("attention_weights")
 def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *rest):
     batch, heads, queries, _ = query.shape
-    slots = _packed(key_coefficients, rest[8]) + length
+    slots = packed_slots(key_coefficients, rest[8]) + length
     out = query.new_empty((batch, heads, queries, value_tail.shape[-1]))
     return out, query.new_empty((batch, slots), dtype=torch.float32)
 
 
-@fake("attention_each")
-def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *rest):
-    batch, heads, queries, _ = query.shape
-    slots = _packed(key_coefficients, rest[8]) + length
-    out = query.new_empty((batch, heads, queries, value_tail.shape[-1]))
-    return out, query.new_empty((batch, 1 + torch.sym_min(queries, NEWEST), slots), dtype=torch.float32)
-
-
-def _packed(coefficients: Sequence[Tensor], blocks: Sequence[int]) -> int:
+def packed_slots(coefficients: Sequence[Tensor], blocks: Sequence[int]) -> int:
     """How many slots the segments have."""
     return sum(coefficients[number].shape[1] for number in first_blocks(len(coefficients), blocks))
 
@@ -419,36 +375,13 @@ def _(query, key, mask, scale, is_causal, statistic, window, real):
     return query.new_empty(key.shape[:3], dtype=torch.float32)
 
 
-@operator()
-def observe_newest(
-    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, is_causal: bool, pivotal: bool, together: bool
-) -> Tensor:
-    """What `observe` sums, of each of the newest queries of a prompt by itself.
-
-    query, key, mask, scale, is_causal: as in `observe`; pivotal: 1 where it gives a token A >= 1 / t, else 0, instead
-    of the weight A itself; together: with A averaged over all query heads.
-    Returns fp32 `[B, H, n, T]`, with `together` `[B, 1, n, T]`, n the least of `NEWEST` and Tq, queries in order.
-    """
-    return aten.observe_newest(query, key, mask, scale, is_causal, pivotal, together, NEWEST)
-
-
-@fake("observe_newest")
-def _(query, key, mask, scale, is_causal, pivotal, together):
-    heads = 1 if together else key.shape[1]
-    rows = torch.sym_min(query.shape[2], NEWEST)
-    return query.new_empty((key.shape[0], heads, rows, key.shape[2]), dtype=torch.float32)
-
-
-def _no_part_in_training(ctx, inputs, output):
+def no_part_in_training(ctx, inputs, output):
     ctx.mark_non_differentiable(output)
 
 
 # It stands in prefills that may be trained through; what it observes is no function of the loss.
 torch.library.register_autograd(
-    "attnpack::observe", lambda ctx, grad: (None,) * 8, setup_context=_no_part_in_training, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "attnpack::observe_newest", lambda ctx, grad: (None,) * 7, setup_context=_no_part_in_training, lib=LIBRARY
+    "attnpack::observe", lambda ctx, grad: (None,) * 8, setup_context=no_part_in_training, lib=LIBRARY
 )
 
 
@@ -477,7 +410,6 @@ def _(coefficient, basis, rows, rank):
 
 refuse_gradient("attention")
 refuse_gradient("attention_weights")
-refuse_gradient("attention_each")
 
 
 @operator()

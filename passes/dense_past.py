@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels import ops, ops_newest  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.asks import acting, acts_on_cache, asks_for_modality, codes_unrotated, heads_apart, observation
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation

@@ -3,7 +3,7 @@
 import torch
 from torch.fx import Node
 
-from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels import ops, ops_newest  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.cleanup import writes
 from attnpack_fx.passes.state import GraphState
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpack_fx import AVL, H2O, PackedTensor, PackPolicy, Partial, Scissorhands
-from attnpack_fx.kernels import ops
+from attnpack_fx.kernels import ops, ops_newest
 from attnpack_fx.observing import observe
 from attnpack_fx.passes.method import Method, Observation
 from tests.decoder import IMAGE, Decoder, next_ids, prompt
@@ -114,7 +114,7 @@ def step(mirror: Mirror, queries: int = 1) -> Tensor:
     kinds = one.layout, other.layout, one.scales, other.scales, one.owners, other.owners
     factors = one.coefficients, one.bases, other.coefficients, other.bases
     ragged = key.placement.ragged
-    weighing = ops.attention_weights if queries == 1 else ops.attention_each
+    weighing = ops.attention_weights if queries == 1 else ops_newest.attention_each
     _, seen = weighing(asked, *factors, *tails, one.index, None, DIM**-0.5, ragged, *one.rotary, *kinds)
     mirror.layer = replace(mirror.layer, observed=seen, added=queries)
     scores = query.double() @ mirror.dense("key").double().repeat_interleave(GROUP, 1).mT * DIM**-0.5

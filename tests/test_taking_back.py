@@ -183,7 +183,8 @@ def test_prompt_lookup_through_inductor(fresh_dynamo: None) -> None:
     expected = generated(model, inputs, 20)
     actual = generated(model, inputs, 20, prompt_lookup_num_tokens=3)
     assert_same(actual, expected)
-    assert min(map(len, _stored(actual.past_key_values.layers[0].keys))) < ids.shape[1]
+    key = actual.past_key_values.layers[0].keys
+    assert [len(row) for row in _stored(key)] == [key.shape[2] - 8] * 2  # half of 16 vision tokens have left
 
 
 @pytest.mark.parametrize("name", ["H2O", "Scissorhands", "StreamingLLM"])

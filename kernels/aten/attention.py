@@ -53,7 +53,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing.
 
-    each: not 0: of so many of the newest queries each by itself, as in `ops.attention_each`.
+    each: not 0: of so many of the newest queries each by itself, as in `ops_newest.attention_each`.
     """
     batch, heads, queries, key_dim = query.shape
     kv_heads, value_dim = value_tail.shape[2:]

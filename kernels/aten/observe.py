@@ -71,7 +71,7 @@ def observe_newest(
     together: bool,
     newest: int,
 ) -> Tensor:
-    """See `ops.observe_newest`; newest: the most queries."""
+    """See `ops_newest.observe_newest`; newest: the most queries."""
     batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     _check(queries, tokens, mask, is_causal, STATISTICS[0], 0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from attnpack_fx.kernels import ops
+from attnpack_fx.kernels import ops, ops_newest
 from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
 
 from .inputs import Shapes, assert_close, attention_arguments, decompress_arguments
@@ -185,5 +185,15 @@ def test_decode_steps_compile_once_and_match_eager():
 
 def test_operators_explain_themselves():
     names = ("plan", "compress", "sketch", "align", "fold", "take_rows", "append_", "decompress", "attention")
-    for name in (*names, "attention_weights", "attention_each", "observe", "observe_newest"):
+    for name in (*names, "attention_weights", "observe"):
         assert getattr(ops, name).__doc__ == getattr(attnpack, name).__doc__ != ""
+    for name in ("attention_each", "observe_newest"):
+        assert getattr(ops_newest, name).__doc__ == getattr(attnpack, name).__doc__ != ""
+
+
+@pytest.mark.parametrize("pivotal", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("queries", [3, 40])
+def test_observe_newest(pivotal, together, queries):
+    query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 2, 40, 8)
+    opcheck(attnpack.observe_newest.default, (query, key, None, 0.3, False, pivotal, together))
