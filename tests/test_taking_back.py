@@ -162,16 +162,11 @@ def generated(model: Model, inputs: dict[str, Tensor], tokens: int, **how: Any) 
 
 
 def assert_same(actual: Any, expected: Any) -> None:
+    """The same answer, of the same stored tokens, of which the same is known."""
     assert torch.equal(actual.sequences, expected.sequences)
     for one, other in zip(actual.past_key_values.layers, expected.past_key_values.layers, strict=True):
-        # The last call may have left a token of the answer out, or not.
-        shortest = min(one.keys.shape[2], other.keys.shape[2])
-        assert shortest >= actual.sequences.shape[1] - 2
-        left, right = (
-            [[position for position in row if position < shortest] for row in _stored(each.keys)]
-            for each in (one, other)
-        )
-        assert left == right
+        assert one.keys.shape == other.keys.shape and _stored(one.keys) == _stored(other.keys)
+        torch.testing.assert_close(_scores(one.keys), _scores(other.keys), atol=1e-4, rtol=1e-4)
 
 
 def test_prompt_lookup_through_inductor(fresh_dynamo: None) -> None:
@@ -187,10 +182,9 @@ def test_prompt_lookup_through_inductor(fresh_dynamo: None) -> None:
     assert [len(row) for row in _stored(key)] == [key.shape[2] - 8] * 2  # half of 16 vision tokens have left
 
 
-@pytest.mark.parametrize("name", ["H2O", "Scissorhands", "StreamingLLM"])
-def test_an_assistant(name: str, without_inductor: None) -> None:
-    """Its drafts alone would fill the budget: nothing leaves on their account. What stays are the tokens themselves."""
-    rule = {"H2O": H2O(40), "Scissorhands": Scissorhands(40), "StreamingLLM": StreamingLLM(4, 36)}[name]
+@pytest.mark.parametrize("rule", [H2O(40), Scissorhands(40)], ids=lambda rule: rule.name)
+def test_an_assistant(rule: Method, without_inductor: None) -> None:
+    """Most of its drafts are rejected, and they have been part of the very first call."""
     model, inputs = compiled("llama", vision_rank=None, passes=(rule,)), ZOO["llama"].inputs(1, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
