@@ -16,8 +16,11 @@ class CachedLayer:
     prefill: whether the layer has just been packed; skipped: whether the policy leaves it alone.
     text: how the layer stores text, where tokens may be folded into it.
     observed: what this call's attention told: after a decode step how much it attended to every slot, fp32
-        `[B', slots]`, averaged over queries; after prefill what `Observation` asks, of every logical position, fp32
-        `[1 or 2, B', T]`, the second of tokens that are no vision tokens. None where nothing was asked.
+        `[B', slots]`; after several tokens `[B', 1 + n, slots]`, the sum over older queries, then each of the newest n;
+        after prefill what `Observation` asks, of every logical position, fp32 `[1 or 2, B', T]`, the second of tokens
+        that are no vision tokens. None where nothing was asked.
+    newest: after prefill what each of the newest n queries added to that (of the newest alone: its row), fp32
+        `[B', n, T]`, or `[B, n, T]` of samples; None as before.
     """
 
     number: int | None
@@ -28,6 +31,7 @@ class CachedLayer:
     skipped: bool = False
     text: Stored | None = None
     observed: Tensor | None = None
+    newest: Tensor | None = None
 
     @property
     def slots(self) -> int:

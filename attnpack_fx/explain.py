@@ -15,6 +15,7 @@ from attnpack_fx.compiling import called_through
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT, SiteReport
 from attnpack_fx.policy import PackPolicy
+from attnpack_fx.taking_back import settle
 
 _DECODE_STEPS = 2
 
@@ -100,6 +101,7 @@ def _run(model: torch.nn.Module, inputs: dict[str, Any]) -> list[tuple[Tensor, T
         )
         return hf.keys_and_values(out.past_key_values)
     leaves = [leaf for leaf in tree_leaves(model(**inputs)) if isinstance(leaf, Tensor) and leaf.dim() == 4]
+    settle(leaves)
     return list(zip(leaves[0::2], leaves[1::2], strict=True))
 
 

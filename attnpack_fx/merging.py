@@ -13,6 +13,7 @@ from torch import Tensor
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.coding import due, oldest, place_all, with_rows
 from attnpack_fx.held import ROW_SEGMENT
+from attnpack_fx.kernels.aten.balance import overflow
 from attnpack_fx.kernels.aten.plan import positions
 from attnpack_fx.kernels.parts import RowForm, Rows
 from attnpack_fx.moving import gathered
@@ -96,7 +97,11 @@ def _blocks(
 ) -> list[Rows[Tensor]]:
     """The block of either layer, which differ in magnitudes alone."""
     direction = gathered(direction, order)
-    sizes = [gathered(norm, order).to(direction.dtype) for norm in norms]
+    sizes = [gathered(norm, order) for norm in norms]
+    scale = overflow(torch.cat(sizes, 2), direction.dtype)
+    if scale is not None:  # a norm may be beyond half precision where every number fits
+        direction, sizes = direction * scale[..., None].to(direction.dtype), [size / scale for size in sizes]
+    sizes = [size.to(direction.dtype) for size in sizes]
     if coding is None:
         form = RowForm(bits=0, group=direction.shape[3])
         return [Rows(form, direction, size[..., None]) for size in sizes]

@@ -32,7 +32,8 @@ def _moving_average(layer: CachedLayer, weights: Tensor, partial: Partial) -> Te
     old = layer.key.importance
     assert old is not None
     kept = partial.momentum**layer.added
-    return old * kept + weights[:, : old.shape[1]] * (1 - kept)
+    mean = weights if weights.dim() == 2 else weights.sum(1) / max(layer.added, 1)
+    return old * kept + mean[:, : old.shape[1]] * (1 - kept)
 
 
 def _of_prompt(layer: CachedLayer, observed: Tensor) -> Tensor:
@@ -56,9 +57,18 @@ def _updated(layer: CachedLayer, weights: Tensor, asked: Observation) -> Tensor:
 
 
 def _after(kind: str, old: Tensor, weights: Tensor, queries: int, stored: Tensor | int) -> Tensor:
-    """Of several queries, whose mean weights are all that is known, each counts as the mean."""
+    """weights: as in `CachedLayer`. Of older queries, whose sum is all that is known, each counts as their mean."""
+    older, newest = (None, weights[:, None]) if weights.dim() == 2 else (weights[:, 0], weights[:, 1:])
+    count = newest.shape[1]
     if kind == "last":
-        return weights
+        return newest[:, -1]
     if kind == "sum":
-        return old.add(weights, alpha=queries)
-    return old.add(weights * stored >= 1, alpha=queries)
+        return old + newest.sum(1) if older is None else old + older + newest.sum(1)
+    # The newest query sees all tokens, those before it one less each.
+    behind = torch.arange(count - 1, -1, -1, device=weights.device)[:, None]
+    sight = (stored if isinstance(stored, int) else stored[:, None]) - behind
+    made = old + (newest * sight >= 1).sum(1)
+    if older is not None and queries > count:
+        many = queries - count
+        made = made.add(older * (stored - count) >= many, alpha=many)
+    return made

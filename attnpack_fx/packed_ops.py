@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.held import stacked
+from attnpack_fx.kernels.aten.balance import fits
 from attnpack_fx.memoryless import Memoryless, is_fake
 from attnpack_fx.shared import made_of
 from attnpack_fx.tail import allocate
@@ -112,6 +113,8 @@ def _index(packed, indices):
 def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None, pin_memory=None, memory_format=None):
     if is_fake(packed) or pin_memory or (dtype is not None and not dtype.is_floating_point):
         return NotImplemented
+    if dtype is not None and not all(fits(b.coefficient, dtype) for b in packed.held.factors if b.scale is None):
+        return NotImplemented  # every number fits half precision, but not every norm
     target = packed.device if device is None else torch.device(device)
     return packed.map(
         lambda part: aten._to_copy(part, dtype=dtype, device=target, non_blocking=non_blocking), target, ("to", dtype)

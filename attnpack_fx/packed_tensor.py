@@ -36,6 +36,8 @@ class PackedTensor(Memoryless):
     lease: the dense tail's rows; `lease.length` of them hold tokens.
     importance: None, or fp32 `[B, N]`, how much queries attended to each token: of the first segment, or of all slots
         there were at the last step (`observing.py`).
+    taken_back: None, or what to go back to when the last call's newest tokens are cropped (`taking_back.py`), and
+        whether this is its key (0) or its value (1).
 
     Where every KV head keeps tokens of its own (`held.heads`), a sample of these is a (sample, head) pair.
 
@@ -46,6 +48,7 @@ class PackedTensor(Memoryless):
     held: Held
     lease: TailLease
     importance: Tensor | None
+    taken_back: "tuple[Any, int] | None"
     rows: Tensor
     sizes: Tensor
 
@@ -76,6 +79,7 @@ class PackedTensor(Memoryless):
         self.held = held
         self.lease = lease
         self.importance = importance
+        self.taken_back = None
         if traced is not None:
             self.rows, self.sizes = lease.buffer.rows, traced[0]
             return
@@ -116,7 +120,9 @@ class PackedTensor(Memoryless):
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes memory."""
-        return [*self.held.tensors, self.lease.buffer.rows, *([] if self.importance is None else [self.importance])]
+        before = [] if self.taken_back is None else self.taken_back[0].tensors[self.taken_back[1]]
+        known = [] if self.importance is None else [self.importance]
+        return [*self.held.tensors, self.lease.buffer.rows, *known, *before]
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -202,7 +208,12 @@ class PackedTensor(Memoryless):
         return grown if self.held.angles is None else grown.turned(self.held.angles.untracked())
 
     def crop(self, tokens: int) -> "PackedTensor":
-        """Only the first `tokens` tokens."""
+        """Only the first `tokens` tokens; without those of the last call that are gone, for what methods know, too."""
+        if self.taken_back is not None:
+            before, which = self.taken_back
+            pair = before.cropped(tokens)
+            if pair is not None:
+                return pair[which].handle()
         placed, length = self.placement.tokens, self.held.kept
         held = self.held
         if tokens < placed:
@@ -213,7 +224,10 @@ class PackedTensor(Memoryless):
             held = replace(held, angles=held.angles.cropped(length))
         if held.resting is not None:
             held = replace(held, resting=held.resting.crop(tokens))
-        return self.handle(held=held, lease=self.lease.buffer.lease(length))
+        importance = self.importance
+        if importance is not None:  # slots that are free again say nothing about tokens that will take them
+            importance = importance[:, : held.packed + length]
+        return PackedTensor(held, self.lease.buffer.lease(length), importance)
 
     def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
@@ -238,10 +252,11 @@ class PackedTensor(Memoryless):
         importance = self.importance if to is None or self.importance is None else self.importance.to(to)
         return PackedTensor(self.held.map(function, to, name), lease, importance)
 
-    def handle(self, held: Held | None = None, lease: TailLease | None = None) -> "PackedTensor":
-        """Another handle on the same parts, or on these."""
-        lease = lease or self.lease.buffer.lease(self.lease.length)
-        return PackedTensor(held or self.held, lease, self.importance)
+    def handle(self) -> "PackedTensor":
+        """Another handle on the same."""
+        made = PackedTensor(self.held, self.lease.buffer.lease(self.lease.length), self.importance)
+        made.taken_back = self.taken_back
+        return made
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """What Dynamo sees, and guards on at every call: no part, only the dims of the tail and what varies."""

@@ -32,6 +32,7 @@ from attnpack_fx.passes.state import (
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.regrouping import weighed
 from attnpack_fx.shared import Alike
+from attnpack_fx.taking_back import provisional, remember
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Runtime:
     def __call__(self, *arguments: Any) -> list[Any]:
         for key, value in self._pairs:
             _check_pair(arguments[key], arguments[value])
+            arguments[key].taken_back = arguments[value].taken_back = None  # what it holds stays
         grown: dict[int, PackedTensor] = {}
         flat = [feed(arguments, grown) for feed in self._feeders]
         results = self._compiled(*flat)
@@ -70,16 +72,20 @@ class Runtime:
         for spec in self._layers:
             key, value = outputs[spec.key], outputs[spec.value]
             grown = self._outputs[spec.key]
+            newest = None
             if spec.count is not None:
                 added = spec.count.evaluate(arguments)
                 weights = grown.weights if isinstance(grown, Grown) else None
                 observed = None if weights is None else results[weights]
             else:
                 key, added = weighed(key, self._policy), key.shape[2]
-                observed = None if spec.scores is None else _observed(results, spec, key)
+                observed, newest = _observed(results, spec, key), _newest(results, spec, key)
             prefill = spec.count is None
-            layers.append(CachedLayer(spec.number, key, value, added, prefill, spec.skipped, spec.text, observed))
+            known = spec.skipped, spec.text, observed, newest
+            layers.append(CachedLayer(spec.number, key, value, added, prefill, *known))
+        called = provisional(layers, self._policy)
         maintain(layers, self._policy)
+        remember(called, layers)
         for spec, layer in zip(self._layers, layers, strict=True):
             outputs[spec.key], outputs[spec.value] = layer.key, layer.value
 
@@ -105,17 +111,29 @@ class Runtime:
             modality.carry(mask, flowing)
 
 
-def _observed(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor:
+def _observed(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor | None:
     """What prefill observed, `[1 or 2, B', T]` in logical order: of every head, or their mean."""
-    assert spec.scores is not None
+    if spec.scores is None:
+        return None
     scores: Tensor = results[spec.scores]
-    scores = scores if scores.dim() == 4 else scores[None]
-    if spec.observed is not None:
-        rows = results[spec.observed][:, None].expand(-1, scores.shape[2], -1)
-        # Filler goes to an extra last column, which is cut off.
-        whole = scores.new_zeros((*scores.shape[:3], key.shape[2] + 1))
-        scores = whole.scatter(3, (rows % whole.shape[3]).expand_as(scores), scores)[..., :-1]
+    scores = _in_order(scores if scores.dim() == 4 else scores[None], 1, results, spec, key)
     return scores.flatten(1, 2) if key.held.heads else scores.mean(2)
+
+
+def _newest(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor | None:
+    """What each of its newest queries did, `[B', n, T]`."""
+    return None if spec.newest is None else _in_order(results[spec.newest], 0, results, spec, key).flatten(0, 1)
+
+
+def _in_order(scores: Tensor, samples: int, results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor:
+    """Of all logical positions, from four dims whose last one counts what a pruned prompt left; samples: which dim."""
+    if spec.observed is None:
+        return scores
+    rows: Tensor = results[spec.observed]
+    rows = rows.view(*(-1 if dim == samples else 1 for dim in range(3)), rows.shape[1])
+    # Filler goes to an extra last column, which is cut off.
+    whole = scores.new_zeros((*scores.shape[:3], key.shape[2] + 1))
+    return whole.scatter(3, (rows % whole.shape[3]).expand_as(scores), scores)[..., :-1]
 
 
 def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]], Any]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.held import Loss
+from attnpack_fx.kernels.aten.balance import lengths
 from attnpack_fx.kernels.aten.quantize import quantize
 from attnpack_fx.kernels.parts import Block, Segment
 from attnpack_fx.passes.storage import Columns, both
@@ -24,7 +25,7 @@ def store(
     kept = coefficient.shape[2]
     if columns.energy is not None:
         assert squares is not None
-        kept = _rank_of(coefficient, columns.energy, squares)
+        kept = _rank_of(_long(coefficient, basis, owner), columns.energy, squares)
     if owner is not None and (basis.shape[0] == 1 or torch.equal(owner, torch.arange(len(owner), device=owner.device))):
         owner = None  # one basis for all, or one for each in order
     blocks: list[Block[Tensor]] = []
@@ -38,7 +39,7 @@ def store(
     loss = None
     if squares is not None:
         squares = squares.double()
-        held = coefficient[:, :, :kept].double().square().sum((1, 2))
+        held = _long(coefficient[:, :, :kept], basis, owner).square().sum((1, 2))
         loss = Loss(squares, (squares - held).clamp(min=0).sqrt())
     return Segment(tuple(blocks)), loss
 
@@ -60,9 +61,18 @@ def squares_of(tokens: Tensor, index: Tensor) -> Tensor:
     return chosen.masked_fill_(index < 0, 0).sum(1)
 
 
+def _long(coefficient: Tensor, basis: Tensor, owner: Tensor | None) -> Tensor:
+    """Coefficients in float64, as they are of a basis whose rows have length 1."""
+    wide = coefficient.double()
+    if coefficient.dtype != torch.float16:
+        return wide
+    of_bases = lengths(basis)[:, None, None]
+    return wide * (of_bases if owner is None else of_bases.index_select(0, owner))
+
+
 def _rank_of(coefficient: Tensor, energy: float, squares: Tensor) -> int:
     """The smallest rank that keeps that share of the squared Frobenius norm of every sample, at least 1."""
-    held = coefficient.double().square().sum(1).cumsum(1)
+    held = coefficient.square().sum(1).cumsum(1)
     enough = held >= energy * squares.double()[:, None]
     # Samples that never get there keep all columns.
     short = (~enough).sum(1).clamp(max=coefficient.shape[2] - 1)

@@ -31,7 +31,8 @@ def by_kind(tensors: Iterable[Tensor]) -> dict[str, int]:
     coefficients, bases: of vision tokens, "text coefficients" and "text bases" of all others. codes: of coded rows, or
     rows themselves where a merged pair shares them. dense: tail rows that hold tokens, resting ones too, and tensors
     that are not packed; retained: tail rows that merged layers keep as they are; spare: tail rows that hold none yet.
-    placement: which token is where. observed: attention of stored tokens.
+    placement: which token is where. observed: attention of stored tokens. drafts: what a crop of the last call would go
+    back to, until the next one begins.
     """
     found: dict[str, int] = {}
     seen: set[int] = set()
@@ -80,6 +81,7 @@ def _parts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from (("cos, sin", each) for each in (resting.axes,) if each is not None)
         yield from (("observed", each) for each in (resting.importance,) if each is not None)
     yield from (("other", each) for each in held.tensors)
+    yield from (("drafts", each) for each in tensor.tensors)
 
 
 def _of_block(block: Block[Tensor], modality: str) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,7 @@ from attnpack_fx.export.model import Parts, added_to_layers, image_features
 from attnpack_fx.export.portable import turned_back
 from attnpack_fx.export.signature import TensorSpec
 from attnpack_fx.kernels import ops
+from attnpack_fx.kernels.aten.balance import balanced
 from attnpack_fx.kernels.parts import Block, PackedParts, RowForm, Rows, Segment
 
 #: How many matrices are factorised together, at most: copies in fp32 live as long.
@@ -320,8 +321,9 @@ def _factors(every: Sequence[tuple[tuple[BlockSpec, ...], Tensor]], filler: Tens
     made: dict[str, Tensor] = {}
     for number, (blocks, tokens) in enumerate(every):
         own = slice(number * batch, (number + 1) * batch)
-        coefficient = coefficients[own].masked_fill(filler, 0).to(tokens.dtype)
-        basis = bases[own].unflatten(2, (heads, -1)).transpose(1, 2).to(tokens.dtype)
+        coefficient = coefficients[own].masked_fill(filler, 0)
+        coefficient, basis = balanced(coefficient, bases[own], tokens.dtype)
+        basis = basis.unflatten(2, (heads, -1)).transpose(1, 2)
         first = 0
         for block in blocks:
             end = first + block.rank

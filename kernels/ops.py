@@ -24,6 +24,11 @@ def _implementation(tensor: Tensor) -> Any:
     return triton if triton is not None and tensor.is_cuda else aten
 
 
+def _factoring(tensor: Tensor) -> Any:
+    """As `_implementation`; kernels factor in fp32 alone."""
+    return aten if tensor.dtype == torch.float64 else _implementation(tensor)
+
+
 @operator()
 def plan(
     modality: Tensor | None,
@@ -68,11 +73,13 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Truncated SVD of selected tokens, heads concatenated (AttentionPack, section 3.2).
 
     x: `[B, H, T, D]`; index: int64 `[B, N]`, -1 for filler; rank: at least 1.
-    Returns coefficient `[B, N, R]` and basis `[B, H, R, D]` in x's dtype, `R = min(rank, N, H * D)`, factored in fp32.
+    Returns coefficient `[B, N, R]` and basis `[B, H, R, D]` in x's dtype, `R = min(rank, N, H * D)`, factored in fp32,
+    or in float64 where x is, by ATen then on every device. In half precision a power of two may stand in the basis
+    (`aten/balance.py`).
     Raises ValueError when a selected token holds NaN or Inf (on a GPU: a device-side assertion, so as not to wait for
     it).
     """
-    return _implementation(x).compress(x, index, rank)
+    return _factoring(x).compress(x, index, rank)
 
 
 @fake("compress")
@@ -211,7 +218,7 @@ def decompress(
 
 @fake("decompress")
 def _(coefficients, bases, tail, length, index, slot, cos, sin, interleaved, axes, blocks, scales, owners):
-    kept = index.shape[1] - _packed(coefficients, blocks)
+    kept = index.shape[1] - packed_slots(coefficients, blocks)
     _, batch, heads, dim = tail.shape
     return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
 
@@ -323,12 +330,12 @@ def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_t
 @fake("attention_weights")
 def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *rest):
     batch, heads, queries, _ = query.shape
-    slots = _packed(key_coefficients, rest[8]) + length
+    slots = packed_slots(key_coefficients, rest[8]) + length
     out = query.new_empty((batch, heads, queries, value_tail.shape[-1]))
     return out, query.new_empty((batch, slots), dtype=torch.float32)
 
 
-def _packed(coefficients: Sequence[Tensor], blocks: Sequence[int]) -> int:
+def packed_slots(coefficients: Sequence[Tensor], blocks: Sequence[int]) -> int:
     """How many slots the segments have."""
     return sum(coefficients[number].shape[1] for number in first_blocks(len(coefficients), blocks))
 
@@ -368,13 +375,13 @@ def _(query, key, mask, scale, is_causal, statistic, window, real):
     return query.new_empty(key.shape[:3], dtype=torch.float32)
 
 
-def _no_part_in_training(ctx, inputs, output):
+def no_part_in_training(ctx, inputs, output):
     ctx.mark_non_differentiable(output)
 
 
 # It stands in prefills that may be trained through; what it observes is no function of the loss.
 torch.library.register_autograd(
-    "attnpack::observe", lambda ctx, grad: (None,) * 8, setup_context=_no_part_in_training, lib=LIBRARY
+    "attnpack::observe", lambda ctx, grad: (None,) * 8, setup_context=no_part_in_training, lib=LIBRARY
 )
 
 
@@ -387,7 +394,7 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
     `[B]`: the
     Frobenius norm of what this truncation dropped. Raises ValueError when a row holds NaN or Inf, as `compress` does.
     """
-    return _implementation(basis).fold(coefficient, basis, rows, rank)
+    return _factoring(basis).fold(coefficient, basis, rows, rank)
 
 
 @fake("fold")

@@ -37,6 +37,9 @@ OWNED, ASYMMETRIC, ROWS = 1 << 4, 1 << 5, 1 << 6
 #: Where the format of the basis stands in the kind of a low-rank block.
 _BASIS_SHIFT = 8
 
+#: Queries of one call, the newest so many, whose weights are known apart: as many drafts can be taken back.
+NEWEST = 32
+
 #: What is added to a tail's length wherever Dynamo or Inductor can see it as a size: they compile separate graphs for
 #: sizes 0 and 1.
 SPARE_ROWS = 2
@@ -48,8 +51,9 @@ class Block(Generic[T]):
 
     coefficient: `[B, n, r]` for the segment's first n tokens, columns sorted by singular value and carrying it; filler
         rows are zero.
-    basis: `[B, H, r, D]`, orthonormal rows once heads are concatenated (`[B, r, H * D]`); `[1, H, r, D]` when all
-        samples share it; `[G, H, r, D]` with owner int64 `[B]` when sample b has basis `owner[b]`.
+    basis: `[B, H, r, D]`, orthonormal rows once heads are concatenated (`[B, r, H * D]`), in half precision of one
+        length that is a power of two (`aten/balance.py`); `[1, H, r, D]` when all samples share it; `[G, H, r, D]` with
+        owner int64 `[B]` when sample b has basis `owner[b]`.
     bits, basis_bits: formats of coefficient and basis: 8, 4, 2, `E4M3` or `E5M2` for codes (`aten/quantize.py`), 0 for
         numbers as they are; basis_bits None: as `bits`.
     scale: None where both are as they are. Else fp32 `[B, 2, r]`, of the coefficients at `[:, 0]`, of the basis at

@@ -30,7 +30,7 @@ class AVL(Selection):
     every: every so many steps, one reads all that stay and ranks them; None: the ranking of prefill holds.
     text_rate: share of the text tokens seen that may be evicted; None keeps all.
     text_least: text tokens that stay in any case.
-    text_heavy: share of the text budget for heavy hitters, rounded up.
+    text_heavy: share of the text that stays for heavy hitters, rounded up, but for the newest token.
     text_every: a full text budget loses so many tokens at once, at most an eighth of it and one; 1: the paper's.
     """
 

@@ -39,6 +39,8 @@ def why_not(node: Node, device: str) -> str | None:
     value = _compressed(node)
     if value is None or value.device.type != device:
         return f"the cache is not on {device}"
+    if value.dtype == torch.float64:
+        return "sketches are fp32, and float64 is factored in float64"
     for factor in node.users:
         if not is_call(factor, "getitem") or any(user.op != "output" for user in factor.users):
             return "the factors are read in this graph"

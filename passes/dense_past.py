@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels import ops, ops_newest  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.asks import acting, acts_on_cache, asks_for_modality, codes_unrotated, heads_apart, observation
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation
@@ -114,6 +114,7 @@ def compress(
                 heads=heads,
             )
         scores = _observed(state, site, bool(heads)) if held else None
+        newest = _newest(state, site, bool(heads)) if held else None
     state.layers.append(
         Layer(
             results.index(site.key),
@@ -123,6 +124,7 @@ def compress(
             skipped=policy.skips(number, count),
             scores=None if scores is None else flat.add(scores),
             observed=None if scores is None or rows is None else flat.add(rows),
+            newest=None if newest is None else flat.add(newest),
         )
     )
     alone = acting(policy.passes, Stage.MERGE) and (number is None or state.carries)
@@ -163,6 +165,15 @@ def _observed(state: GraphState, site: Site, apart: bool) -> Node | None:
     if len(made) == 1:
         return made[0]
     return state.graph.call_function(torch.stack, (made,))
+
+
+def _newest(state: GraphState, site: Site, apart: bool) -> Node | None:
+    """What each of the newest queries adds to that, `[B, H or 1, n, T]`: a caller may take them back as drafts."""
+    asked = observation(state.policy)
+    if asked is None:
+        return None
+    arguments = site.query, site.key, site.mask, scale_of(site), site.is_causal, asked.kind == "pivotal", not apart
+    return state.graph.call_function(torch.ops.attnpack.observe_newest.default, arguments)
 
 
 def _alone(state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int) -> Factors:

@@ -154,6 +154,11 @@ def amount(budget: float | int, seen: int) -> int:
     return budget if isinstance(budget, int) else max(1, share_of(budget, seen))
 
 
+def amount_with(budget: float | int, seen: int, recent: int) -> int:
+    """`amount`, where a share of few tokens is no less than the `recent` newest, which always stay."""
+    return amount(budget, seen) if isinstance(budget, int) else max(amount(budget, seen), recent)
+
+
 def several(every: int, limit: int) -> int:
     """Tokens that leave at once: `every`, but no more than an eighth of the budget and one."""
     return min(every, 1 + limit // 8)
@@ -173,6 +178,12 @@ def best(score: Tensor | None, position: Tensor, among: Tensor, count: int | Ten
     order = rank.argsort(-1, descending=True)
     place = torch.arange(rank.shape[1], device=rank.device).expand_as(order)
     return torch.zeros_like(among).scatter_(-1, order, place < count) & among
+
+
+def newest_and_best(tokens: Tokens, score: Tensor | None, among: Tensor, count: int, recent: int) -> Tensor:
+    """Of those among, bool `[B', n]`, `count` tokens: the `recent` newest, and of the others those `best` by score."""
+    newest = best(None, tokens.position, among, min(recent, count))
+    return newest | best(score, tokens.position, among & ~newest, count - min(recent, count))
 
 
 def _ordered(score: Tensor) -> Tensor:

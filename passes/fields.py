@@ -44,6 +44,16 @@ def checked_amount(owner: str, name: str, value: Any) -> None:
         _refuse(owner, name, value, expected, f"{name}=0.2 or {name}=512")
 
 
+def checked_recent(owner: str, budget: Any, recent: Any) -> None:
+    """How many of the newest tokens stay in any case: no more than a budget that is a number of tokens."""
+    checked_count(owner, "recent", recent)
+    if isinstance(budget, int) and budget < recent:
+        raise ValueError(
+            f"{owner}(budget={budget}, recent={recent}): expected a budget of at least the recent tokens; raise budget "
+            f"or lower recent"
+        )
+
+
 def checked_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
     """One of a few words."""
     if value not in choices:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnpack_fx.passes.eviction import Budgeted, Tokens, amount, best, several
+from attnpack_fx.passes.eviction import Budgeted, Tokens, amount, newest_and_best, several
 from attnpack_fx.passes.fields import checked_amount, checked_count, checked_share, share_of
 from attnpack_fx.passes.method import Observation
 
@@ -22,7 +22,8 @@ class H2O(Budgeted):
 
     budget: tokens that stay: a share of the tokens seen, padding not counted, as a float in (0, 1], rounded up; or
         their number, an int. 1.0 keeps all.
-    heavy: share of the budget for heavy hitters, rounded up; 0 keeps the newest alone.
+    heavy: share of what stays for heavy hitters, rounded up, but for the newest token, which always stays; 0 keeps the
+        newest alone.
     every: a full cache loses so many tokens at once, at most an eighth of the budget and one; 1: the paper's.
     """
 
@@ -49,7 +50,6 @@ class H2O(Budgeted):
 
 
 def heavy_and_newest(tokens: Tokens, subject: Tensor, count: int, heavy: float) -> Tensor:
-    """Of subject, bool `[B', n]`, the `count` tokens that stay: the newest, and the heaviest of the others."""
-    hitters = share_of(heavy, count)
-    newest = best(None, tokens.position, subject, count - hitters)
-    return newest | best(tokens.score, tokens.position, subject & ~newest, hitters)
+    """Of subject, bool `[B', n]`, the `count` tokens that stay: the newest, one at least, and the heaviest others."""
+    recent = max(1, count - share_of(heavy, count))
+    return newest_and_best(tokens, tokens.score, subject, count, recent)

@@ -3,11 +3,13 @@
 import torch
 from torch.fx import Node
 
-from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels import ops, ops_newest  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.in_place import writes
 from attnpack_fx.passes.state import GraphState
 
-_ATTENTION = (torch.ops.attnpack.attention.default, torch.ops.attnpack.attention_weights.default)
+_ATTENTION = tuple(
+    getattr(torch.ops.attnpack, name).default for name in ("attention", "attention_weights", "attention_each")
+)
 _APPEND = torch.ops.attnpack.append_.default
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from attnpack_fx.kernels import ops  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels import ops, ops_newest  # noqa: F401  (registers torch.ops.attnpack)
 from attnpack_fx.passes.asks import keeps_angles
 from attnpack_fx.passes.cleanup import drop_dead
 from attnpack_fx.passes.find_attention import scale_of
@@ -22,7 +22,7 @@ class Appended:
     """A packed input after new tokens were appended to its tail.
 
     rotation: of the new keys, where they may be packed later as they were before rotary embedding; weights: how much
-    this call attends to each slot.
+    this call attends to each slot, where it appends several tokens each of its newest queries by itself.
     """
 
     packed: PackedInput
@@ -110,7 +110,9 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
             *owners,
         )
         if key.packed.form.weighed:
-            both = graph.call_function(torch.ops.attnpack.attention_weights.default, arguments)
+            several = key.count.expression != 1 and site.key in appended
+            weighing = torch.ops.attnpack.attention_each if several else torch.ops.attnpack.attention_weights
+            both = graph.call_function(weighing.default, arguments)
             attention, key.weights = (graph.call_function(operator.getitem, (both, item)) for item in (0, 1))
             state.wanted.add(key.weights)  # becomes an output once all sites are rewritten
         else:

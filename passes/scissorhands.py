@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnpack_fx.passes.eviction import Budgeted, Tokens, amount, best
-from attnpack_fx.passes.fields import checked_amount, checked_count, checked_share, share_of
+from attnpack_fx.passes.eviction import Budgeted, Tokens, amount_with, newest_and_best
+from attnpack_fx.passes.fields import checked_amount, checked_count, checked_recent, checked_share, share_of
 from attnpack_fx.passes.method import Observation
 
 
@@ -21,10 +21,10 @@ class Scissorhands(Budgeted):
     weight among the row's highest tenth, and has no budget. A prompt longer than the budget is cut to the budget, not
     below.
 
-    budget: tokens that stay at most: a share of the tokens seen, padding not counted, as a float in (0, 1], rounded up;
-        or their number, an int. 1.0 keeps all. AttentionPack compares with 0.5.
+    budget: tokens that stay at most: a share of the tokens seen, padding not counted, as a float in (0, 1], rounded up
+        and no less than `recent`; or their number, an int. 1.0 keeps all. AttentionPack compares with 0.5.
     window: prompt queries that count, the last so many, and every later one.
-    recent: newest tokens that stay whatever their count; fewer where the budget is smaller.
+    recent: newest tokens that stay whatever their count; a smaller number as the budget is refused.
     drop: share of the budget that leaves at once, rounded up.
     """
 
@@ -37,25 +37,18 @@ class Scissorhands(Budgeted):
         super().__post_init__()
         checked_amount(self.name, "budget", self.budget)
         checked_count(self.name, "window", self.window, 1)
-        checked_count(self.name, "recent", self.recent)
         checked_share(self.name, "drop", self.drop, open=True)
-        if isinstance(self.budget, int) and self.budget < self.recent:
-            raise ValueError(
-                f"{self.name}(budget={self.budget}, recent={self.recent}): expected a budget of at least the recent "
-                f"tokens; raise budget or lower recent"
-            )
+        checked_recent(self.name, self.budget, self.recent)
 
     @property
     def observes(self) -> Observation:  # type: ignore[override]  # its window is the method's
         return Observation("pivotal", window=self.window)
 
     def limit(self, seen: int) -> int:
-        return amount(self.budget, seen)
+        return amount_with(self.budget, seen, self.recent)
 
     def at_once(self, limit: int) -> int:
-        return max(1, min(share_of(self.drop, limit), limit - self.recent + 1))
+        return min(share_of(self.drop, limit), limit - self.recent + 1)
 
     def chosen(self, tokens: Tokens, subject: Tensor, count: int) -> Tensor:
-        recent = min(self.recent, count)
-        newest = best(None, tokens.position, subject, recent)
-        return newest | best(tokens.score, tokens.position, subject & ~newest, count - recent)
+        return newest_and_best(tokens, tokens.score, subject, count, self.recent)

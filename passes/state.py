@@ -213,7 +213,8 @@ class Layer:
     skipped: whether the policy leaves the layer alone.
     scores: of a layer just packed, the output that says what its attention observed, fp32 `[B, H, T]`, or
         `[2, B, H, T]` as for vision tokens and for others; observed: the output that says at which position each was,
-        int64 `[B, T]`; None: they are in order.
+        int64 `[B, T]`; None: they are in order. newest: the output that says what each of the newest queries observed,
+        fp32 `[B, H or 1, n, T]`.
     """
 
     key: int
@@ -224,6 +225,7 @@ class Layer:
     skipped: bool = False
     scores: int | None = None
     observed: int | None = None
+    newest: int | None = None
 
 
 @dataclass

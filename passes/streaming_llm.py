@@ -17,7 +17,8 @@ class StreamingLLM(Budgeted):
 
     sinks: first tokens that always stay, padding not counted; 4 are the paper's.
     recent: newest tokens that stay beside them: their number, an int, or a share of the tokens seen as a float in
-        (0, 1], rounded up. The authors' cache has 512 by default, other sizes in their experiments.
+        (0, 1], rounded up. The authors' cache has 512 by default, other sizes in their experiments. After prefill all
+        of them are stored; later as many, but for those that make room for the next ones (`every`).
     every: a full cache loses so many tokens at once, at most an eighth of the budget and one, and not all recent
         ones; 1: the paper's.
     """

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from attnpack_fx import cache_bytes, hf
 from attnpack_fx.demo import digits
 from attnpack_fx.demo.load import batch_inputs, load, trained_model
+from attnpack_fx.taking_back import settle
 from benchmarks import allocator, measure
 from benchmarks.graphs import compiled, op_by_op
 from benchmarks.long.contenders import CONTENDERS
@@ -51,6 +53,7 @@ def run(name: str, length: Length) -> dict[str, Any]:
     with nullcontext() if contender.policy is None else op_by_op():
         model = loaded.model if contender.policy is None else compiled(loaded.model, contender.policy)
         model(**inputs, **hf.cache_argument(cache), use_cache=True)
+        settle(chain.from_iterable(hf.keys_and_values(cache)))
         steps, held = [0], [cache_bytes(cache)]
         for step in range(length.tokens):
             if step == length.tokens - _WATCHED:

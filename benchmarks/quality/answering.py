@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 import attnpack_fx
 from attnpack_fx import hf
 from attnpack_fx.cache_bytes import cache_bytes
+from attnpack_fx.taking_back import settle
 from benchmarks.quality.contexts import FIRST, LATER, LONG, Contexts
 
 #: Tokens of the long reference that are fed at once; methods act between two such steps.
@@ -42,6 +44,7 @@ def answers(model: Any, step: Step, batch: Contexts, dense: Answers | None = Non
     """All turns of a batch. step: the model or its compiled form. dense: the dense model's, None where this is it."""
     cache = hf.empty_cache(model)
     opening = prefilled(step, batch, cache).argmax(-1)
+    settle(chain.from_iterable(hf.keys_and_values(cache)))
     prompt_bytes = cache_bytes(cache)
     tokens: dict[str, Tensor] = {}
     logits: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ from attnpack_fx.kernels.aten.attention import attention
 from attnpack_fx.kernels.aten.decompress import decompress
 from attnpack_fx.kernels.aten.factorize import align, compress, fold, sketch
 from attnpack_fx.kernels.aten.linear import linear
-from attnpack_fx.kernels.aten.observe import observe
+from attnpack_fx.kernels.aten.observe import observe, observe_newest
 from attnpack_fx.kernels.aten.plan import plan
 from attnpack_fx.kernels.aten.prune import (
     gather_mask,
@@ -37,6 +37,7 @@ __all__ = [
     "merge_tokens",
     "merged_rows",
     "observe",
+    "observe_newest",
     "plan",
     "pooled_rows",
     "random_scores",

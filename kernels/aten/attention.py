@@ -49,8 +49,12 @@ def attention(
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
     weights: bool = False,
+    each: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""
+    """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing.
+
+    each: not 0: of so many of the newest queries each by itself, as in `ops_newest.attention_each`.
+    """
     batch, heads, queries, key_dim = query.shape
     kv_heads, value_dim = value_tail.shape[2:]
     dtype = query.dtype
@@ -61,17 +65,20 @@ def attention(
     packed = sum(map(tokens, keys))
     slots = packed + length
     if slots == 0:
-        return query.new_zeros((batch, heads, queries, value_dim)), query.new_zeros((batch, 0), dtype=torch.float32)
+        rows = (1 + min(each, queries),) if each else ()
+        nothing = query.new_zeros((batch, *rows, 0), dtype=torch.float32)
+        return query.new_zeros((batch, heads, queries, value_dim)), nothing
     key_rows = _per_head(key_tail, length).to(work)
     value_rows = _per_head(value_tail, slots - sum(map(tokens, values))).to(work)
     rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved, axes)
     bias = _bias(mask, index, packed, length, ragged, batch)
     tile = max(1, SCORE_BYTES // (4 * batch * heads * slots))
     outs, seen = [], query.new_zeros((batch, slots), dtype=torch.float32)
+    newest: list[Tensor] = []
     for start in range(0, queries, tile):
         part = query if tile >= queries else query[:, :, start : start + tile]
         count = part.shape[2]
-        q = (part * scale).to(work).reshape(batch * kv_heads, -1, key_dim)
+        q = (part.to(work) * scale).reshape(batch * kv_heads, -1, key_dim)
         scores, first = [], 0
         for segment in keys:
             scores.append(_scores(q, segment, rotary, first, batch))
@@ -88,9 +95,16 @@ def attention(
             p = torch._safe_softmax(p, -1).to(work).view(batch, heads * count, slots)
         out = _weighted_values(p, values, value_rows)
         outs.append(out.view(batch, heads, count, value_dim))
-        if weights:
+        if each:
+            of_queries = p.view(batch, heads, count, slots).mean(1, dtype=torch.float32)
+            older = min(count, max(0, queries - each - start))
+            seen += of_queries[:, :older].sum(1)
+            newest.append(of_queries[:, older:])
+        elif weights:
             seen += p.sum(1, dtype=torch.float32)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    if each:
+        return out.to(dtype), torch.cat([seen[:, None], *newest], 1)
     return out.to(dtype), seen / (heads * max(queries, 1))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnpack_fx.kernels.aten.balance import balanced
 from attnpack_fx.kernels.aten.rows import select_tokens
 from attnpack_fx.kernels.aten.svd import sketch_size, truncated_svd
 
@@ -23,11 +24,12 @@ from attnpack_fx.kernels.aten.svd import sketch_size, truncated_svd
 def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """See `ops.compress`."""
     _, heads, _, dim = x.shape
-    tokens = select_tokens(x, index).flatten(2).float()
+    tokens = select_tokens(x, index).flatten(2).to(working(x.dtype))
     require_finite(tokens, "compress")
     coefficient, basis = truncated_svd(tokens, rank)
     coefficient = coefficient.masked_fill((index < 0)[:, :, None], 0)
-    return coefficient.to(x.dtype).contiguous(), per_head(basis, heads, dim, x.dtype)
+    coefficient, basis = balanced(coefficient, basis, x.dtype)
+    return coefficient.contiguous(), per_head(basis, heads, dim)
 
 
 def sketch(x: Sequence[Tensor], index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,8 @@ def align(coefficient: Sequence[Tensor], basis: Sequence[Tensor], rank: Sequence
         # c (q^T q)^-1 q^T, the projection on what q spans.
         c = torch.linalg.solve_triangular(triangle, c, upper=True, left=False)
         turn = torch.linalg.svd(c, full_matrices=False).Vh[:, : min(wanted, size)].mT
-        factors += (c @ turn).to(q.dtype), per_head((orthogonal @ turn).mT, heads, dim, q.dtype)
+        made, spanned = balanced(c @ turn, (orthogonal @ turn).mT, q.dtype)
+        factors += made, per_head(spanned, heads, dim)
     return factors
 
 
@@ -61,9 +64,10 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
     """See `ops.fold`."""
     _, heads, old, dim = basis.shape
     added, dtype = rows.shape[0], coefficient.dtype
-    coefficient, rows = coefficient.float(), rows.permute(1, 0, 2, 3).flatten(2).float()
+    work = working(dtype)
+    coefficient, rows = coefficient.to(work), rows.permute(1, 0, 2, 3).flatten(2).to(work)
     require_finite(rows, "fold")
-    stacked = torch.cat([basis.transpose(1, 2).flatten(2).float(), rows], 1)
+    stacked = torch.cat([basis.transpose(1, 2).flatten(2).to(work), rows], 1)
     orthogonal, triangle = torch.linalg.qr(stacked.mT)
     lower = triangle.mT
     held, new = lower[:, :old], lower[:, old:]
@@ -75,13 +79,19 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
         right = torch.linalg.svd(torch.cat([factor @ held, new], 1), full_matrices=True).Vh
     turn = right[:, :size].mT
     coefficient = torch.cat([coefficient @ (held @ turn), new @ turn], 1)
-    dropped = torch.linalg.vector_norm(singular[:, size:], dim=-1)
-    return coefficient.to(dtype), per_head((orthogonal @ turn).mT, heads, dim, dtype), dropped
+    dropped = torch.linalg.vector_norm(singular[:, size:], dim=-1).float()
+    coefficient, basis = balanced(coefficient, (orthogonal @ turn).mT, dtype)
+    return coefficient, per_head(basis, heads, dim), dropped
 
 
-def per_head(basis: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+def working(dtype: torch.dtype) -> torch.dtype:
+    """In what a cache of this dtype is factored: fp32, or float64 where that is what it holds."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_head(basis: Tensor, heads: int, dim: int) -> Tensor:
     """`[B, R, H * D]` to `[B, H, R, D]`."""
-    return basis.unflatten(-1, (heads, dim)).transpose(1, 2).to(dtype).contiguous()
+    return basis.unflatten(-1, (heads, dim)).transpose(1, 2).contiguous()
 
 
 def require_finite(tokens: Tensor, operator: str) -> None:

@@ -7,6 +7,8 @@ whatever the dtype of keys, as sums over thousands of queries would lose in half
 import torch
 from torch import Tensor
 
+from attnpack_fx.kernels.aten.factorize import working
+
 #: Most bytes of the scores of one tile.
 SCORE_BYTES = 64 << 20
 
@@ -24,7 +26,7 @@ def observe(
     real: Tensor | None,
 ) -> Tensor:
     """See `ops.observe`."""
-    batch, heads, queries, dim = query.shape
+    batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     _check(queries, tokens, mask, is_causal, statistic, window)
     seen = query.new_zeros((batch, kv_heads, tokens), dtype=torch.float32)
@@ -35,8 +37,7 @@ def observe(
     counted = _counted(mask, real, batch, queries)
     wanted = 1 if statistic == "last" else window or queries
     rows, valid, known = _newest(counted, min(wanted, queries), batch, queries, query.device)
-    work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    flat = key.to(work).flatten(0, 1)
+    flat = key.to(working(query.dtype)).flatten(0, 1)
     tile = max(1, SCORE_BYTES // (4 * batch * heads * tokens))
     for start in range(0, rows.shape[1], tile):
         part = rows[:, start : start + tile]
@@ -44,26 +45,80 @@ def observe(
         # Columns that no query of the tile sees are left out where that is known without asking the device.
         reach = queries - rows.shape[1] + start + count if is_causal and known else tokens
         weigh = None if valid is None else valid[:, start : start + tile]
-        q = query.gather(2, part[:, None, :, None].expand(batch, heads, count, dim)).to(work)
-        if weigh is not None:
-            q = q.masked_fill(~weigh[:, None, :, None], 0)  # padding may hold anything, NaN too
-        scores = torch.bmm(q.view(batch * kv_heads, -1, dim), flat[:, :reach].mT).mul_(scale)
-        scores = scores.view(batch, kv_heads, heads // kv_heads, count, reach)
-        bias = _bias(mask, part, is_causal, reach, kv_heads)
-        p = _softmax(scores, bias)
+        p, bias = _weights(query, flat[:, :reach], mask, scale, is_causal, part, weigh)
         if statistic.startswith("pivotal"):
             found = _pivotal(p, bias, reach, statistic == "pivotal together")
             if weigh is not None:
                 found &= weigh[:, None, :, None]
             seen[..., :reach] += found.sum(2)
         else:
-            share = q.new_full((batch, count), kv_heads / heads)
+            share = p.new_full((batch, count), kv_heads / heads)
             if weigh is not None:
                 share = share * weigh
             share = share[:, None, None].expand(batch, kv_heads, heads // kv_heads, count)
             summed = torch.bmm(share.reshape(batch * kv_heads, 1, -1), p.view(batch * kv_heads, -1, reach))
             seen[..., :reach] += summed.view(batch, kv_heads, reach)
     return seen
+
+
+def observe_newest(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    pivotal: bool,
+    together: bool,
+    newest: int,
+) -> Tensor:
+    """See `ops_newest.observe_newest`; newest: the most queries."""
+    batch, heads, queries, _ = query.shape
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    _check(queries, tokens, mask, is_causal, STATISTICS[0], 0)
+    rows = min(newest, queries)
+    seen = query.new_zeros((batch, 1 if together else kv_heads, rows, tokens), dtype=torch.float32)
+    if rows == 0:
+        return seen
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+    counted = _counted(mask, None, batch, queries)
+    flat = key.to(working(query.dtype)).flatten(0, 1)
+    tile = max(1, SCORE_BYTES // (4 * batch * heads * tokens))
+    for start in range(queries - rows, queries, tile):
+        end = min(start + tile, queries)
+        part = torch.arange(start, end, device=query.device).expand(batch, -1)
+        weigh = None if counted is None else counted[:, start:end]
+        p, bias = _weights(query, flat, mask, scale, is_causal, part, weigh)
+        found = (
+            _pivotal(p, bias, tokens, together) if pivotal else p.mean((1, 2)).unsqueeze(1) if together else p.mean(2)
+        )
+        if weigh is not None:
+            found = found * weigh[:, None, :, None]
+        seen[:, :, start - queries + rows : end - queries + rows] = found
+    return seen
+
+
+def _weights(
+    query: Tensor,
+    flat: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    rows: Tensor,
+    weigh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the queries numbered rows `[B, count]` give the keys `[B * H, reach, D]`: `[B, H, g, count, reach]`.
+
+    And the mask of them. weigh: bool, which of them are any; what others give means nothing.
+    """
+    (batch, heads, _, dim), (count, reach) = query.shape, (rows.shape[1], flat.shape[1])
+    kv_heads = flat.shape[0] // batch
+    q = query.gather(2, rows[:, None, :, None].expand(batch, heads, count, dim)).to(flat.dtype)
+    if weigh is not None:
+        q = q.masked_fill(~weigh[:, None, :, None], 0)  # padding may hold anything, NaN too
+    scores = torch.bmm(q.view(batch * kv_heads, -1, dim), flat.mT).mul_(scale)
+    bias = _bias(mask, rows, is_causal, reach, kv_heads)
+    return _softmax(scores.view(batch, kv_heads, heads // kv_heads, count, reach), bias), bias
 
 
 def _check(queries: int, tokens: int, mask: Tensor | None, is_causal: bool, statistic: str, window: int) -> None:

@@ -7,7 +7,8 @@ judged by the share of its squared Frobenius norm that the common basis leaves o
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.factorize import per_head, require_finite
+from attnpack_fx.kernels.aten.balance import balanced, overflow
+from attnpack_fx.kernels.aten.factorize import per_head, require_finite, working
 from attnpack_fx.kernels.aten.rows import select_tokens
 from attnpack_fx.kernels.aten.svd import truncated_svd
 
@@ -16,26 +17,33 @@ def compress_shared(
     x: Tensor, index: Tensor, rank: int, tolerance: float, given: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.compress_shared`."""
-    batch, heads, _, dim = x.shape
-    tokens = select_tokens(x, index).flatten(2).float()
+    _, heads, _, dim = x.shape
+    work = working(x.dtype)
+    tokens = select_tokens(x, index).flatten(2).to(work)
     require_finite(tokens, "compress_shared")
     if given is None:
         common = _common_basis(tokens, rank, tolerance)
     else:
-        common = given[:, :, :rank].transpose(1, 2).flatten(2).float()
+        common = given[:, :, :rank].transpose(1, 2).flatten(2).to(work)
     coefficient = tokens @ common.mT
     own = _left_out(tokens, coefficient) > tolerance
-    badly_fit = own.nonzero()[:, 0]
-    bases = [common] if given is None and len(badly_fit) < batch else []
+    if given is not None and (scale := overflow(coefficient, x.dtype)) is not None:
+        own |= scale[:, 0, 0] > 1  # what is given is not ours to lengthen
+    badly_fit, fit = own.nonzero()[:, 0], (~own).nonzero()[:, 0]
+    bases = []
+    if given is None and len(fit):
+        coefficient[fit], common = (each.to(work) for each in balanced(coefficient[fit], common, x.dtype))
+        bases.append(common)
     first = 1 if given is not None or bases else 0
     owner = torch.where(own, own.cumsum(0) - 1 + first, 0)
     if len(badly_fit):
         alone, basis = truncated_svd(tokens[badly_fit], coefficient.shape[2])
+        alone, basis = (each.to(work) for each in balanced(alone, basis, x.dtype))
         coefficient[badly_fit] = _widened(alone, coefficient.shape[2], 2)
         bases.append(_widened(basis, coefficient.shape[2], 1))
     coefficient = coefficient.masked_fill((index < 0)[:, :, None], 0)
     stacked = torch.cat(bases) if bases else common[:0]
-    return coefficient.to(x.dtype).contiguous(), per_head(stacked, heads, dim, x.dtype), owner
+    return coefficient.to(x.dtype).contiguous(), per_head(stacked.to(x.dtype), heads, dim), owner
 
 
 def _common_basis(tokens: Tensor, rank: int, tolerance: float) -> Tensor:

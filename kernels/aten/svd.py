@@ -1,6 +1,7 @@
 """Truncated singular value decomposition of a batch of matrices, `A ~ coefficient @ basis`.
 
-A: fp32 `[B, N, M]`; coefficient `[B, N, R]` carries the singular values; basis `[B, R, M]` has orthonormal rows.
+A: fp32 or float64 `[B, N, M]`; coefficient `[B, N, R]` carries the singular values; basis `[B, R, M]` has orthonormal
+rows.
 
 For ranks well below min(N, M), a randomised block Krylov method (Musco & Musco 2015, algorithm 2): with b = R / 2 + 16
 columns
@@ -12,7 +13,8 @@ and the SVD of the thin Z follows from the eigenvectors of Z^T Z. It needs half 
 iteration with
 oversampling does for the same error. All of it is matrix products and factorisations of small matrices: Householder QR
 of the
-tall factors costs more than the products, on CPU and on GPU.
+tall factors costs more than the products, on CPU and on GPU. In float64 every matrix is factored exactly: who computes
+in it wants its digits.
 """
 
 import torch
@@ -31,7 +33,7 @@ def truncated_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     smallest = min(a.shape[1:])
     rank = min(rank, smallest)
     block = rank // 2 + OVERSAMPLING
-    if 2 * BLOCKS * block > smallest:
+    if a.dtype == torch.float64 or 2 * BLOCKS * block > smallest:
         left, singular, right = torch.linalg.svd(a, full_matrices=False)
         return left[..., :rank] * singular[:, None, :rank], right[:, :rank]
     return _block_krylov(a, rank, block)

@@ -14,7 +14,7 @@ a score is `sum over r of C[t, r] g[t, r, m]`: the query is rotated instead of t
 
 `_form` weighs them by what they took on one Xeon core (Sapphire Rapids), in nanoseconds per token; the core did 116
 GFLOP/s in the first form's product. All compute in fp32: without matrix units, bf16 products of these shapes were
-slower. Dims that do not turn are absorbed.
+slower; float64 stays float64. Dims that do not turn are absorbed.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from attnpack_fx.kernels.aten.factorize import working
 from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 
 #: Most bytes of the intermediate numbers of one tile: about the L2 caches of two cores.
@@ -42,7 +43,8 @@ def scores(q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], rotary: Rotary
     rotary: of all slots; those of these segments are first, first + 1, ...
     """
     heads = q.shape[0] // batch
-    rows = q.float().view(batch, heads, *q.shape[1:])
+    work = working(q.dtype)
+    rows = q.to(work).view(batch, heads, *q.shape[1:])
     segments = list(_segments(keys, heads))
     slots = sum(blocks[0][0].shape[1] for blocks in segments)
     out = rows.new_empty((batch, heads * q.shape[1], slots))
@@ -58,8 +60,8 @@ def scores(q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], rotary: Rotary
             part.zero_()
         if turning < q.shape[2]:
             for coefficient, basis in blocks:
-                latent = torch.matmul(rows[..., turning:], basis[..., turning:].float().mT).flatten(1, 2)
-                part[:, :, : coefficient.shape[1]] += torch.bmm(latent, coefficient.float().mT)
+                latent = torch.matmul(rows[..., turning:], basis[..., turning:].to(work).mT).flatten(1, 2)
+                part[:, :, : coefficient.shape[1]] += torch.bmm(latent, coefficient.to(work).mT)
         start += tokens
     return out.to(q.dtype)
 
@@ -94,7 +96,7 @@ def _pairs(x: Tensor, turning: int, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 def _query_matrix(a: Tensor, b: Tensor, basis: Tensor, interleaved: bool) -> Tensor:
     """`[W_cos | W_sin]`, `[B, R * Hq * Tq, E]`; a and b: pairs of the queries `[B, H, g * Tq, E / 2]`."""
-    basis_a, basis_b = _pairs(basis.float().transpose(1, 2).unsqueeze(3), 2 * a.shape[-1], interleaved)
+    basis_a, basis_b = _pairs(basis.to(a.dtype).transpose(1, 2).unsqueeze(3), 2 * a.shape[-1], interleaved)
     a, b = a.unsqueeze(1), b.unsqueeze(1)
     size = torch.broadcast_shapes(a.shape, basis_a.shape)
     matrix = a.new_empty((*size[:-1], 2, size[-1]))
@@ -104,10 +106,10 @@ def _query_matrix(a: Tensor, b: Tensor, basis: Tensor, interleaved: bool) -> Ten
     return matrix.view(size[0], -1, 2 * size[-1])
 
 
-def _angles(cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _angles(cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
     """`[cos | sin]` of the pairs, `[B or 1, n, E]`."""
     dims = cos.shape[-1]
-    return torch.cat([_pairs(cos, dims, interleaved)[0], _pairs(sin, dims, interleaved)[0]], -1).float()
+    return torch.cat([_pairs(cos, dims, interleaved)[0], _pairs(sin, dims, interleaved)[0]], -1).to(dtype)
 
 
 def _tiles(batch: int, tokens: int, bytes_per_token: int) -> Iterator[tuple[slice, int, int]]:
@@ -129,10 +131,10 @@ def _turned_queries(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: 
         rank, tokens = coefficient.shape[2], coefficient.shape[1]
         matrix = _query_matrix(a, b, basis, rotary.interleaved)
         for samples, start, end in _tiles(batch, tokens, 4 * rank * queries):
-            angles = _angles(*per_slot(rotary, first + start, first + end), rotary.interleaved)
+            angles = _angles(*per_slot(rotary, first + start, first + end), rotary.interleaved, a.dtype)
             w = matrix[samples]
             g = torch.matmul(w, _of(angles, samples).mT).view(w.shape[0], rank, queries, -1)
-            g *= coefficient[samples, start:end].float().mT.unsqueeze(2).contiguous()
+            g *= coefficient[samples, start:end].to(a.dtype).mT.unsqueeze(2).contiguous()
             into = out[samples, :, start:end]
             if number:
                 into += g.sum(1)
@@ -144,7 +146,7 @@ def _tables(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, 
     assert rotary.axes is not None
     batch, queries, _ = out.shape
     length, count = rotary.cos.shape[1], rotary.axes.shape[1]
-    angles = _angles(rotary.cos, rotary.sin, rotary.interleaved)
+    angles = _angles(rotary.cos, rotary.sin, rotary.interleaved, a.dtype)
     sample = torch.arange(batch, device=out.device)[:, None, None]
     for number, (coefficient, basis) in enumerate(blocks):
         tokens, rank = coefficient.shape[1:]
@@ -154,7 +156,7 @@ def _tables(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, 
         for samples, start, end in _tiles(batch, tokens, 16 * count * rank + 4 * queries):
             axes = _of(rotary.axes, samples)[:, :, first + start : first + end].mT
             places = ((sample[samples] * length + axes) * rank)[..., None] + ranks
-            weights = coefficient[samples, start:end, None].float().expand(-1, -1, count, -1)
+            weights = coefficient[samples, start:end, None].to(a.dtype).expand(-1, -1, count, -1)
             bags = torch.arange(0, places.numel() + 1, count * rank, device=out.device)
             summed = torch.embedding_bag(
                 table, places.flatten(), bags, False, 0, False, weights.flatten(), include_last_offset=True
@@ -174,13 +176,13 @@ def _turned_keys(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rot
     # Pairs as neighbours: the real and imaginary parts of complex numbers.
     query = torch.stack([a, b], -1).flatten(-2)
     flat = [
-        torch.stack(_pairs(basis.float(), dims, rotary.interleaved), -1).transpose(1, 2).flatten(2)
+        torch.stack(_pairs(basis.to(a.dtype), dims, rotary.interleaved), -1).transpose(1, 2).flatten(2)
         for _, basis in blocks
     ]
     for samples, start, end in _tiles(batch, tokens, 4 * heads * dims):
         keys = None
         for (coefficient, _), basis in zip(blocks, flat, strict=True):
-            part = coefficient[samples, start:end].float()
+            part = coefficient[samples, start:end].to(a.dtype)
             product = torch.matmul(part, _of(basis, samples))
             if keys is None:
                 keys = product
@@ -188,7 +190,7 @@ def _turned_keys(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rot
                 keys[:, : part.shape[1]] += product
         assert keys is not None
         cos, sin = (
-            _pairs(_of(x, samples), dims, rotary.interleaved)[0].float()
+            _pairs(_of(x, samples), dims, rotary.interleaved)[0].to(a.dtype)
             for x in per_slot(rotary, first + start, first + end)
         )
         turning = torch.view_as_complex(keys.view(*keys.shape[:2], heads, pairs, 2))

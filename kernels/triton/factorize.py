@@ -31,7 +31,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.factorize import require_finite
+from attnpack_fx.kernels.aten.balance import balanced
+from attnpack_fx.kernels.aten.factorize import per_head, require_finite
 from attnpack_fx.kernels.aten.svd import cholesky, inverse_of_triangle, orthonormal, sketch_size, whitening
 from attnpack_fx.kernels.triton.gather import gather_tokens
 from attnpack_fx.kernels.triton.jacobi import left_singular_vectors
@@ -191,8 +192,8 @@ def _turns(cs: list[Tensor], qs: list[Tensor], count: int) -> tuple[Tensor, Tens
 def _turned(c: Tensor, q: Tensor, turn: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Coefficient `[B, N, R]` and basis `[B, H, R, D]` of c `[B, N, k]`, q `[B, H, D, k]` and turn `[B, R, k]`."""
     heads, dim = q.shape[1:3]
-    basis = (turn @ q.flatten(1, 2).mT.float()).unflatten(2, (heads, dim)).transpose(1, 2)
-    return (c @ turn.mT).to(dtype), basis.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    coefficient, basis = balanced(c @ turn.mT, turn @ q.flatten(1, 2).mT.float(), dtype)
+    return coefficient, per_head(basis, heads, dim)
 
 
 def _gram(z: Tensor) -> Tensor:

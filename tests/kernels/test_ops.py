@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from attnpack_fx.kernels import ops
+from attnpack_fx.kernels import ops, ops_newest
 from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
 
 from .inputs import Shapes, assert_close, attention_arguments, decompress_arguments
@@ -50,7 +50,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("operator", [attnpack.attention.default, attnpack.attention_weights.default])
+@pytest.mark.parametrize(
+    "operator", [attnpack.attention.default, attnpack.attention_weights.default, attnpack.attention_each.default]
+)
 def test_attention(shape, operator):
     opcheck(operator, tuple(attention_arguments(shape).values()))
 
@@ -185,3 +187,13 @@ def test_operators_explain_themselves():
     names = ("plan", "compress", "sketch", "align", "fold", "take_rows", "append_", "decompress", "attention")
     for name in (*names, "attention_weights", "observe"):
         assert getattr(ops, name).__doc__ == getattr(attnpack, name).__doc__ != ""
+    for name in ("attention_each", "observe_newest"):
+        assert getattr(ops_newest, name).__doc__ == getattr(attnpack, name).__doc__ != ""
+
+
+@pytest.mark.parametrize("pivotal", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("queries", [3, 40])
+def test_observe_newest(pivotal, together, queries):
+    query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 2, 40, 8)
+    opcheck(attnpack.observe_newest.default, (query, key, None, 0.3, False, pivotal, together))

@@ -38,7 +38,7 @@ def expected(rule, tokens, images):
         if tokens.prefill:
             vision = highest(tokens, row, vision, share(rule.kept, len(vision)))
         if count is not None:
-            hitters = share(rule.text_heavy, count)
+            hitters = min(share(rule.text_heavy, count), count - 1)
             older, newest = text[: max(0, len(text) - count + hitters)], text[max(0, len(text) - count + hitters) :]
             text = newest + highest(tokens, row, older, hitters)
         kept.append(text + vision)

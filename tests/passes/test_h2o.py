@@ -17,7 +17,7 @@ def expected(rule, tokens):
     if most_stored(tokens, rule.target) <= limit:
         return None
     count = limit if tokens.prefill else limit - min(rule.every, 1 + limit // 8) + 1
-    hitters, kept = share(rule.heavy, count), []
+    hitters, kept = min(share(rule.heavy, count), count - 1), []
     for row in range(len(tokens.real)):
         mine, others = slots(tokens, row, rule.target)
         older, newest = mine[: len(mine) - (count - hitters)], mine[max(0, len(mine) - (count - hitters)) :]

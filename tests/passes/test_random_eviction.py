@@ -28,23 +28,28 @@ def lot(seed, layer, row, position):
 
 
 def expected(rule, tokens):
-    limit = rule.budget if isinstance(rule.budget, int) else max(1, share(rule.budget, most_seen(tokens, rule.target)))
+    limit = rule.budget
+    if not isinstance(limit, int):
+        limit = max(1, rule.recent, share(limit, most_seen(tokens, rule.target)))
     if most_stored(tokens, rule.target) <= limit:
         return None
-    count = limit if tokens.prefill else limit + 1 - min(rule.every, 1 + limit // 8)
+    count = limit if tokens.prefill else max(limit + 1 - min(rule.every, 1 + limit // 8), rule.recent)
     kept = []
     for row in range(len(tokens.real)):
         mine, others = slots(tokens, row, rule.target)
         position = tokens.position[row]
-        mine.sort(key=lambda slot: (lot(rule.seed, tokens.layer, row, int(position[slot])), int(position[slot])))
-        kept.append(others + mine[max(0, len(mine) - count) :])
+        older, newest = mine[: max(0, len(mine) - rule.recent)], mine[max(0, len(mine) - rule.recent) :]
+        older.sort(key=lambda slot: (lot(rule.seed, tokens.layer, row, int(position[slot])), int(position[slot])))
+        kept.append(others + newest + older[max(0, len(older) - (count - rule.recent)) :])
     return mask(tokens, kept)
 
 
 @settings(deadline=None, max_examples=100)
-@given(tokens=TOKENS, budget=BUDGETS, seed=SEEDS, every=st.integers(1, 20), target=TARGETS)
-def test_who_stays(tokens, budget, seed, every, target):
-    rule = RandomEviction(budget, seed, every, target=target)
+@given(tokens=TOKENS, budget=BUDGETS, seed=SEEDS, every=st.integers(1, 20), recent=st.integers(0, 12), target=TARGETS)
+def test_who_stays(tokens, budget, seed, every, recent, target):
+    if isinstance(budget, int):
+        budget = max(budget, recent)
+    rule = RandomEviction(budget, seed, every, recent, target=target)
     actual, wanted = rule.keep(tokens), expected(rule, tokens)
     assert actual is None if wanted is None else torch.equal(actual, wanted)
 
@@ -71,15 +76,16 @@ def test_seed_layer_and_row_each_make_another_choice():
         *kept_positions(RandomEviction(0.5), replace(tokens, layer=None)),
     ]
     for number, one in enumerate(choices):
+        assert one[-10:] == list(range(190, 200))
         for other in choices[:number]:
-            # Two independent halves of 200 share 50 +- 3.5.
+            # Two independent choices of 90 among 190 share 43 +- 3.5, and the ten newest.
             assert 30 < len(set(one) & set(other)) < 70
 
 
 def test_every_position_is_as_likely_to_stay():
     tokens, times = drawn(0, 1, 100, 0, 0, False, True), torch.zeros(100)
     for seed in range(400):
-        times[kept_positions(RandomEviction(0.25, seed), tokens)[0]] += 1
+        times[kept_positions(RandomEviction(0.25, seed, recent=0), tokens)[0]] += 1
     # Binomial of 400 at 1 / 4: 100 +- 8.7.
     assert times.sum() == 400 * 25 and times.min() > 60 and times.max() < 140
     assert 4 < times.std() < 14
@@ -95,8 +101,10 @@ def test_the_whole_budget_keeps_everything(tokens, target):
     ("fields", "message"),
     [
         ({"budget": 0.0}, r"RandomEviction\(budget=0.0\): expected a share"),
-        ({"budget": 4, "seed": -1}, r"RandomEviction\(seed=-1\): expected a whole number of at least 0"),
-        ({"budget": 4, "every": 0.5}, r"RandomEviction\(every=0.5\): expected a whole number of at least 1"),
+        ({"budget": 40, "seed": -1}, r"RandomEviction\(seed=-1\): expected a whole number of at least 0"),
+        ({"budget": 40, "every": 0.5}, r"RandomEviction\(every=0.5\): expected a whole number of at least 1"),
+        ({"budget": 8}, r"RandomEviction\(budget=8, recent=10\): expected .*; raise budget or lower recent"),
+        ({"budget": 0.5, "recent": -1}, r"RandomEviction\(recent=-1\): expected a whole number of at least 0"),
     ],
 )
 def test_fields_are_checked(fields, message):

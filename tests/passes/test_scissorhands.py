@@ -11,7 +11,9 @@ from .stored_tokens import BUDGETS, TARGETS, TOKENS, drawn, generated, mask, mos
 
 def expected(rule, tokens):
     """From the paper: a full cache drops the tokens with the lowest counts, of those that are not recent."""
-    limit = rule.budget if isinstance(rule.budget, int) else max(1, share(rule.budget, most_seen(tokens, rule.target)))
+    limit = rule.budget
+    if not isinstance(limit, int):
+        limit = max(1, rule.recent, share(limit, most_seen(tokens, rule.target)))
     if most_stored(tokens, rule.target) <= limit:
         return None
     recent = min(rule.recent, limit)

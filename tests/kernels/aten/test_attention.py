@@ -190,3 +190,33 @@ def test_weights(shape):
     assert weights.dtype == torch.float32
     assert_close(out, expected_out.to(shape.dtype), floor=ATTENTION_FLOOR)
     assert_close(weights, expected, shape.dtype)
+
+
+@pytest.mark.parametrize("each", [2, 32])
+@pytest.mark.parametrize("tile", [1, 2, 64])
+def test_the_weights_of_the_newest_queries_each_by_itself(each, tile, monkeypatch):
+    """First the sum of those of older queries; with one query at a time they are those of that query."""
+    shape = Shapes(queries=5, ragged=True)
+    arguments = attention_arguments(shape)
+    slots = arguments["index"].shape[1] + arguments["length"]
+    expected, singly = implementation.attention(**arguments, weights=True)[0], []
+    for number in range(5):
+        mask = arguments["mask"]
+        mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., number : number + 1, :]
+        one = arguments | {"query": arguments["query"][:, :, number : number + 1], "mask": mask}
+        singly.append(implementation.attention(**one, weights=True)[1])
+    monkeypatch.setattr(implementation, "SCORE_BYTES", 4 * tile * arguments["query"][:, :, 0, 0].numel() * slots)
+    out, seen = implementation.attention(**arguments, weights=True, each=each)
+    assert_close(out, expected, floor=ATTENTION_FLOOR)
+    kept = min(each, 5)
+    assert seen.shape[1] == 1 + kept
+    torch.testing.assert_close(seen[:, 1:], torch.stack(singly[5 - kept :], 1))
+    older = sum(singly[: 5 - kept], torch.zeros_like(singly[0]))
+    torch.testing.assert_close(seen[:, 0], older)
+
+
+def test_queries_in_half_precision_are_scaled_in_single():
+    """As in scaled_dot_product_attention: rounded once more, large scores are off by what softmax makes much of."""
+    arguments = attention_arguments(Shapes(dtype=torch.float16, queries=1)) | {"scale": 0.3}
+    arguments["query"] = arguments["query"] * 16
+    assert relative_error(attention(**arguments), reference.attention(**arguments)) < 5e-4

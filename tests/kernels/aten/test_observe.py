@@ -131,6 +131,27 @@ def test_tiles_make_no_difference(mask, statistic, given):
         assert relative_error(actual, reference.observe(*inputs, statistic, window, real)) < 1e-5
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.usefixtures("tiles")
+def test_the_newest_queries_each_by_itself(mask, many, monkeypatch):
+    """What all but some of them observed is the sum of all less theirs; the last row is the newest's."""
+    *inputs, _ = arguments(Prompt(seed=2, mask=mask, padding=0 if mask == "causal" else 2, given=False, tokens=17))
+    newest = 30 if many else 4
+    rows = MODULE.observe_newest(*inputs, False, False, newest)
+    assert rows.shape == (2, 2, min(newest, 17), 17)
+    assert relative_error(rows[:, :, -1], attnpack.observe(*inputs, "last", 0, None)) < 1e-5
+    assert relative_error(rows[:, :, -3:].sum(2), attnpack.observe(*inputs, "sum", 3, None)) < 1e-5
+    together = MODULE.observe_newest(*inputs, False, True, newest)
+    assert relative_error(together, rows.mean(1, keepdim=True)) < 1e-5
+    for statistic, apart in (("pivotal", False), ("pivotal together", True)):
+        counts = MODULE.observe_newest(*inputs, True, apart, newest)
+        assert (
+            relative_error(counts[:, :, -3:].sum(2).expand(2, 2, 17), attnpack.observe(*inputs, statistic, 3, None))
+            < 1e-5
+        )
+
+
 def test_no_tile_is_larger_than_asked_for(monkeypatch):
     limit, sizes = 4 * 2 * 4 * 40 * 3, []
     monkeypatch.setattr(torch, "bmm", lambda a, b: recorded(sizes, a, b))

@@ -1,0 +1,87 @@
+"""Operators that tell the newest queries of a call apart: what drafts have added can be taken back when they go.
+
+As `ops.py`, of which this is a part that every device runs by ATen.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnpack_fx.kernels import aten
+from attnpack_fx.kernels.no_gradient import refuse_gradient
+from attnpack_fx.kernels.ops import no_part_in_training, packed_slots
+from attnpack_fx.kernels.parts import NEWEST
+from attnpack_fx.kernels.registering import LIBRARY, fake, operator
+
+
+@operator()
+def attention_each(
+    query: Tensor,
+    key_coefficients: Sequence[Tensor],
+    key_bases: Sequence[Tensor],
+    value_coefficients: Sequence[Tensor],
+    value_bases: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    length: int,
+    index: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    ragged: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    axes: Tensor | None,
+    key_blocks: Sequence[int],
+    value_blocks: Sequence[int],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
+    key_owners: Sequence[Tensor],
+    value_owners: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`attention_weights` of several queries, of the newest each by itself: what drafts take back when they go.
+
+    Arguments and first result as in `attention`; the second fp32 `[B, 1 + n, slots]`, n the least of `NEWEST` and Tq:
+    weights averaged over query heads, first the sum of those of older queries, then of the newest n each, in order.
+    """
+    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
+    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
+    more = key_scales, value_scales, key_owners, value_owners
+    return aten.attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=True, each=NEWEST)
+
+
+@fake("attention_each")
+def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *rest):
+    batch, heads, queries, _ = query.shape
+    slots = packed_slots(key_coefficients, rest[8]) + length
+    out = query.new_empty((batch, heads, queries, value_tail.shape[-1]))
+    return out, query.new_empty((batch, 1 + torch.sym_min(queries, NEWEST), slots), dtype=torch.float32)
+
+
+refuse_gradient("attention_each")
+
+
+@operator()
+def observe_newest(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, is_causal: bool, pivotal: bool, together: bool
+) -> Tensor:
+    """What `observe` sums, of each of the newest queries of a prompt by itself.
+
+    query, key, mask, scale, is_causal: as in `observe`; pivotal: 1 where it gives a token A >= 1 / t, else 0, instead
+    of the weight A itself; together: with A averaged over all query heads.
+    Returns fp32 `[B, H, n, T]`, with `together` `[B, 1, n, T]`, n the least of `NEWEST` and Tq, queries in order.
+    """
+    return aten.observe_newest(query, key, mask, scale, is_causal, pivotal, together, NEWEST)
+
+
+@fake("observe_newest")
+def _(query, key, mask, scale, is_causal, pivotal, together):
+    heads = 1 if together else key.shape[1]
+    rows = torch.sym_min(query.shape[2], NEWEST)
+    return query.new_empty((key.shape[0], heads, rows, key.shape[2]), dtype=torch.float32)
+
+
+torch.library.register_autograd(
+    "attnpack::observe_newest", lambda ctx, grad: (None,) * 7, setup_context=no_part_in_training, lib=LIBRARY
+)
