@@ -28,7 +28,12 @@ def main() -> int:
     for family, setting in fast() if given.fast else GRID:
         if family in families and setting in settings:
             record = records[family, setting] = run(family, setting)
-            print(f"{record.seconds:6.1f} s  {family}, {setting}: {_cell(record)}", file=sys.stderr, flush=True)
+            print(
+                f"{record.seconds:6.1f} s  {family}, {setting}: {_cell(record)}",
+                *problems(record),
+                sep="\n    ",
+                file=sys.stderr,
+            )
     print(_table(records, families, settings))
     wrong = {cell: problems(record) for cell, record in records.items() if problems(record)}
     if wrong:

@@ -23,7 +23,7 @@ from attnpack_fx.compiling import called_through
 from attnpack_fx.passes.state import SiteReport
 from tests.acceptance.families import FAMILIES, LAYERS, Family
 from tests.acceptance.promises import Shape
-from tests.acceptance.settings import CALIBRATED, NEW_TOKENS, SETTINGS, Setting
+from tests.acceptance.settings import CALIBRATED, NEW_TOKENS, NOTHING, PREFILL, SETTINGS, Setting
 
 #: Largest difference of a logit where nothing is lost, as a part of the largest logit.
 TOLERANCE = 1e-4
@@ -200,18 +200,18 @@ def problems(record: Record) -> list[str]:
 
 def _wrong_sites(record: Record) -> Iterator[str]:
     family, setting = FAMILIES[record.family], SETTINGS[record.setting]
-    expected = tuple(number for number in range(LAYERS) if number not in family.dense)
+    dense, unpruned = setting.dense(family), setting.unpruned(family)
+    expected = tuple(number for number in range(LAYERS) if number not in dense)
     if record.packed != expected:
         yield f"layers {record.packed} are packed, expected {expected}"
-    allowed = [*family.dense.values(), *([family.unpruned] if setting.prunes and family.unpruned else [])]
-    reported = record.dense | record.unpruned
-    for word in allowed:
-        if not any(word in reason for reason in reported):
-            yield f"{word!r} is not among the reasons reported: {sorted(reported)}"
+    allowed = {*dense.values(), *([unpruned] if unpruned else [])}
+    for word in sorted(allowed):
+        if not any(word in reason for reason in record.dense | record.unpruned):
+            yield f"{word!r} is not among the reasons reported: {sorted(record.dense | record.unpruned)}"
         if not any(word in text for text in record.warned):
             yield f"{word!r} is in no warning"
-    for text in sorted(reported | record.warned):
-        if not any(word in text for word in allowed):
+    for text in sorted(record.dense | record.unpruned | record.warned):
+        if not any(word in text for word in allowed | ({PREFILL} if NOTHING in allowed else set())):
             yield f"unexpected: {text}"
 
 

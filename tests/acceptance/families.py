@@ -1,7 +1,7 @@
 """The families of transformers models that the acceptance grid runs: tiny, with prompts long enough to pack.
 
 Like tests/zoo.py's, but sized so that the default options must save bytes: 256 vision tokens an image, 40 text tokens,
-keys and values 128 numbers wide (`H * D`), and three decoder layers: every graph is traced and compiled layer by layer,
+keys and values 256 numbers wide (`H * D`), and three decoder layers: every graph is traced and compiled layer by layer,
 and three are the fewest among which some see fewer tokens, and two are merged.
 """
 
@@ -16,12 +16,11 @@ from torch import Tensor
 from tests.zoo import _DECODER, _QWEN_IDS, IMAGE, VOCABULARY, _liven, _seeded, prompt
 from tests.zoo import _ENCODER as _TWO_LAYERS
 
-
 LAYERS = 3
 VISION_TOKENS = 256
 TEXT_TOKENS = 40
 #: Of keys, and of values: heads by channels.
-HEAD_DIMS = {"mha": (4, 32), "gqa": (2, 64)}
+HEAD_DIMS = {"mha": (8, 32), "gqa": (4, 64)}
 _PATCH = 4
 _PADDING = 7
 #: Pixels of a square image with 256 patches.
@@ -97,8 +96,9 @@ def _text_inputs(seed: int) -> dict[str, Tensor]:
 
 #: One layer, which is as many as matter here.
 _ENCODER: dict[str, Any] = _TWO_LAYERS | {"num_hidden_layers": 1}
-_MHA: dict[str, Any] = _DECODER | {"num_hidden_layers": LAYERS, "hidden_size": 128, "num_key_value_heads": 4}
-_GQA: dict[str, Any] = _DECODER | {"num_hidden_layers": LAYERS, "hidden_size": 256}
+_DEEP: dict[str, Any] = _DECODER | {"num_hidden_layers": LAYERS, "num_attention_heads": 8}
+_MHA: dict[str, Any] = _DEEP | {"hidden_size": 256, "num_key_value_heads": 8}
+_GQA: dict[str, Any] = _DEEP | {"hidden_size": 512, "num_key_value_heads": 4}
 
 
 def _llava(decoder: dict[str, Any]) -> transformers.LlavaConfig:

@@ -14,8 +14,10 @@ _BITS = 8 * NUMBER
 SCALES = 2 * _BITS
 #: A number that is kept as it is, and its place.
 OUTLIER = 2 * _BITS
-#: Position, number of a vision token, observed attention: of a token, and where heads keep their own, of each head.
-_PLACE = 24
+#: The position of a token, 8 bytes, and its observed attention, 4; of every head, where heads keep tokens of their own.
+PLACE = 12
+#: Which groups a coded row is in: of keys, of values, of residuals.
+_GROUP = 12
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Held:
 
     vision, text, new: tokens that are stored. vision_rank, text_rank: of the prompt's, None as rows.
     factor_bits: of coefficients and bases. code_bits: of a number of a coded row, scales and all, None uncoded.
-    waiting: rows that are not coded, or not yet. folded: of the later tokens, at least so many are folded.
-    share: of the rows, what this layer holds; half for each of a merged pair. cosines: whether keys are un-rotated.
+    waiting: rows of the prompt that are not coded, keys and values averaged; later ones are not coded so soon.
+    folded: of the later tokens, at least so many are folded.
+    apart: whether heads keep tokens of their own. cosines: whether keys of the prompt are un-rotated.
     """
 
     vision: int
@@ -59,9 +62,9 @@ class Held:
     text_rank: int | None = None
     factor_bits: float = _BITS
     code_bits: float | None = None
-    waiting: int = 0
+    waiting: float = 0
     folded: int = 0
-    share: float = 1.0
+    apart: bool = False
     cosines: bool = True
 
 
@@ -71,15 +74,16 @@ Step = Callable[[Held, int, Shape], Held]
 
 def promised(shape: Shape, start: Callable[[Shape], Held], steps: Sequence[Step]) -> float:
     """Bytes of all layers of one sample, once every step has acted, in the order of stages."""
-    total, cosines = 0.0, False
+    total, turned = 0.0, 0
     for layer in shape.layers:
         held = start(shape)
         for step in steps:
             held = step(held, layer, shape)
         total += _bytes(held, shape)
-        cosines |= held.cosines
-    # One copy for all layers: cos and sin of every token.
-    return total + cosines * 2 * shape.dim * shape.tokens * NUMBER
+        if held.cosines:
+            turned = max(turned, held.vision + held.text + held.new)
+    # One copy for all layers: cos and sin of every token whose key is un-rotated.
+    return total + 2 * shape.dim * turned * NUMBER
 
 
 def dense(shape: Shape) -> float:
@@ -88,8 +92,7 @@ def dense(shape: Shape) -> float:
 
 
 def _bytes(held: Held, shape: Shape) -> float:
-    rows, new = 0, held.new - held.folded
-    total = 0.0
+    rows, total = 0.0, 0.0
     for tokens, rank in ((held.vision, held.vision_rank), (held.text + held.folded, held.text_rank)):
         if rank is None:
             rows += tokens
@@ -97,18 +100,21 @@ def _bytes(held: Held, shape: Shape) -> float:
         bits = held.factor_bits
         total += 2 * rank * (tokens + shape.width) * bits / 8
         total += 0 if bits == _BITS else 2 * rank * 4 * NUMBER  # scales and zero points of both factors
-    rows += new
     if held.code_bits is not None:
         coded = max(rows - held.waiting, 0)
-        total += 2 * coded * shape.width * held.code_bits / 8
+        total += 2 * coded * shape.width * held.code_bits / 8 + _GROUP * coded
         rows -= coded
-    total += 2 * _with_room(rows) * shape.width * NUMBER * held.share
-    return total + _PLACE * (held.vision + held.text + held.new) * shape.heads
+    rows = _with_room(rows + 1) if held.new - held.folded else rows
+    total += 2 * rows * shape.width * NUMBER
+    return total + PLACE * (held.vision + held.text + held.new) * (shape.heads if held.apart else 1)
 
 
-def _with_room(rows: int) -> int:
-    """A tail that grew once: a quarter more, at least 16, and the rows an append may overrun."""
-    return rows + max(16, rows // 4) + 2
+def _with_room(rows: float) -> float:
+    """What a tail grows to at the first decode step: a quarter more, at least 16, and the rows an append may overrun.
+
+    Later tokens, which are fewer than 16 here, fit into that.
+    """
+    return rows + max(16, rows / 4) + 2
 
 
 # ---- where layers start ------------------------------------------------------------------------------------
@@ -149,9 +155,10 @@ def budget(tokens: Callable[[int], int]) -> Step:
 
     def step(held: Held, layer: int, shape: Shape) -> Held:
         left = tokens(shape.tokens)
-        new = min(held.new, left)
-        text = min(held.text, left - new)
-        return replace(held, new=new, text=text, vision=min(held.vision, left - new - text))
+        text = min(held.text, left)
+        apart = held.vision_rank is None and held.text_rank is None
+        # Among them later tokens, which take no room of their own, and one more before the next eviction.
+        return replace(held, text=text, vision=min(held.vision, left - text), new=1, apart=apart)
 
     return step
 
@@ -163,11 +170,12 @@ def factors(bits: float) -> Step:
     return step
 
 
-def codes(bits: Callable[[Shape], float], waiting: int, cosines: bool = False) -> Step:
-    """bits: of a coded number, with what is needed to read it. waiting: the most rows that are dense."""
+def codes(bits: Callable[[Shape], float], waiting: Callable[[int], float], cosines: bool = False) -> Step:
+    """bits: of a coded number, with what is needed to read it. waiting: of so many rows, how many stay dense."""
 
     def step(held: Held, layer: int, shape: Shape) -> Held:
-        return replace(held, code_bits=bits(shape), waiting=waiting, cosines=held.cosines or cosines)
+        rows = (held.vision if held.vision_rank is None else 0) + (held.text if held.text_rank is None else 0)
+        return replace(held, code_bits=bits(shape), waiting=waiting(rows), cosines=held.cosines or cosines)
 
     return step
 
@@ -180,8 +188,7 @@ def merge(first: int, retained: float) -> Step:
         if layer < first or partner not in shape.layers:
             return held
         bits = _BITS * (0.5 + 1 / shape.dim)
-        rows = round(retained * (held.text + held.vision)) + held.new
-        return replace(held, code_bits=bits, waiting=rows)
+        return replace(held, code_bits=bits, waiting=retained * (held.text + held.vision))
 
     return step
 

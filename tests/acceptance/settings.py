@@ -26,12 +26,15 @@ from attnpack_fx.passes.random_prune import RandomPrune
 from attnpack_fx.passes.scissorhands import Scissorhands
 from attnpack_fx.passes.streaming_llm import StreamingLLM
 from tests.acceptance import promises
-from tests.acceptance.families import FAMILIES, Family
+from tests.acceptance.families import FAMILIES, LAYERS, Family
 from tests.acceptance.promises import OUTLIER, SCALES, Shape, Step
 from tests.compositions import MEMBERS
 
 #: Tokens that a cell generates.
 NEW_TOKENS = 10
+#: Of layers whose tokens a policy leaves as they are: in decode steps, and at prefill, which knows its vision tokens.
+PREFILL = "the policy leaves this layer dense"
+NOTHING = "no vision tokens are known here and text_rank is None"
 #: A calibrated policy's share of the dense bytes of the prompt.
 CALIBRATED = 1 / 8
 #: Families on which methods are run where they change nothing: multi-head and grouped attention, padding, M-RoPE, sliding
@@ -63,20 +66,21 @@ def _kvquant_bits(shape: Shape) -> float:
 
 _METHODS = (
     Knowledge(Quantize(), promises.factors(4), rank=64),
-    Knowledge(KIVI(), promises.codes(lambda shape: 2 + SCALES / 32, waiting=128 + 31)),
-    # Later tokens wait to be coded.
-    Knowledge(KVQuant(), promises.codes(_kvquant_bits, waiting=NEW_TOKENS, cosines=True)),
-    Knowledge(GEAR(), promises.codes(_gear_bits, waiting=NEW_TOKENS)),
+    # Keys wait for a whole block of 128, of values the newest 128 stay.
+    Knowledge(KIVI(), promises.codes(lambda shape: 2 + SCALES / 32, lambda rows: (rows % 128 + min(rows, 128)) / 2)),
+    Knowledge(KVQuant(), promises.codes(_kvquant_bits, lambda rows: 0, cosines=True)),
+    Knowledge(GEAR(), promises.codes(_gear_bits, lambda rows: 0)),
     Knowledge(H2O(), promises.budget(lambda tokens: math.ceil(0.2 * tokens))),
     Knowledge(Scissorhands(), promises.budget(lambda tokens: math.ceil(0.5 * tokens))),
     # 512 recent tokens, the default, are more than these prompts have.
     Knowledge(StreamingLLM(recent=64), promises.budget(lambda tokens: 4 + 64)),
     Knowledge(RandomEviction(0.5), promises.budget(lambda tokens: math.ceil(0.5 * tokens))),
     Knowledge(AVL(), promises.prune(lambda vision: math.ceil(0.5 * vision), 0)),
-    Knowledge(FastV(), promises.prune(lambda vision: round(0.5 * vision), 2)),
-    Knowledge(ASAP(), promises.prune(lambda vision: 192, 2)),
-    Knowledge(RandomPrune(), promises.prune(lambda vision: round(0.5 * vision), 2)),
-    Knowledge(Pool(), promises.prune(lambda vision: math.ceil(vision / 2), 2)),
+    # Of three layers the default, the third on, would leave one; 128 tokens are the other of ASAP's published budgets.
+    Knowledge(FastV(1), promises.prune(lambda vision: round(0.5 * vision), 1)),
+    Knowledge(ASAP(1, keep=128), promises.prune(lambda vision: 128, 1)),
+    Knowledge(RandomPrune(1), promises.prune(lambda vision: round(0.5 * vision), 1)),
+    Knowledge(Pool(1), promises.prune(lambda vision: math.ceil(vision / 2), 1)),
     # Of three layers the default, half of them rounded up, leaves only one.
     Knowledge(MiniCache(first=1 / 3), promises.merge(1, retained=0.05)),
 )
@@ -105,9 +109,20 @@ class Setting:
     def prunes(self) -> bool:
         return any(Stage.TOKENS in METHODS[method].used.stages for method in self.methods)
 
-    def known_of(self, family: Family) -> str | None:
+    def unpruned(self, family: Family) -> str | None:
         """A word of the reason why token pruning is left out in a family, which must then be reported; else None."""
         return family.unpruned if self.prunes else None
+
+    def dense(self, family: Family) -> dict[int, str]:
+        """Layers that stay dense in a family -> a word of the reason, which must be reported."""
+        policy = self.policy(family) if self.policy is not None else None
+        if policy is None or any(not method.stages <= {Stage.TOKENS} for method in policy.passes):
+            return dict(family.dense)
+        if policy.text_rank is not None or (family.vision and policy.vision_rank is not None):
+            return dict(family.dense)
+        # Nothing packs a token; layers that some tokens do not reach say which they have.
+        pruned = [method.layer for method in policy.passes if not self.unpruned(family)]
+        return dict.fromkeys(range(min(pruned, default=LAYERS)), NOTHING) | dict(family.dense)
 
 
 def _ranked(rank: Any, **options: Any) -> Callable[[Family], PackPolicy]:
@@ -171,9 +186,10 @@ def _general() -> Iterator[Setting]:
 
     def calibrated(shape: Shape) -> float:
         packed = promises.dense(shape) * (shape.vision + shape.text) / shape.tokens * CALIBRATED
-        # Beside the factors: cosines and sines, and the later tokens with room.
+        # Beside the factors: cosines and sines, places, and the later tokens with room.
         rest = Shape(shape.layers, shape.heads, shape.dim, 0, 0, shape.new, shape.pruned)
-        return packed + promises.promised(rest, promises.ranks(None), []) + 2 * shape.dim * shape.tokens * 4
+        beside = (2 * shape.dim * promises.NUMBER + promises.PLACE) * (shape.vision + shape.text)
+        return packed + promises.promised(rest, promises.ranks(None), []) + beside
 
     yield Setting("default options", lambda family: PackPolicy(strict=True), default)
     yield Setting(
@@ -191,11 +207,11 @@ def _settings() -> Iterator[Setting]:
     for method in CATALOGUE:
         if method in METHODS:
             yield from _alone(METHODS[method])
-    yield _together(64, FastV(), H2O(), Quantize())
+    yield _together(64, FastV(1), H2O(), Quantize())
     yield _together(None, KIVI(), StreamingLLM(recent=64))
     yield _together(64, AVL(), Quantize())
     yield _together(None, MiniCache(first=1 / 3), KIVI())
-    yield _together(None, ASAP(), KVQuant())
+    yield _together(None, ASAP(1, keep=128), KVQuant())
     yield _together(8, H2O(), Quantize(4, target=("coefficients", "bases", "tail"), recent=16))
 
 
@@ -211,7 +227,7 @@ def fast() -> tuple[tuple[str, str], ...]:
     cells: list[tuple[str, str]] = []
 
     def add(setting: Setting) -> None:
-        shows = [name for name in uses if FAMILIES[name].vision and not setting.known_of(FAMILIES[name])]
+        shows = [name for name in uses if FAMILIES[name].vision and not setting.unpruned(FAMILIES[name])]
         family = min(shows if len(setting.methods) else uses, key=lambda name: uses[name])
         uses[family] += 1
         seen.update(setting.methods)
