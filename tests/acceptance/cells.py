@@ -38,9 +38,12 @@ class Record:
     """What came of a cell.
 
     packed: decoder layers whose keys and values are packed tensors. dense: reasons reported for sites that are dense;
-    unpruned: why no tokens were pruned. bytes, dense_bytes: of the cache, packed and dense. promised: the most it may be.
-    decode_graphs, later_graphs: made by decode steps, and by a second call alike. error: largest difference of a logit, as
-    a part of the largest; same: whether all tokens are the dense model's. raised: what a user would get instead.
+    unpruned: why no tokens were pruned. warned: every warning, once.
+    bytes, dense_bytes: of the cache, packed and dense. promised: the most it may be.
+    decode_graphs, later_graphs: made by decode steps, and by a second call alike.
+    finite: logits; repeats: whether the second call gave the same. error: largest difference of a logit to the dense
+    model's, as a part of the largest; same: whether all tokens are the dense model's.
+    raised: what a user would get instead.
     """
 
     family: str
@@ -69,7 +72,7 @@ class Record:
 
 
 class Subject:
-    """One family's model, with what its cells share: a prompt, what the dense model makes of it, a calibrated policy."""
+    """One family's model, and what its cells share: a prompt, what the dense model makes of it, a calibrated policy."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -175,20 +178,21 @@ def _compare(record: Record, first: Any, second: Any, eager: Any) -> None:
     record.error = float((logits - expected).abs().max() / expected.abs().max())
 
 
-def shape(family: Family) -> Shape:
-    """Of one sample. Nothing is fed back after the last token, whose keys are never made."""
-    layers = [number for number in range(LAYERS) if number not in family.dense]
+def shape(family: Family, setting: Setting) -> Shape:
+    """Of one sample, and the layers that are packed. The last token is not fed back: its keys are never made."""
+    dense = setting.dense(family)
+    layers = [number for number in range(LAYERS) if number not in dense]
     pruned = family.unpruned is None
     return Shape(layers, family.heads, family.dim, family.vision, family.text, NEW_TOKENS - 1, pruned)
 
 
 def promised(made: Subject, setting: Setting) -> float | None:
-    """The most bytes that the cache of all samples may hold, layers that stay dense whatever the setting included."""
+    """The most bytes that the cache of all samples may hold, layers that stay dense included."""
     if setting.promise is None:
         return None
-    layers = hf.keys_and_values(made.eager.past_key_values)
-    stay = cache_bytes([layers[number] for number in made.family.dense]) if made.family.dense else 0
-    return made.family.batch * setting.promise(shape(made.family)) + stay
+    layers, dense = hf.keys_and_values(made.eager.past_key_values), setting.dense(made.family)
+    stay = cache_bytes([layers[number] for number in dense]) if dense else 0
+    return made.family.batch * setting.promise(shape(made.family, setting)) + stay
 
 
 def problems(record: Record) -> list[str]:

@@ -32,8 +32,8 @@ class Family:
     """One architecture with a prompt.
 
     config: what `model` is built from. inputs: keyword arguments of `generate`, by seed.
-    heads, dim: of its cached keys and values. batch: samples of a prompt. vision, text: tokens of a sample's prompt, padding
-    among text.
+    heads, dim: of its cached keys and values. batch: samples of a prompt. vision, text: tokens of a sample's prompt,
+    padding among text.
     dense: layers that stay dense whatever the policy -> a word of the reason that is reported.
     unpruned: a word of the reason why no tokens can be pruned in it, or None where they can.
     """

@@ -1,6 +1,6 @@
 """What the acceptance grid runs on every family: a new method of the catalogue is in it by itself.
 
-`METHODS` is the one table of what has to be known of a method; where it changes nothing stands in tests/compositions.py.
+`METHODS` is the one table of what has to be known of a method; where it changes nothing, tests/compositions.py says.
 """
 
 import math
@@ -37,9 +37,11 @@ PREFILL = "the policy leaves this layer dense"
 NOTHING = "no vision tokens are known here and text_rank is None"
 #: A calibrated policy's share of the dense bytes of the prompt.
 CALIBRATED = 1 / 8
-#: Families on which methods are run where they change nothing: multi-head and grouped attention, padding, M-RoPE, sliding
-#: windows and text alone. On the others these cells would repeat what full rank and the methods in use show there.
+#: Where methods are run that change nothing: multi-head and grouped attention, padding, M-RoPE, sliding windows, text
+#: alone. On the other families these cells would repeat what full rank and the methods in use show there.
 OFF_FAMILIES = ("llava-mha", "llava-gqa-padded", "qwen2.5-vl", "gemma3", "llama")
+#: Where there are vision tokens, which is what `Partial` is about: a policy without any to read in part is refused.
+VISION_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.vision)
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ OFF: dict[type[Method], Method] = {type(each.method): each.off for each in MEMBE
 class Setting:
     """One column of the grid.
 
-    policy: of a family; None for one that is calibrated on the model. promise: of a shape, the most bytes that layers may
-    hold; None where nothing is promised. exact: whether tokens and logits are those of the dense model.
-    families: on which it runs.
+    policy: of a family; None for one that is calibrated on the model.
+    promise: of a shape, the most bytes that its layers may hold for a sample; None where nothing is promised.
+    exact: whether tokens and logits are those of the dense model. families: on which it runs. methods: in use.
     """
 
     name: str
@@ -198,7 +200,8 @@ def _general() -> Iterator[Setting]:
     yield Setting("rank 8, rotated", _ranked(8, key_space="rotated"), _low_rank(8, unrotated=False))
     yield Setting("rank 8, un-rotated", _ranked(8, key_space="unrotated"), _low_rank(8))
     yield Setting("folds", lambda family: PackPolicy(text_rank=16, fold_every=4, recent=2, strict=True), folding)
-    yield Setting("Partial", _ranked(64, partial=Partial(regroup_every=4)), _low_rank(64))
+    partial = _ranked(64, partial=Partial(regroup_every=4))
+    yield Setting("Partial", partial, _low_rank(64), families=VISION_FAMILIES)
     yield Setting("calibrated", None, calibrated)
 
 
