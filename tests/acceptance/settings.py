@@ -62,14 +62,18 @@ def _gear_bits(shape: Shape) -> float:
     return 2 + SCALES / min(64, shape.dim) + 0.02 * OUTLIER + residual
 
 
+def _kivi_waits(rows: int) -> float:
+    # Keys for a whole block of 128; of values the newest 128, and the rest of 32.
+    return (rows % 128 + min(rows, 128 + 31)) / 2
+
+
 def _kvquant_bits(shape: Shape) -> float:
     return 4 + SCALES / shape.dim + 0.01 * OUTLIER
 
 
 _METHODS = (
     Knowledge(Quantize(), promises.factors(4), rank=64),
-    # Keys wait for a whole block of 128, of values the newest 128 stay.
-    Knowledge(KIVI(), promises.codes(lambda shape: 2 + SCALES / 32, lambda rows: (rows % 128 + min(rows, 128)) / 2)),
+    Knowledge(KIVI(), promises.codes(lambda shape: 2 + SCALES / 32, _kivi_waits)),
     Knowledge(KVQuant(), promises.codes(_kvquant_bits, lambda rows: 0, cosines=True)),
     Knowledge(GEAR(), promises.codes(_gear_bits, lambda rows: 0)),
     Knowledge(H2O(), promises.budget(lambda tokens: math.ceil(0.2 * tokens))),
