@@ -34,6 +34,7 @@ class TokenPlanner:
         self._real: dict[Node, Node] = {}
         self._places: dict[Node, Node] = {}
         self._sources: dict[tuple[Node, Node], Node] = {}
+        self._by_position: dict[tuple[Node, Node], Node] = {}
         self._modality: Node | None = None
 
     def modality(self, key: Node) -> Node | None:
@@ -108,9 +109,17 @@ class TokenPlanner:
         return found
 
     def by_position(self, of_rows: Node, rows: Node | None) -> Node:
-        """What a layer has for every row, `[B or 1, T', ...]`, for every logical position; anything where none is."""
+        """What a layer has for every row, `[B or 1, T', ...]`, for every logical position; anything where none is.
+
+        The same node for all layers that have the same: a cache then holds one copy, as of cos and sin.
+        """
         if rows is None:
             return of_rows
+        if (of_rows, rows) not in self._by_position:
+            self._by_position[of_rows, rows] = self._spread(of_rows, rows)
+        return self._by_position[of_rows, rows]
+
+    def _spread(self, of_rows: Node, rows: Node) -> Node:
         graph = self.state.graph
         places = graph.call_method("clamp", (self._places_of(rows),), {"min": 0})
         if len(shape_of(of_rows) or ()) == 3:

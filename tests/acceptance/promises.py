@@ -51,8 +51,11 @@ class Held:
     vision, text, new: tokens that are stored. vision_rank, text_rank: of the prompt's, None as rows.
     factor_bits: of coefficients and bases. code_bits: of a number of a coded row, scales and all, None uncoded.
     waiting: rows of the prompt that are not coded, keys and values averaged; later ones are not coded so soon.
+    merged: with another layer's, which codes keys and values together.
     folded: of the later tokens, at least so many are folded.
     apart: whether heads keep tokens of their own. cosines: whether keys of the prompt are un-rotated.
+    turned: of how many tokens cos and sin are held where that is not those stored: layers that keep tokens of their own
+    read from one table of all.
     """
 
     vision: int
@@ -63,9 +66,11 @@ class Held:
     factor_bits: float = _BITS
     code_bits: float | None = None
     waiting: float = 0
+    merged: bool = False
     folded: int = 0
     apart: bool = False
     cosines: bool = True
+    turned: int = 0
 
 
 #: What a method makes of what a layer holds; also shown the layer's number and the shape.
@@ -74,16 +79,17 @@ Step = Callable[[Held, int, Shape], Held]
 
 def promised(shape: Shape, start: Callable[[Shape], Held], steps: Sequence[Step]) -> float:
     """Bytes of all layers of one sample, once every step has acted, in the order of stages."""
-    total, turned = 0.0, 0
+    total = 0.0
+    turned: set[int] = set()
     for layer in shape.layers:
         held = start(shape)
         for step in steps:
             held = step(held, layer, shape)
         total += _bytes(held, shape)
         if held.cosines:
-            turned = max(turned, held.vision + held.text + held.new)
-    # One copy for all layers: cos and sin of every token whose key is un-rotated.
-    return total + 2 * shape.dim * turned * NUMBER
+            turned.add(held.turned or held.vision + held.text + held.new)
+    # One copy for all layers that saw the same tokens: cos and sin of every token whose key is un-rotated.
+    return total + 2 * shape.dim * sum(turned) * NUMBER
 
 
 def dense(shape: Shape) -> float:
@@ -157,8 +163,9 @@ def budget(tokens: Callable[[int], int]) -> Step:
         left = tokens(shape.tokens)
         text = min(held.text, left)
         apart = held.vision_rank is None and held.text_rank is None
+        seen = held.vision + held.text + held.new
         # Among them later tokens, which take no room of their own, and one more before the next eviction.
-        return replace(held, text=text, vision=min(held.vision, left - text), new=1, apart=apart)
+        return replace(held, text=text, vision=min(held.vision, left - text), new=1, apart=apart, turned=seen)
 
     return step
 
@@ -170,12 +177,14 @@ def factors(bits: float) -> Step:
     return step
 
 
-def codes(bits: Callable[[Shape], float], waiting: Callable[[int], float], cosines: bool = False) -> Step:
-    """bits: of a coded number, with what is needed to read it. waiting: of so many rows, how many stay dense."""
+def codes(bits: Callable[[Shape], float], waiting: Callable[[int], tuple[int, int]], cosines: bool = False) -> Step:
+    """bits: of a coded number, with what is needed to read it. waiting: of so many rows, how many keys and how many
+    values stay dense."""
 
     def step(held: Held, layer: int, shape: Shape) -> Held:
         rows = (held.vision if held.vision_rank is None else 0) + (held.text if held.text_rank is None else 0)
-        return replace(held, code_bits=bits(shape), waiting=waiting(rows), cosines=held.cosines or cosines)
+        wait = max(waiting(rows)) + held.waiting if held.merged else sum(waiting(rows)) / 2
+        return replace(held, code_bits=bits(shape), waiting=wait, cosines=held.cosines or cosines)
 
     return step
 
@@ -188,7 +197,7 @@ def merge(first: int, retained: float) -> Step:
         if layer < first or partner not in shape.layers:
             return held
         bits = _BITS * (0.5 + 1 / shape.dim)
-        return replace(held, code_bits=bits, waiting=retained * (held.text + held.vision))
+        return replace(held, code_bits=bits, waiting=retained * (held.text + held.vision), merged=True)
 
     return step
 

@@ -62,9 +62,13 @@ def _gear_bits(shape: Shape) -> float:
     return 2 + SCALES / min(64, shape.dim) + 0.02 * OUTLIER + residual
 
 
-def _kivi_waits(rows: int) -> float:
+def _kivi_waits(rows: int) -> tuple[int, int]:
     # Keys for a whole block of 128; of values the newest 128, and the rest of 32.
-    return (rows % 128 + min(rows, 128 + 31)) / 2
+    return rows % 128, min(rows, 128 + 31)
+
+
+def _none_waits(rows: int) -> tuple[int, int]:
+    return 0, 0
 
 
 def _kvquant_bits(shape: Shape) -> float:
@@ -74,8 +78,8 @@ def _kvquant_bits(shape: Shape) -> float:
 _METHODS = (
     Knowledge(Quantize(), promises.factors(4), rank=64),
     Knowledge(KIVI(), promises.codes(lambda shape: 2 + SCALES / 32, _kivi_waits)),
-    Knowledge(KVQuant(), promises.codes(_kvquant_bits, lambda rows: 0, cosines=True)),
-    Knowledge(GEAR(), promises.codes(_gear_bits, lambda rows: 0)),
+    Knowledge(KVQuant(), promises.codes(_kvquant_bits, _none_waits, cosines=True)),
+    Knowledge(GEAR(), promises.codes(_gear_bits, _none_waits)),
     Knowledge(H2O(), promises.budget(lambda tokens: math.ceil(0.2 * tokens))),
     Knowledge(Scissorhands(), promises.budget(lambda tokens: math.ceil(0.5 * tokens))),
     # 512 recent tokens, the default, are more than these prompts have.
