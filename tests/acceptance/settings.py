@@ -48,7 +48,7 @@ VISION_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.visi
 class Knowledge:
     """Of one method. used: its default, or where that does nothing to a cache this small, the nearest that does.
 
-    promise: what it makes of a layer's bytes. rank: of the tokens beside it, where it needs low-rank factors.
+    promise: what it makes of a layer's bytes. rank: of the tokens beside it, where it acts on low-rank factors.
     """
 
     used: Method
@@ -57,9 +57,13 @@ class Knowledge:
 
 
 def _gear_bits(shape: Shape) -> float:
-    # Integers with scales for groups of 64 channels at most; a value group is of one head; outliers; residual factors.
-    residual = 4 * (shape.tokens + shape.dim) / (shape.tokens * shape.dim) * 32
-    return 2 + SCALES / min(64, shape.dim) + 0.02 * OUTLIER + residual
+    # Integers with scales for groups of 64 numbers at most, a value's of one head, a key's of tokens, the last not full;
+    # outliers, rounded to pairs of a vector; residual factors of rank 4, and room for those of a second block.
+    tokens = shape.vision + shape.text
+    scales = (1 / min(64, shape.dim) + math.ceil(tokens / 64) / tokens) / 2 * SCALES
+    outliers = sum(2 * round(0.02 * size / 2 + 0.5) / size for size in (tokens, shape.width)) / 2 * OUTLIER
+    residual = 4 * (tokens + 2 * shape.dim) / (tokens * shape.dim) * 32
+    return 2 + scales + outliers + residual
 
 
 def _kivi_waits(rows: int) -> tuple[int, int]:
@@ -87,10 +91,11 @@ _METHODS = (
     Knowledge(RandomEviction(0.5), promises.budget(lambda tokens: math.ceil(0.5 * tokens))),
     Knowledge(AVL(), promises.prune(lambda vision: math.ceil(0.5 * vision), 0)),
     # Of three layers the default, the third on, would leave one; 128 tokens are the other of ASAP's published budgets.
-    Knowledge(FastV(1), promises.prune(lambda vision: round(0.5 * vision), 1)),
-    Knowledge(ASAP(1, keep=128), promises.prune(lambda vision: 128, 1)),
-    Knowledge(RandomPrune(1), promises.prune(lambda vision: round(0.5 * vision), 1)),
-    Knowledge(Pool(1), promises.prune(lambda vision: math.ceil(vision / 2), 1)),
+    # Beside the default rank, as they are used.
+    Knowledge(FastV(1), promises.prune(lambda vision: round(0.5 * vision), 1), rank=64),
+    Knowledge(ASAP(1, keep=128), promises.prune(lambda vision: 128, 1), rank=64),
+    Knowledge(RandomPrune(1), promises.prune(lambda vision: round(0.5 * vision), 1), rank=64),
+    Knowledge(Pool(1), promises.prune(lambda vision: math.ceil(vision / 2), 1), rank=64),
     # Of three layers the default, half of them rounded up, leaves only one.
     Knowledge(MiniCache(first=1 / 3), promises.merge(1, retained=0.05)),
 )
