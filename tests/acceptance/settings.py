@@ -57,7 +57,7 @@ class Knowledge:
 
 
 def _gear_bits(shape: Shape) -> float:
-    # Integers with scales for groups of 64 numbers at most, a value's of one head, a key's of tokens, the last not full;
+    # Integers with scales of groups of 64 at most, a value's of one head, a key's of tokens, the last short;
     # outliers, rounded to pairs of a vector; residual factors of rank 4, and room for those of a second block.
     tokens = shape.vision + shape.text
     scales = (1 / min(64, shape.dim) + math.ceil(tokens / 64) / tokens) / 2 * SCALES
