@@ -93,11 +93,12 @@ class Runtime:
             outputs[key], outputs[value] = packed
 
     def _carry(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any]) -> None:
-        if not self._carries:
-            return
         mask = results[self._carried] if self._carried is not None else modality.carried(arguments)
-        if mask is not None:
-            modality.carry(mask, (item for item in outputs if not isinstance(item, PackedTensor)))
+        if mask is None:
+            return
+        tensors = (item for item in outputs if isinstance(item, Tensor) and not isinstance(item, PackedTensor))
+        # A graph that ends where its function does may be one layer of many: hidden states lead to the next.
+        modality.carry(mask, (item for item in tensors if self._carries or item.dim() == 3))
 
 
 def _observed(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor:
