@@ -72,7 +72,7 @@ def _cell(record: Record) -> str:
     text = f"{len(record.packed)} of {LAYERS} packed, bytes {record.ratio:.3f}"
     if record.promised is not None:
         text += f" (at most {record.promised / record.dense_bytes:.3f})"
-    for reason in sorted(record.dense | record.unpruned):
+    for reason in sorted(record.dense | record.unpruned | record.unmerged):
         text += f"; {reason}"
     return text + ("; **wrong**" if problems(record) else "")
 

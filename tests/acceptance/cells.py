@@ -38,7 +38,7 @@ class Record:
     """What came of a cell.
 
     packed: decoder layers whose keys and values are packed tensors. dense: reasons reported for sites that are dense;
-    unpruned: why no tokens were pruned. warned: every warning, once.
+    unpruned, unmerged: why no tokens were pruned, and layers not merged. warned: every warning, once.
     bytes, dense_bytes: of the cache, packed and dense. promised: the most it may be.
     decode_graphs, later_graphs: made by decode steps, and by a second call alike.
     finite: logits; repeats: whether the second call gave the same. error: largest difference of a logit to the dense
@@ -51,6 +51,7 @@ class Record:
     packed: tuple[int, ...] = ()
     dense: frozenset[str] = frozenset()
     unpruned: frozenset[str] = frozenset()
+    unmerged: frozenset[str] = frozenset()
     warned: frozenset[str] = frozenset()
     bytes: int = 0
     dense_bytes: int = 0
@@ -158,6 +159,7 @@ def _fill(record: Record, made: Subject, setting: Setting) -> None:
     record.warned = frozenset(text for text in messages if not any(word in text for word in _ELSEWHERE))
     record.dense = frozenset(site.reason for site in record.sites if _left_dense(site))
     record.unpruned = frozenset(site.reason for site in record.sites if site.action == "unpruned")
+    record.unmerged = frozenset(site.reason for site in record.sites if site.action == "compressed" and site.reason)
     record.packed = tuple(
         number
         for number, pair in enumerate(hf.keys_and_values(first.past_key_values))
@@ -182,8 +184,8 @@ def shape(family: Family, setting: Setting) -> Shape:
     """Of one sample, and the layers that are packed. The last token is not fed back: its keys are never made."""
     dense = setting.dense(family)
     layers = [number for number in range(LAYERS) if number not in dense]
-    pruned = family.unpruned is None
-    return Shape(layers, family.heads, family.dim, family.vision, family.text, NEW_TOKENS - 1, pruned)
+    can = family.unpruned is None, family.unmerged is None
+    return Shape(layers, family.heads, family.dim, family.vision, family.text, NEW_TOKENS - 1, *can)
 
 
 def promised(made: Subject, setting: Setting) -> float | None:
@@ -214,6 +216,11 @@ def _wrong_sites(record: Record) -> Iterator[str]:
             yield f"{word!r} is not among the reasons reported: {sorted(record.dense | record.unpruned)}"
         if not any(word in text for text in record.warned):
             yield f"{word!r} is in no warning"
+    unmerged = setting.unmerged(family)
+    if unmerged and not any(unmerged in reason for reason in record.unmerged):
+        yield f"{unmerged!r} is not among the reasons reported: {sorted(record.unmerged)}"
+    for text in sorted(() if unmerged else record.unmerged):
+        yield f"unexpected: {text}"
     for text in sorted(record.dense | record.unpruned | record.warned):
         if not any(word in text for word in allowed | ({PREFILL} if NOTHING in allowed else set())):
             yield f"unexpected: {text}"

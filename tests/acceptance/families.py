@@ -35,7 +35,7 @@ class Family:
     heads, dim: of its cached keys and values. batch: samples of a prompt. vision, text: tokens of a sample's prompt,
     padding among text.
     dense: layers that stay dense whatever the policy -> a word of the reason that is reported.
-    unpruned: a word of the reason why no tokens can be pruned in it, or None where they can.
+    unpruned, unmerged: a word of the reason why no tokens can be pruned in it, or no layers be merged, else None.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Family:
     text: int = TEXT_TOKENS
     dense: Mapping[int, str] = field(default_factory=dict)
     unpruned: str | None = None
+    unmerged: str | None = None
 
     def build(self) -> transformers.PreTrainedModel:
         """The model in eval mode, always with the same weights; it never ends a text by itself."""
@@ -209,7 +210,9 @@ FAMILIES: dict[str, Family] = {
             transformers.Qwen3VLForConditionalGeneration,
             _qwen3_vl,
             _qwen_inputs,
-            unpruned="graph",
+            # Each decoder layer is a graph of its own.
+            unpruned="this graph does not show the decoder layers by number in one list",
+            unmerged="this graph does not show which layers are its neighbours",
         ),
         Family("internvl", transformers.InternVLForConditionalGeneration, _internvl, _image_inputs(_large)),
         Family(

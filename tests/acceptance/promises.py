@@ -24,7 +24,7 @@ _GROUP = 12
 class Shape:
     """Of one sample's cache: decoder layers that are packed, heads, channels, tokens of the prompt and later ones.
 
-    pruned: whether tokens can be left out of prefill here.
+    pruned: whether tokens can be left out of prefill here; merged: whether layers can share what they hold.
     """
 
     layers: Sequence[int]
@@ -34,6 +34,7 @@ class Shape:
     text: int
     new: int
     pruned: bool = True
+    merged: bool = True
 
     @property
     def width(self) -> int:

@@ -120,13 +120,16 @@ class Setting:
     families: tuple[str, ...] = tuple(FAMILIES)
     methods: tuple[type[Method], ...] = field(default=())
 
-    @property
-    def prunes(self) -> bool:
-        return any(Stage.TOKENS in METHODS[method].used.stages for method in self.methods)
+    def acts(self, stage: Stage) -> bool:
+        return any(stage in METHODS[method].used.stages for method in self.methods)
 
     def unpruned(self, family: Family) -> str | None:
         """A word of the reason why token pruning is left out in a family, which must then be reported; else None."""
-        return family.unpruned if self.prunes else None
+        return family.unpruned if self.acts(Stage.TOKENS) else None
+
+    def unmerged(self, family: Family) -> str | None:
+        """The same of merging."""
+        return family.unmerged if self.acts(Stage.MERGE) else None
 
     def dense(self, family: Family) -> dict[int, str]:
         """Layers that stay dense in a family -> a word of the reason, which must be reported."""
@@ -155,17 +158,12 @@ def _low_rank(rank: int | None, *methods: Method, unrotated: bool = True) -> Cal
     ordered = sorted(methods, key=lambda method: min(method.stages))
 
     def promise(shape: Shape) -> float:
-        steps = [METHODS[type(method)].promise for method in ordered]
         start = promises.ranks(rank, None if shape.vision else rank, unrotated)
-        if any(Stage.TOKENS in method.stages for method in methods) and _unpruned(shape):
-            steps = [step for step, each in zip(steps, ordered, strict=True) if Stage.TOKENS not in each.stages]
-        return promises.promised(shape, start, steps)
+        left_out = {Stage.TOKENS: not shape.pruned, Stage.MERGE: not shape.merged}
+        acting = [each for each in ordered if not any(left_out.get(stage) for stage in each.stages)]
+        return promises.promised(shape, start, [METHODS[type(each)].promise for each in acting])
 
     return promise
-
-
-def _unpruned(shape: Shape) -> bool:
-    return not shape.pruned
 
 
 def _alone(known: Knowledge) -> Iterator[Setting]:
@@ -202,7 +200,7 @@ def _general() -> Iterator[Setting]:
     def calibrated(shape: Shape) -> float:
         packed = promises.dense(shape) * (shape.vision + shape.text) / shape.tokens * CALIBRATED
         # Beside the factors: cosines and sines, places, and the later tokens with room.
-        rest = Shape(shape.layers, shape.heads, shape.dim, 0, 0, shape.new, shape.pruned)
+        rest = Shape(shape.layers, shape.heads, shape.dim, 0, 0, shape.new)
         beside = (2 * shape.dim * promises.NUMBER + promises.PLACE) * (shape.vision + shape.text)
         return packed + promises.promised(rest, promises.ranks(None), []) + beside
 
