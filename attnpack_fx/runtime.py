@@ -101,10 +101,10 @@ class Runtime:
             outputs[key], outputs[value] = packed
 
     def _carry(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any], alike: Alike) -> None:
-        if not self._carries:
-            return
-        # Keys and values, packed or not, outlive the call, and would keep the mask.
-        flowing = [item for item in outputs if isinstance(item, Tensor) and item.dim() != 4]
+        # Keys and values, packed or not, outlive the call, and would keep the mask. A graph that ends where its
+        # function does may be one layer of many: hidden states lead to the next.
+        tensors = [item for item in outputs if isinstance(item, Tensor) and item.dim() != 4]
+        flowing = [item for item in tensors if self._carries or item.dim() == 3]
         alike.travel(flowing)
         mask = results[self._carried] if self._carried is not None else modality.carried(arguments)
         if mask is not None:

@@ -34,6 +34,7 @@ class TokenPlanner:
         self._real: dict[Node, Node] = {}
         self._places: dict[Node, Node] = {}
         self._sources: dict[tuple[Node, Node], Node] = {}
+        self._by_position: dict[tuple[Node, Node], Node] = {}
         self._modality: Node | None = None
 
     def modality(self, key: Node) -> Node | None:
@@ -108,12 +109,18 @@ class TokenPlanner:
         return found
 
     def by_position(self, of_rows: Node, rows: Node | None) -> Node:
-        """What a layer has for every row, `[B or 1, T', ...]`, for every logical position; anything where none is."""
+        """What a layer has for every row, `[B or 1, T', ...]`, for every logical position; anything where none is.
+
+        The same node for all layers that have the same: a cache then holds one copy, as of cos and sin.
+        """
         if rows is None:
             return of_rows
-        # One operator: where shapes are traced, nothing of it asks how many rows there are, which depends on the data.
-        arguments = (of_rows, self._places_of(rows), 1)
-        return self.state.graph.call_function(torch.ops.attnpack.gather_tokens.default, arguments)
+        if (of_rows, rows) not in self._by_position:
+            # One operator: where shapes are traced, nothing of it asks how many rows there are.
+            arguments = (of_rows, self._places_of(rows), 1)
+            made = self.state.graph.call_function(torch.ops.attnpack.gather_tokens.default, arguments)
+            self._by_position[of_rows, rows] = made
+        return self._by_position[of_rows, rows]
 
     def _real_of(self, rows: Node) -> tuple[Node, Node]:
         """Which tokens have a row and are no padding, bool `[B, T]`, and a tensor `[B, H, T, D]` with all tokens."""

@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 
+import attnpack_fx
 from attnpack_fx import AttnpackWarning, PackedTensor, attnpack_backend, modality
 from attnpack_fx.modality import carried, carry, fit, stated
+from tests.acceptance.families import FAMILIES
 from tests.decoder import IMAGE, Decoder, close, next_ids, prompt
 from tests.packing_inputs import vision_mask
 
@@ -207,3 +209,13 @@ def test_a_call_within_a_call_does_not_mix_the_masks(without_inductor):
     for found, given in ((cache, ids), (results[0], shifted)):
         places = found[0][0].index[0, :10].sort().values
         assert torch.equal(places, (given[0] == IMAGE).nonzero()[:, 0])
+
+
+def test_layers_behind_the_last_deepstack_one_know_their_vision_tokens(without_inductor):
+    """Qwen3-VL breaks in its loop over layers, each of which is then a graph that returns hidden states."""
+    family = FAMILIES["qwen3-vl"]
+    model = attnpack_fx.compile(family.build(), vision_rank=8, strict=True)
+    out = model.generate(**family.inputs(0), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert len(out.past_key_values.layers) > len(model.config.vision_config.deepstack_visual_indexes) + 1
+    for layer in out.past_key_values.layers:
+        assert layer.keys.tokens["vision"] == layer.values.tokens["vision"] == family.vision

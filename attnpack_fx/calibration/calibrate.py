@@ -177,7 +177,9 @@ class _Study:
         observer = self.observer
         observer.begin()
         out = generated(model, sample, self._new_tokens, **hf.cache_argument(hf.empty_cache(model)))
-        if not observer.layers or not all(layer.reads for layer in observer.layers.values()):
+        # A prompt whose layers are not numbered is not seen: the first step, numbered, would pass for it.
+        steps = len(out.logits) - 1
+        if not observer.layers or any(len(layer.reads) != steps for layer in observer.layers.values()):
             why = "; ".join(sorted(observer.obstacles)) or "no graph shows attention that keeps keys and values"
             kind = NotImplementedError if UNNUMBERED in why else ValueError
             raise kind(

@@ -209,7 +209,7 @@ def _normalised(rows: Tensor, scale: Tensor, zero: Tensor | None, grouping: Grou
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:
     """The number of the nearest level, uint8, as `x`."""
-    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
 def _packed(fields: Tensor, bits: int) -> Tensor:

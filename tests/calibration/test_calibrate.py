@@ -9,6 +9,7 @@ from attnpack_fx import PackedTensor, PackPolicy, calibrate, hf
 from attnpack_fx.calibration import calibrate as module
 from attnpack_fx.calibration.capture import Observed, Read
 from attnpack_fx.calibration.trial import Forced, generated
+from tests.acceptance.families import FAMILIES
 from tests.zoo import ZOO
 
 TOKENS = 5
@@ -200,3 +201,10 @@ def test_nothing_after_the_end_counts():
     assert module._alive(tokens, 2).tolist() == expected
     assert module._alive(tokens, [2, 9]).tolist() == expected
     assert module._alive(tokens, None).all()
+
+
+def test_layers_without_a_number_are_said_to_be_missing():
+    """Qwen3-VL's prefill, where not all layers take deepstack features, shows each layer alone."""
+    family = FAMILIES["qwen3-vl"]
+    with pytest.raises(NotImplementedError, match="number of the layer is not known"):
+        calibrate(family.build(), [family.inputs(0)], budget=0.5, new_tokens=3)

@@ -1,6 +1,7 @@
 """The spec, in float64: numbers of one group share a scale and a zero point, and every code is the nearest level."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from attnpack_fx.kernels.aten.row_codes import (
     Grouping,
+    _nearest,
     bounds,
     by_codebook,
     extremes,
@@ -213,3 +215,16 @@ def test_bytes_of_one_scale_for_32_numbers(bits, expected):
     coded = (float8 if bits == E4M3 else symmetric)(rows, bits, Grouping(32))
     codebook = 0 if coded.codebook is None else coded.codebook.numel() * 4
     assert (stored_bytes(coded) - codebook) * 8 / rows.numel() == expected
+
+
+def test_levels_of_rows_in_any_layout_are_found_without_a_warning():
+    rows = torch.randn(3, 5, 7).transpose(0, 2)
+    levels = torch.linspace(-1, 1, 4)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = _nearest(rows, levels)
+    finally:
+        torch.set_warn_always(False)
+    assert torch.equal(found, (rows[..., None] - levels).abs().argmin(-1).to(torch.uint8))
