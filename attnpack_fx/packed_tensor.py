@@ -226,7 +226,7 @@ class PackedTensor(Memoryless):
             held = replace(held, resting=held.resting.crop(tokens))
         importance = self.importance
         if importance is not None:  # slots that are free again say nothing about tokens that will take them
-            importance = importance[:, : held.packed + length]
+            importance = importance[:, : held.packed + length].clone()
         return PackedTensor(held, self.lease.buffer.lease(length), importance)
 
     def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
