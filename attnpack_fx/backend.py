@@ -73,10 +73,7 @@ def _compile(
     except (PolicyError, RestartAnalysis, SkipFrame):
         raise  # the caller's mistake, or Dynamo's own way of asking for another trace
     except Exception as error:
-        if policy.strict:
-            raise
-        log.warning("the graph is compiled without packing: the rewrite failed", exc_info=True)
-        warnings.warn(f"attnpack: this graph stays dense, its rewrite failed: {error!r}", AttnpackWarning, stacklevel=2)
+        _give_up(error, policy, "this graph stays dense, its rewrite failed")
         state = _state_of(gm, example_inputs, policy)
         pipeline.run_fallback(state)
         compiled = _inductor(_module(gm, state.graph), [state.examples[node] for node in state.inputs], patches)
@@ -162,7 +159,18 @@ def _compiled(gm: GraphModule, state: GraphState, policy: PackPolicy, patches: d
     def compiler(module: GraphModule, given: list[Any]) -> Callable[..., Any]:
         return _inductor(module, given, patches)
 
-    return SplitCall(split, compiler(first, examples), second, (pruned.rows, pruned.hidden), compiler, policy.strict)
+    def failed(error: Exception) -> None:
+        _give_up(error, policy, "the layers behind pruned tokens run uncompiled")
+
+    return SplitCall(split, compiler(first, examples), second, (pruned.rows, pruned.hidden), compiler, failed)
+
+
+def _give_up(error: Exception, policy: PackPolicy, consequence: str) -> None:
+    """Say what a failure leads to; where the policy is strict, raise it instead."""
+    if policy.strict:
+        raise error
+    log.warning("%s: %r", consequence, error, exc_info=error)
+    warnings.warn(f"attnpack: {consequence}: {error!r}", AttnpackWarning, stacklevel=3)
 
 
 def _raiser(error: Exception) -> Callable[..., Any]:

@@ -5,9 +5,8 @@ among them, then fails or is compiled for the worst case. So the graph is cut wh
 second part the number is a size of its inputs, and Dynamo compiles and guards it like that of any prompt.
 """
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attnpack_fx.passes.split_graph import Place, Split, is_number
-
-log = logging.getLogger(__name__)
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
@@ -26,7 +23,7 @@ class SplitCall:
 
     first: compiled; second: as a module, which `compiler` compiles.
     counted: the nodes of the whole graph whose dimension 1 is the number of tokens that stay.
-    strict: whether to raise where the second part cannot be compiled, instead of running it as it is.
+    failed: called with the error where the second part cannot be compiled; if it returns, that part runs as it is.
     """
 
     def __init__(
@@ -36,13 +33,12 @@ class SplitCall:
         second: GraphModule,
         counted: Sequence[Node],
         compiler: Compiler,
-        strict: bool,
+        failed: Callable[[Exception], None],
     ) -> None:
         self._first, self._module = first, second
         self._crossing = [(place, _varying(node, counted)) for place, node in split.crossing]
         self._results = split.results
-        self._strict = strict
-        self._second: Callable[..., Any] = torch.compile(second, backend=compiler)
+        self._compiler, self._failed = compiler, failed
 
     def __call__(self, *arguments: Any) -> list[Any]:
         made = {"argument": arguments, "first": self._first(*arguments)}
@@ -53,17 +49,19 @@ class SplitCall:
         made["second"] = self._call_second([_marked(at(place), dims) for place, dims in self._crossing])
         return [at(place) for place in self._results]
 
+    @cached_property
+    def _second(self) -> Callable[..., Any]:
+        # Dynamo never traces code that FX generates while Dynamo compiles, as it did this module's: so once more.
+        self._module.recompile()
+        return torch.compile(self._module, backend=self._compiler, fullgraph=True)
+
     def _call_second(self, arguments: list[Any]) -> Any:
         # Plans of what to pack return as many places as there are tokens of a kind, which data decide too.
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
             try:
                 return self._second(*arguments)
             except torch._dynamo.exc.TorchDynamoException as error:
-                if self._strict:
-                    raise
-                log.warning("the layers behind pruned tokens run uncompiled", exc_info=True)
-                text = f"attnpack: the layers behind pruned tokens run uncompiled, compiling them failed: {error!r}"
-                warnings.warn(text, UserWarning, stacklevel=2)
+                self._failed(error)
                 self._second = self._module
                 return self._second(*arguments)
 

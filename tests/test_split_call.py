@@ -19,12 +19,12 @@ def chosen(x: torch.Tensor, keep: torch.Tensor, weight: torch.Tensor) -> torch.T
     return rows @ weight
 
 
-def split(compiler: Any, strict: bool = True) -> tuple[SplitCall, CapturedGraph]:
+def split(compiler: Any, failed: Any = None) -> tuple[SplitCall, CapturedGraph]:
     (graph,) = capture_graphs(chosen, torch.randn(1, 8, 4), torch.tensor([0, 2, 5]), torch.randn(4, 4))
     rows = next(node for node in graph.state.graph.nodes if getattr(node.target, "__name__", "") == "getitem")
     cut = split_graph(graph.state.graph, rows)
     first, second = (GraphModule(graph.module, each) for each in (cut.first, cut.second))
-    return SplitCall(cut, first, second, (rows,), compiler, strict), graph
+    return SplitCall(cut, first, second, (rows,), compiler, failed), graph
 
 
 def test_another_number_of_rows_compiles_nothing_anew():
@@ -53,15 +53,19 @@ def failing(module: GraphModule, examples: list[Any]) -> Any:
 
 
 def test_a_part_that_cannot_be_compiled_runs_as_it_is():
-    call, graph = split(failing, strict=False)
-    with pytest.warns(UserWarning, match="run uncompiled"):
-        (result,) = call(*graph.arguments)
+    told: list[Exception] = []
+    call, graph = split(failing, told.append)
+    (result,) = call(*graph.arguments)
     assert torch.equal(result, chosen(*graph.arguments))
     (again,) = call(*graph.arguments)
     assert torch.equal(again, result)
+    assert [str(error).count("no compiler") for error in told] == [1]
 
 
-def test_a_strict_call_raises():
-    call, graph = split(failing)
+def test_what_the_caller_raises_is_raised():
+    def failed(error: Exception) -> None:
+        raise error
+
+    call, graph = split(failing, failed)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler"):
         call(*graph.arguments)

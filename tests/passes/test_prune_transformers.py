@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnpack_fx import backend
 from attnpack_fx.passes.fastv import FastV
 from attnpack_fx.passes.state import SiteReport
 from tests.decoder import close
@@ -123,8 +124,17 @@ def test_keeping_everything_changes_nothing(name):
     close(out.logits[0], expected.logits[0], 1e-5)
 
 
-def test_prompts_of_any_length_and_number():
+def test_prompts_of_any_length_and_number(monkeypatch):
     """The second length makes every size symbolic, and attention without a mask then sees how many rows there are."""
+    behind: list[Any] = []
+    inductor = backend._inductor
+
+    def counted(module, examples, patches):
+        if any("scatter_tokens" in str(node.target) for node in module.graph.nodes):
+            behind.append(module)
+        return inductor(module, examples, patches)
+
+    monkeypatch.setattr(backend, "_inductor", counted)
     model = ZOO["llava-mha"].build("sdpa")
     reports: list[SiteReport] = []
     model.forward = compiled(model.forward, FastV(1, 0.5), reports)
@@ -137,3 +147,4 @@ def test_prompts_of_any_length_and_number():
                 close(out.logits[0][sample : sample + 1], oracle("llava-mha", one, 1, 0.5)[0], 1e-5)
         assert out.past_key_values.layers[1].keys.slots == text + 8
     assert of_tokens(reports) == [("pruned", "FastV")] * 3  # one sample, any length, any number
+    assert len(behind) == 3  # the layers behind the choice are compiled too, once each
