@@ -73,7 +73,7 @@ def _compile(
     except (PolicyError, RestartAnalysis, SkipFrame):
         raise  # the caller's mistake, or Dynamo's own way of asking for another trace
     except Exception as error:
-        _give_up(error, policy, "this graph stays dense, its rewrite failed")
+        _give_up(error, policy, "this graph stays dense, the rewrite failed")
         state = _state_of(gm, example_inputs, policy)
         pipeline.run_fallback(state)
         compiled = _inductor(_module(gm, state.graph), [state.examples[node] for node in state.inputs], patches)

@@ -199,6 +199,11 @@ def promised(made: Subject, setting: Setting) -> float | None:
 
 def problems(record: Record) -> list[str]:
     """What is wrong with a cell, in words; empty where nothing is."""
+    refused = SETTINGS[record.setting].refused.get(record.family)
+    if refused is not None:
+        told = record.raised or "nothing"
+        expected = told.startswith("NotImplementedError") and refused in told
+        return [] if expected else [f"raises {told}, expected a NotImplementedError about {refused!r}"]
     if record.raised is not None:
         return [f"raises {record.raised}"]
     return [*_wrong_sites(record), *_wrong_bytes(record), *_wrong_results(record), *_wrong_graphs(record)]

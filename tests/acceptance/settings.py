@@ -111,6 +111,7 @@ class Setting:
     policy: of a family; None for one that is calibrated on the model.
     promise: of a shape, the most bytes that its layers may hold for a sample; None where nothing is promised.
     exact: whether tokens and logits are those of the dense model. families: on which it runs. methods: in use.
+    refused: families -> a word of the NotImplementedError that says why they cannot have it.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Setting:
     exact: bool = False
     families: tuple[str, ...] = tuple(FAMILIES)
     methods: tuple[type[Method], ...] = field(default=())
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def acts(self, stage: Stage) -> bool:
         return any(stage in METHODS[method].used.stages for method in self.methods)
@@ -213,7 +215,8 @@ def _general() -> Iterator[Setting]:
     yield Setting("folds", lambda family: PackPolicy(text_rank=16, fold_every=4, recent=2, strict=True), folding)
     partial = _ranked(64, partial=Partial(regroup_every=4))
     yield Setting("Partial", partial, _low_rank(64), families=VISION_FAMILIES)
-    yield Setting("calibrated", None, calibrated)
+    # Plans are by layer, and Qwen3-VL's prefill is a graph a layer, without a number.
+    yield Setting("calibrated", None, calibrated, refused={"qwen3-vl": "number"})
 
 
 def _settings() -> Iterator[Setting]:
