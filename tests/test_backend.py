@@ -421,6 +421,7 @@ GENERATE = """
 """
 
 
+@pytest.mark.slow
 def test_without_transformers_and_a_second_process_reuses_the_compiled_code(tmp_path):
     first = in_process(GENERATE, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     second = in_process(GENERATE, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))

@@ -16,6 +16,7 @@ def _alone(fresh_dynamo):
     """What other tests compiled is not reused."""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:attnpack")
 @pytest.mark.parametrize("model", MODELS)
 def test_compositions_are_finite_repeatable_small_and_exact_where_they_do_nothing(model):

@@ -30,6 +30,7 @@ def written(tmp_path_factory):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_the_record_says_on_what_it_was_measured(written):
     assert written["versions"]["torch"] == torch.__version__
     assert written["threads"] == torch.get_num_threads()

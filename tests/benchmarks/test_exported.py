@@ -30,6 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
         yield exported.exported(tmp_path_factory.mktemp("exported"))
 
 
+@pytest.mark.slow
 def test_a_policy_is_exported_once(folders):
     assert folders["dense"] == folders["dense, past copied"] != folders["packed"]
 
@@ -48,6 +49,7 @@ def test_steps_and_their_caches(folders):
     assert caches["packed"] <= factors + rows * exported.PAST + 2 * masks
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process(folders):
     memory = exported.report_memory(folders["packed"], False, TOKENS, 1)
     assert memory["peak_bytes"] >= memory["resident_bytes"]

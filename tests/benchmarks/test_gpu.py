@@ -40,6 +40,7 @@ def _loaded(folder, name):
 # ---- a dry run of everything -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", PARTS, ids=lambda each: each.name)
 def test_every_part_says_on_what_it_was_measured(folder, each):
     written = _loaded(folder, each.name)
@@ -52,6 +53,7 @@ def test_every_part_says_on_what_it_was_measured(folder, each):
     assert not any(case.keys() & {"wrong", "skipped"} for case in written["cases"].values())
 
 
+@pytest.mark.slow
 def test_every_operator_is_checked_in_every_dtype(folder):
     checked = _loaded(folder, "correctness")["cases"]
     operators = {name.partition(" ")[0] for name in checked}
@@ -61,6 +63,7 @@ def test_every_operator_is_checked_in_every_dtype(folder):
         assert case["worst"] <= case["limit"] and case["inputs"] > 0
 
 
+@pytest.mark.slow
 def test_attention_is_timed_against_what_runs(folder):
     for case in _loaded(folder, "attention")["cases"].values():
         assert {"flash", "flex"} <= case["dense"].keys()
@@ -74,6 +77,7 @@ def test_attention_is_timed_against_what_runs(folder):
             assert row["error"] <= correctness.TOLERANCE[attention.DTYPE]
 
 
+@pytest.mark.slow
 def test_codes_are_timed_against_what_runs(folder):
     for case in _loaded(folder, "codes")["cases"].values():
         assert case["stored"].keys() == {
@@ -90,6 +94,7 @@ def test_codes_are_timed_against_what_runs(folder):
         assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.slow
 def test_packing_is_timed_against_the_prefill(folder):
     (case,) = _loaded(folder, "factorize")["cases"].values()
     seconds = {name: spent["median"] for name, spent in case["seconds"].items()}
@@ -97,6 +102,7 @@ def test_packing_is_timed_against_the_prefill(folder):
     assert case["share_of_prefill"] == pytest.approx(seconds["compress"] / seconds["prefill"])
 
 
+@pytest.mark.slow
 def test_decoding_is_timed_at_equal_and_at_largest_batch(folder):
     cases = _loaded(folder, "decode")["cases"]
     alone = {case["contender"] for case in cases.values() if case["batch"] == 1}
@@ -110,6 +116,7 @@ def test_decoding_is_timed_at_equal_and_at_largest_batch(folder):
     assert 0 <= ours["error"] <= measure.TOLERANCE[decoders.DTYPE]
 
 
+@pytest.mark.slow
 def test_the_packed_batch_is_larger_than_the_dense_one(folder):
     cases = _loaded(folder, "paper")["cases"]
     ours, dense = cases[decoders.OURS], cases[decoders.STATIC]
@@ -117,12 +124,14 @@ def test_the_packed_batch_is_larger_than_the_dense_one(folder):
     assert ours["cache_bytes"] < ours["dense_cache_bytes"]
 
 
+@pytest.mark.slow
 def test_a_step_is_traced(folder):
     for case in _loaded(folder, "profile")["cases"].values():
         assert case["kernels"] > 0 and case["busy_seconds"] > 0
         assert case["busy_share"] == case["busy_seconds"] / case["wall_seconds"]
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing(folder, capsys):
     before = {file: file.read_bytes() for file in folder.iterdir()}
     assert command.main(["--dry", "--out", str(folder)]) == 0
@@ -132,6 +141,7 @@ def test_a_second_run_measures_nothing(folder, capsys):
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_rendered_as_one(folder):
     page = render.page(folder.parent)
     assert render._NONE not in page and page.count("A dry run: the times mean nothing") == len(PARTS)

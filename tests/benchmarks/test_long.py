@@ -29,6 +29,7 @@ def test_dense_bytes_are_counted_after_the_prompt_and_every_few_tokens():
     assert row["bytes"] == [prompt, prompt + 4 * A_TOKEN, prompt + 8 * A_TOKEN]
 
 
+@pytest.mark.slow
 def test_packed_bytes_are_less_and_grow_by_the_dense_text():
     row = generate.run("rank 16, text dense", SMALL)
     assert row["bytes"][0] < 64 * A_TOKEN

@@ -48,6 +48,7 @@ def two_candidates(monkeypatch):
     monkeypatch.setattr(methods, "candidates", candidates)
 
 
+@pytest.mark.slow
 def test_rows_are_written_and_kept(tmp_path, two_candidates, capsys):
     arguments = ["--out", str(tmp_path), "--quick", "--model", "digits-llava", "--contexts", "2", "--batch", "2"]
     arguments += ["--images", str(IMAGES)]
@@ -77,6 +78,7 @@ def test_rows_are_written_and_kept(tmp_path, two_candidates, capsys):
         command.main([*arguments, "--dtype", "float32"])
 
 
+@pytest.mark.slow
 def test_lossless_policies_answer_as_the_dense_cache_does(loaded, asked):
     batch, dense = asked
     with op_by_op():
@@ -90,6 +92,7 @@ def test_lossless_policies_answer_as_the_dense_cache_does(loaded, asked):
                 assert score.divergence(dense.logits[task], own.logits[task]).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_every_later_question_starts_from_the_same_cache(loaded, asked, monkeypatch):
     """Without the questions before it, a question gets the same answer: none of them has left anything behind."""
     batch, dense = asked

@@ -15,6 +15,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_text_model(tmp_path_factory.mktemp("text"))
 
 
+@pytest.mark.slow
 def test_a_model_of_text_is_exported_and_run(model, tmp_path, capsys):
     out = tmp_path / "artefact"
     PackPolicy(text_rank=4, key_space="rotated").save(tmp_path / "policy.json")

@@ -152,6 +152,7 @@ def test_tokens_that_are_all_alike(tmp_path: Path) -> None:
 # ---- ONNX ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_onnx_of_deepstack_and_three_axes(tmp_path: Path) -> None:
     model, inputs = of("qwen3-vl")
     export_onnx(model, FULL, tmp_path / "artefact", example=inputs)
@@ -161,6 +162,7 @@ def test_onnx_of_deepstack_and_three_axes(tmp_path: Path) -> None:
         made.generate(**inputs | {"image_grid_thw": torch.tensor([[1, 4, 9]] * 2)})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_onnx_of_folds(tmp_path: Path) -> None:
     policy = replace(POLICIES["folds unrotated"], vision_rank="full")
@@ -171,6 +173,7 @@ def test_onnx_of_folds(tmp_path: Path) -> None:
     assert_same(of_artefact(made, inputs), of_model(packed_by_pytorch("llava-gqa", policy), inputs), 5e-3)
 
 
+@pytest.mark.slow
 def test_onnx_of_an_older_opset(tmp_path: Path) -> None:
     """Without RMSNormalization, RotaryEmbedding and Attention; and without an example, as images are of one size."""
     model, inputs = of("llava-gqa")

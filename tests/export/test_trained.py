@@ -19,6 +19,8 @@ from attnpack_fx.demo.load import Loaded, load, trained_model
 from attnpack_fx.export import ArtefactError, PackedGenerator, export_aoti, export_onnx, manifest
 from tests.export.artefacts import written
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 64
 POLICIES = {
     "float32": PackPolicy(vision_rank=(32, 16)),
@@ -65,11 +67,6 @@ def packed(source: Loaded, policy: PackPolicy, inputs: dict[str, Any]) -> tuple[
         **inputs, max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     return made.sequences, torch.stack(made.logits, 1)
-
-
-@pytest.fixture(autouse=True)
-def quick(without_inductor: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 
 
 @pytest.mark.parametrize(("artefact", "name"), [(each, each) for each in POLICIES], indirect=["artefact"])

@@ -124,6 +124,7 @@ def test_keeping_everything_changes_nothing(name):
     close(out.logits[0], expected.logits[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_and_number(monkeypatch):
     """The second length makes every size symbolic, and attention without a mask then sees how many rows there are."""
     behind: list[Any] = []

@@ -9,6 +9,7 @@ from tests.decoder import Decoder, close, next_ids, prompt
 from tests.passes.test_prune_tokens import compiled, of_tokens, run_by_hand
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_by_inductor():
     """How many rows stay is not known before the call, and no other number of them compiles anything anew."""

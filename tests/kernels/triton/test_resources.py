@@ -39,6 +39,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return compiled.run("-m", "attnpack_fx.kernels.triton.resources", *arguments)
 
 
+@pytest.mark.slow
 def test_every_kernel_of_every_shipped_shape(tmp_path):
     """One test for all, so that everything is compiled once: all shapes for Hopper, every kernel for the others."""
     facts, tables = [], []
