@@ -62,6 +62,7 @@ class Runtime:
         collector = Collector(results, grown, self._policy, alike)
         outputs = [collector.collect(spec) for spec in self._outputs]
         self._maintain(arguments, results, outputs)
+        self._unite(outputs, alike)
         self._pack_candidates(outputs)
         self._carry(arguments, results, outputs, alike)
         return outputs
@@ -88,6 +89,16 @@ class Runtime:
         remember(called, layers)
         for spec, layer in zip(self._layers, layers, strict=True):
             outputs[spec.key], outputs[spec.value] = layer.key, layer.value
+
+    def _unite(self, outputs: list[Any], alike: Alike) -> None:
+        """Let layers of several graphs of a prompt hold one table of angles after methods have acted, too."""
+        for spec in self._layers:
+            key = outputs[spec.key]
+            angles = key.held.angles if spec.count is None else None
+            known = None if angles is None else alike.one(angles, earlier=True)
+            if known is not angles:
+                outputs[spec.key] = key.turned(known)
+                outputs[spec.key].taken_back = key.taken_back
 
     def _pack_candidates(self, outputs: list[Any]) -> None:
         """Pack what this graph was compiled to leave dense, when the caller states a modality after all."""

@@ -112,20 +112,23 @@ class Alike:
 
     def __init__(self) -> None:
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._earlier: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @classmethod
     def of_call(cls, arguments: Iterable[Any]) -> "Alike":
         """What came with a graph's arguments; nothing yet in the first graph of a call."""
         found = (getattr(each, cls._ATTRIBUTE, None) for each in arguments if isinstance(each, Tensor))
-        return next((each for each in found if each is not None), None) or cls()
+        alike = next((each for each in found if each is not None), None) or cls()
+        alike._earlier = alike._known.copy()
+        return alike
 
     def travel(self, tensors: Iterable[Tensor]) -> None:
         for each in tensors:
             setattr(each, self._ATTRIBUTE, self)
 
-    def one(self, made: Any) -> Any:
-        """`made`, or what is known and the same."""
-        for known in self._known:
+    def one(self, made: Any, earlier: bool = False) -> Any:
+        """`made`, or what is known and the same; earlier: what is known of the graphs before this one."""
+        for known in self._earlier if earlier else self._known:
             if type(known) is type(made) and known.same_as(made):
                 return known
         self._known.add(made)

@@ -211,7 +211,7 @@ FAMILIES: dict[str, Family] = {
             _qwen3_vl,
             _qwen_inputs,
             # Each decoder layer is a graph of its own.
-            unpruned="this graph does not show the decoder layers by number in one list",
+            unpruned="this graph shows no list of decoder layers by number",
             unmerged="this graph does not show which layers are its neighbours",
         ),
         Family("internvl", transformers.InternVLForConditionalGeneration, _internvl, _image_inputs(_large)),
