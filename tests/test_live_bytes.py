@@ -68,8 +68,15 @@ def assert_one_copy(cache: Cache) -> None:
     assert len({angles.sin.untyped_storage().data_ptr() for angles in turned}) <= 1
 
 
-@pytest.mark.parametrize("batch", [1, 12])
-@pytest.mark.parametrize("name", ["llava-mha", "qwen2.5-vl"])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        ("llava-mha", 1),
+        pytest.param("llava-mha", 12, marks=pytest.mark.slow),
+        pytest.param("qwen2.5-vl", 1, marks=pytest.mark.slow),
+        pytest.param("qwen2.5-vl", 12, marks=pytest.mark.slow),
+    ],
+)
 def test_generated_through_inductor(name, batch, fresh_dynamo):
     cache = generated(compiled(name, vision_rank=4, text_rank=4), ZOO[name].inputs(batch, 2 if batch > 1 else 0))
     assert_counted(cache)

@@ -71,5 +71,6 @@ def test_the_newest_tokens_stay(name: str, rank: int | None, without_inductor: N
     assert watch.calls == STEPS and watch.evicted
 
 
+@pytest.mark.slow
 def test_through_inductor_at_default_options(fresh_dynamo: None) -> None:
     assert watched(RandomEviction(0.2), 10, 10).evicted

@@ -89,6 +89,7 @@ def test_float64_folds() -> None:
 # ---- half precision ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_large_keys_and_values_in_half_precision() -> None:
     """Each number fits, the norms of rows do not; through Inductor."""
     model = ZOO["llava-gqa"].build("sdpa")
@@ -131,6 +132,7 @@ def forced(model: Model, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
     return torch.cat(logits).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_space", ["rotated", "unrotated"])
 def test_autocast_to_bf16_is_as_precise_as_eager(key_space: str) -> None:
     """Tokens differ from eager's where two logits are within rounding: against fp32, either is as far off.

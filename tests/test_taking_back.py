@@ -169,6 +169,7 @@ def assert_same(actual: Any, expected: Any) -> None:
         torch.testing.assert_close(_scores(one.keys), _scores(other.keys), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_prompt_lookup_through_inductor(fresh_dynamo: None) -> None:
     """Vision tokens leave after prefill alone, and so at the same point with drafts behind the prompt as without."""
     model = compiled(vision_rank=None, passes=(H2O(0.5, target="vision"),))

@@ -44,12 +44,14 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_as_pytorch(artefact: Path, without_inductor: None) -> None:
     for inputs in (EXAMPLE.inputs(2, 3), EXAMPLE.inputs(1, 0)):
         packed = attnpack_fx.compile(model(), policy=POLICY)
         assert_same(of_artefact(PackedGenerator(artefact), inputs), of_model(packed, inputs), 5e-3)
 
 
+@pytest.mark.slow
 def test_text_alone(artefact: Path) -> None:
     """No features, no vision tokens, and at first none generated: filler."""
     inputs = prompt(2, 3, tokens=20)
@@ -58,6 +60,7 @@ def test_text_alone(artefact: Path) -> None:
     assert_same(of_artefact(made, inputs), of_model(model(), inputs))
 
 
+@pytest.mark.slow
 def test_in_another_process(artefact: Path, tmp_path: Path) -> None:
     inputs = EXAMPLE.inputs(2, 3)
     torch.save(inputs, tmp_path / "inputs")
@@ -74,6 +77,7 @@ assert "transformers" not in sys.modules and "onnx" not in sys.modules
     assert torch.equal(torch.load(tmp_path / "tokens"), expected)
 
 
+@pytest.mark.slow
 def test_what_is_written(artefact: Path) -> None:
     """Native code and raw weights: nothing of ours to register, and nothing pickled."""
     found = manifest.read(artefact)
@@ -92,6 +96,7 @@ def test_what_is_written(artefact: Path) -> None:
             assert not [name for name in names if b"attnpack::" in package.read(name)]
 
 
+@pytest.mark.slow
 def test_of_another_pytorch(artefact: Path, tmp_path: Path) -> None:
     path = tmp_path / "decode.pt2"
     with zipfile.ZipFile(path, "w") as package:
@@ -101,6 +106,7 @@ def test_of_another_pytorch(artefact: Path, tmp_path: Path) -> None:
         AotiSession("decode", step, path, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_tensors_that_do_not_fit(artefact: Path) -> None:
     made = PackedGenerator(artefact)
     inputs = EXAMPLE.inputs(1, 0)
@@ -122,6 +128,7 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     """Of the modules that are compiled."""

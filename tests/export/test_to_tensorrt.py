@@ -99,6 +99,7 @@ def artefact(llava: Built) -> Manifest:
     return manifest.read(llava.folder)
 
 
+@pytest.mark.slow
 def test_every_step_is_an_engine(llava: Built, artefact: Manifest) -> None:
     assert set(artefact.steps) == {"vision", "prefill", "decode"}
     assert {path.name for path in llava.folder.iterdir()} == {
@@ -110,11 +111,13 @@ def test_every_step_is_an_engine(llava: Built, artefact: Manifest) -> None:
     assert all((llava.folder / step.file).stat().st_size > 100_000 for step in artefact.steps.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vision", "prefill", "decode"])
 def test_networks_of_a_model_with_images(trt: Any, llava: Built, name: str) -> None:
     check_network(trt, llava, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decode", "angles"])
 def test_networks_of_a_model_of_text(trt: Any, llama: Built, name: str) -> None:
     check_network(trt, llama, name)
@@ -144,6 +147,7 @@ def check_network(trt: Any, built: Built, name: str) -> None:
         assert all(found in (-1, size) for found, size in zip(tensor.shape, spec.shape, strict=True))
 
 
+@pytest.mark.slow
 def test_codes_of_8_and_4_bits_go_in_and_out(artefact: Manifest) -> None:
     for tensors in (artefact.steps["prefill"].outputs, artefact.steps["decode"].inputs):
         found = {spec.name: spec.dtype for spec in tensors}
@@ -151,6 +155,7 @@ def test_codes_of_8_and_4_bits_go_in_and_out(artefact: Manifest) -> None:
         assert found["packed.0.key.1"] == found["basis.0.key.1"] == torch.uint8
 
 
+@pytest.mark.slow
 def test_attention_may_be_decomposed(trt: Any, llava: Built) -> None:
     network = llava.networks["prefill"].network
     layers = [network.get_layer(number) for number in range(network.num_layers)]
@@ -161,12 +166,14 @@ def test_attention_may_be_decomposed(trt: Any, llava: Built) -> None:
         assert layer.attention.decomposable
 
 
+@pytest.mark.slow
 def test_manifest_says_what_built_it(trt: Any, artefact: Manifest) -> None:
     assert (artefact.target, artefact.device) == ("tensorrt", "cuda")
     assert artefact.versions["tensorrt_rtx"] == trt.__version__
     assert artefact.versions["compute_capabilities"] == "80 86 89 120"
 
 
+@pytest.mark.slow
 def test_ranges_are_those_of_the_profiles(llava: Built, artefact: Manifest) -> None:
     decode, prefill = artefact.steps["decode"].ranges, artefact.steps["prefill"].ranges
     assert prefill["sequence_length"] == Range(1, 256)
@@ -178,16 +185,19 @@ def test_ranges_are_those_of_the_profiles(llava: Built, artefact: Manifest) -> N
     assert profiles.shapes(llava.steps["decode"], mask) == ([1, 1], [1, 129], [4, 2064])
 
 
+@pytest.mark.slow
 def test_angles_build(trt: Any, llama: Built) -> None:
     assert engines.build(trt, llama.networks["angles"], llama.steps["angles"], engines.CAPABILITIES).nbytes > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "86", "89", "120"])
 def test_decode_builds_for_one_gpu(trt: Any, llama: Built, capability: str) -> None:
     engine = engines.build(trt, llama.networks["decode"], llama.steps["decode"], (capability,))
     assert engine.nbytes > 100_000
 
 
+@pytest.mark.slow
 def test_loading_needs_a_gpu(llava: Built) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -195,12 +205,14 @@ def test_loading_needs_a_gpu(llava: Built) -> None:
         PackedGenerator(llava.folder)
 
 
+@pytest.mark.slow
 def test_prefill_is_not_for_torch_tensorrt(llava: Built) -> None:
     with pytest.raises(NotImplementedError, match=r"prefill: Torch-TensorRT converts no loops.*builder='onnx'"):
         torch_tensorrt_engines.refuse_loops(llava.steps["prefill"])
     torch_tensorrt_engines.refuse_loops(llava.steps["decode"])
 
 
+@pytest.mark.slow
 def test_torch_tensorrt_converts_all_of_decode(trt: Any) -> None:
     if importlib.util.find_spec("torch_tensorrt") is None:
         pytest.skip("Torch-TensorRT is not installed")
@@ -236,6 +248,7 @@ def test_unsupported_nodes_are_listed(trt: Any, tmp_path: Path) -> None:
     assert "take export_onnx or export_aoti" in text
 
 
+@pytest.mark.slow
 def test_impossible_sizes_say_so(trt: Any, llama: Built) -> None:
     angles = llama.steps["angles"]
     wrong = Program(angles.step, angles.program, {**angles.ranges, "batch_size": Range(4, 1)})
