@@ -74,6 +74,7 @@ def test_full_rank_generates_what_the_dense_model_generates(name: str, either_wa
     _check(ZOO[name], "sdpa")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_attention_written_out_is_packed_as_well(name: str, either_way: None) -> None:
     _check(ZOO[name], "eager")

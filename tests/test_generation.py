@@ -143,6 +143,7 @@ def test_crop_then_continue(dense: Model, packed: Model) -> None:
     assert_packed(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [True, False], ids=["deepcopy", "shared"])
 def test_one_cache_continued_two_ways(dense: Model, packed: Model, copied: bool) -> None:
     def fork(cache: Cache) -> Cache:

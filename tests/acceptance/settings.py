@@ -238,22 +238,13 @@ GRID = tuple((family, name) for family in FAMILIES for name, each in SETTINGS.it
 
 
 def fast() -> tuple[tuple[str, str], ...]:
-    """A few cells in which every family is, and every method: compositions first, for they have most at once."""
-    uses = dict.fromkeys(FAMILIES, 0)
+    """A few cells of the family that is compiled soonest: default options, and every method, many in one composition."""
+    family = next(name for name, each in FAMILIES.items() if each.vision and each.unpruned is None)
+    cells = [(family, "default options")]
     seen: set[type[Method]] = set()
-    cells: list[tuple[str, str]] = []
-
-    def add(setting: Setting) -> None:
-        shows = [name for name in uses if FAMILIES[name].vision and not setting.unpruned(FAMILIES[name])]
-        family = min(shows if len(setting.methods) else uses, key=lambda name: uses[name])
-        uses[family] += 1
-        seen.update(setting.methods)
-        cells.append((family, setting.name))
-
     used = [setting for setting in SETTINGS.values() if setting.methods and not setting.exact]
     for setting in sorted(used, key=lambda setting: -len(setting.methods)):
         if not seen.issuperset(setting.methods):
-            add(setting)
-    while not all(uses.values()):
-        add(SETTINGS["default options"])
-    return tuple(sorted(cells, key=lambda cell: list(FAMILIES).index(cell[0])))
+            seen.update(setting.methods)
+            cells.append((family, setting.name))
+    return tuple(cells)

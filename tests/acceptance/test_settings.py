@@ -26,12 +26,11 @@ def test_every_family_has_every_setting_but_where_that_is_said() -> None:
         assert {family for family, name in GRID if name == setting.name} == set(setting.families)
 
 
-def test_fast_cells_have_every_family_and_every_method() -> None:
+def test_fast_cells_have_every_method() -> None:
     cells = fast()
     assert set(cells) <= set(GRID)
-    assert {family for family, _ in cells} == set(FAMILIES)
     assert {method for _, name in cells for method in SETTINGS[name].methods} == set(CATALOGUE)
-    assert len(cells) <= 14
+    assert len(cells) <= 12
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -37,6 +37,7 @@ def test_the_record_says_on_what_it_was_measured(written):
     assert {"cpu", "commit", "malloc"} <= written.keys()
 
 
+@pytest.mark.slow
 def test_every_sample_of_every_contender_is_written(written):
     (attention,), (decoder,) = written["attention"], written["end_to_end"]
     assert attention["seconds"].keys() == {"dense", "packed", "decompressed"}
@@ -47,6 +48,7 @@ def test_every_sample_of_every_contender_is_written(written):
         assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_medians(written):
     (attention,), (decoder,) = written["attention"], written["end_to_end"]
     median = {name: seconds["median"] for name, seconds in attention["seconds"].items()}
@@ -57,16 +59,19 @@ def test_ratios_are_those_of_the_medians(written):
     assert decoder["tokens_per_second"]["attnpack"] == pytest.approx(2 / median["attnpack"])
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_while_the_clock_runs(written):
     assert written["end_to_end"][0]["graphs_compiled_while_timed"] == 0
 
 
+@pytest.mark.slow
 def test_a_quantized_cache_that_does_not_run_is_named(written):
     (decoder,) = written["end_to_end"]
     quantized = {"fp8, eager", "fp8, Inductor", "quanto 4 bit, eager", "hqq 4 bit, eager"}
     assert quantized == (decoder["seconds"].keys() | decoder["skipped"].keys()) - EXACT
 
 
+@pytest.mark.slow
 def test_every_exact_contender_gives_the_dense_logits(written):
     assert max(written["end_to_end"][0]["error"][name] for name in EXACT) <= 1e-4
     lossless = end_to_end.run(DECODER, steps=2, rounds=1, only=())
@@ -74,6 +79,7 @@ def test_every_exact_contender_gives_the_dense_logits(written):
     assert max(lossless["error"].values()) <= 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_bytes_are_packed_that_the_dense_caches_hold(written):
     held = written["end_to_end"][0]["bytes"]
     dense = 2 * 2 * 2 * 16 * 4  # key and value, batch, KV heads, head dim, fp32: bytes of one token

@@ -35,6 +35,7 @@ def test_a_policy_is_exported_once(folders):
     assert folders["dense"] == folders["dense, past copied"] != folders["packed"]
 
 
+@pytest.mark.slow
 def test_steps_and_their_caches(folders):
     rows = 2 * 4 * LAYERS * HEADS * DIM  # bytes of a token's keys and values
     caches = {}

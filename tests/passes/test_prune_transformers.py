@@ -61,15 +61,16 @@ def oracle(name: str, inputs: dict[str, Tensor], number: int, ratio: float) -> t
     return out.logits[0], seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "batch", "padding", "attention"),
     [
         ("llava-mha", 1, 0, "sdpa"),
-        pytest.param("llava-gqa", 2, 3, "sdpa", marks=pytest.mark.slow),
-        pytest.param("llava-gqa", 2, 3, "eager", marks=pytest.mark.slow),
-        pytest.param("qwen2.5-vl", 2, 3, "sdpa", marks=pytest.mark.slow),
-        pytest.param("qwen2-vl", 1, 0, "sdpa", marks=pytest.mark.slow),
-        pytest.param("internvl", 2, 0, "sdpa", marks=pytest.mark.slow),
+        ("llava-gqa", 2, 3, "sdpa"),
+        ("llava-gqa", 2, 3, "eager"),
+        ("qwen2.5-vl", 2, 3, "sdpa"),
+        ("qwen2-vl", 1, 0, "sdpa"),
+        ("internvl", 2, 0, "sdpa"),
     ],
 )
 def test_fastv_of_transformers_models(name, batch, padding, attention):
