@@ -238,7 +238,7 @@ GRID = tuple((family, name) for family in FAMILIES for name, each in SETTINGS.it
 
 
 def fast() -> tuple[tuple[str, str], ...]:
-    """A few cells of the family that is compiled soonest: default options, and every method, many in one composition."""
+    """A few cells of one family that shows all: default options, and every method, many in one composition."""
     family = next(name for name, each in FAMILIES.items() if each.vision and each.unpruned is None)
     cells = [(family, "default options")]
     seen: set[type[Method]] = set()
