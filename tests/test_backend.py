@@ -141,6 +141,7 @@ def test_any_setting_of_dynamic(dynamic, without_inductor):
     assert all_packed(assert_right(model, step, steps=3))
 
 
+@pytest.mark.slow
 def test_training_mode_and_gradients_are_those_of_eager(fresh_dynamo):
     """Nothing is differentiated through a packed value; the loss of an ordinary training step is."""
     model, reference = Decoder(layers=1).requires_grad_(True).train(), Decoder(layers=1).requires_grad_(True).train()
@@ -158,6 +159,7 @@ def test_training_mode_and_gradients_are_those_of_eager(fresh_dynamo):
 # ---- through Inductor --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_through_inductor(fresh_dynamo):
     """The whole way, with the graphs counted: one prefill, and at most two for decoding."""
     graphs = []
@@ -285,6 +287,7 @@ def storages() -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 def test_no_dense_vision_keys_are_alive_after_prefill(fresh_dynamo):
     model = Decoder(layers=2, width=20, heads=4, kv_heads=4, dim=16)
     ids, features = prompt(text=7, vision=300, width=20)
@@ -315,6 +318,7 @@ def allocated(function) -> tuple[int, int]:
     return max(sizes), sum(sizes)
 
 
+@pytest.mark.slow
 def test_decoding_allocates_nothing_that_grows_with_the_dense_cache(fresh_dynamo):
     layers, heads, dim, width = 2, 2, 64, 20
     model = Decoder(layers=layers, width=width, heads=heads, kv_heads=heads, dim=dim)

@@ -69,7 +69,13 @@ def _check(example: Example, attn_implementation: str, batch: int = 1, left_padd
         assert any(example.dense_reason in message for message in announced)
 
 
-@pytest.mark.parametrize("name", ZOO)
+#: Whose full rank is in the acceptance grid too.
+_IN_GRID = ("llava-mha", "llava-gqa", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "gemma3", "llama")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in _IN_GRID else ()) for name in ZOO]
+)
 def test_full_rank_generates_what_the_dense_model_generates(name: str, either_way: None) -> None:
     _check(ZOO[name], "sdpa")
 

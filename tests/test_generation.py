@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 #: For tests of what the packed cache means. Those of what compiled code does to it, in place and to its copies, go
 #: through Inductor: beams, forks, threads and gradients.
-either_way = pytest.mark.usefixtures("either_way")
+pytestmark = pytest.mark.slow
 
 Model = transformers.PreTrainedModel
 Cache = transformers.DynamicCache
@@ -99,7 +99,6 @@ def test_beam_search(dense: Model, packed: Model) -> None:
     assert len(actual.sequences.unique(dim=0)) == 8
 
 
-@either_way
 def test_prompt_lookup(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     # A prompt that ends as it began, so that the lookup finds candidates.
@@ -113,7 +112,6 @@ def test_prompt_lookup(dense: Model, packed: Model) -> None:
     assert_same(actual, expected)
 
 
-@either_way
 def test_sampled_sequences(dense: Model, packed: Model) -> None:
     results = []
     for model in (dense, packed):
@@ -127,7 +125,6 @@ def test_sampled_sequences(dense: Model, packed: Model) -> None:
 # ---- one cache, several uses -------------------------------------------------------------------------------
 
 
-@either_way
 def test_crop_then_continue(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -168,7 +165,6 @@ def test_one_cache_continued_two_ways(dense: Model, packed: Model, copied: bool)
     assert_packed(second)
 
 
-@either_way
 def test_the_same_past_twice(dense: Model, packed: Model) -> None:
     """Hand-made steps, each from the same packed past: earlier calls leave no trace in it."""
     logits = []
@@ -181,7 +177,6 @@ def test_the_same_past_twice(dense: Model, packed: Model) -> None:
     assert torch.equal(logits[1][0], logits[1][3])
 
 
-@either_way
 def test_second_turn(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     expected, actual = (generate(model, inputs, tokens=6) for model in (dense, packed))
@@ -195,7 +190,6 @@ def test_second_turn(dense: Model, packed: Model) -> None:
 
 
 # transformers wraps every forward in one function, so all its frames share one code object's recompile limit.
-@either_way
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_batch_changed_between_calls(dense: Model, packed: Model) -> None:
     for batch, left_padding in ((2, 3), (1, 0), (3, 2), (2, 0)):
@@ -203,7 +197,6 @@ def test_batch_changed_between_calls(dense: Model, packed: Model) -> None:
         assert_same(generate(packed, inputs, tokens=4), generate(dense, inputs, tokens=4))
 
 
-@either_way
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model) -> None:
     """Frames that Dynamo no longer compiles run eagerly, on whatever cache the compiled ones made."""
@@ -213,7 +206,6 @@ def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model
         assert_close(torch.stack(actual.logits), torch.stack(expected.logits))
 
 
-@either_way
 def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -224,7 +216,6 @@ def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Mode
     assert_packed(cache)
 
 
-@either_way
 def test_samples_dropped_and_repeated_between_steps(dense: Model, packed: Model) -> None:
     logits = []
     for model in (dense, packed):
@@ -268,10 +259,7 @@ def graphs_by_step(model: Model, inputs: dict[str, Tensor], tokens: int) -> list
 
 
 @pytest.mark.parametrize(("name", "rank"), [("llama", "full"), ("llava-gqa", 8)])
-def test_graphs_stop_growing(name: str, rank: int | str, request: pytest.FixtureRequest) -> None:
-    if name == "llama":
-        request.getfixturevalue("without_inductor")
-
+def test_graphs_stop_growing(name: str, rank: int | str) -> None:
     def prompt(more: int) -> dict[str, Tensor]:
         inputs = ZOO[name].inputs(1, 0)
         ids = torch.cat([inputs["input_ids"], text(more)], dim=1)
@@ -301,7 +289,6 @@ def test_graphs_stop_growing(name: str, rank: int | str, request: pytest.Fixture
 # ---- models side by side -----------------------------------------------------------------------------------
 
 
-@either_way
 def test_two_policies_for_one_class(dense: Model) -> None:
     inputs = llava_inputs()
     full, low = compiled("llava-gqa"), compiled("llava-gqa", vision_rank=(6, 4), text_rank=None)
@@ -316,9 +303,7 @@ def test_two_policies_for_one_class(dense: Model) -> None:
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
-def test_two_threads_with_two_models(warm: bool, request: pytest.FixtureRequest) -> None:
-    if warm:
-        request.getfixturevalue("without_inductor")
+def test_two_threads_with_two_models(warm: bool) -> None:
     names = ["llama", "qwen3"]
     prompts = {name: [{"input_ids": text(12 + 3 * turn, seed=turn)} for turn in range(3)] for name in names}
     plain = {name: ZOO[name].build("sdpa") for name in names}
@@ -386,7 +371,6 @@ def test_decode_step_with_gradients_enabled(dense: Model, packed: Model) -> None
     assert_close(actual, expected)
 
 
-@either_way
 def test_without_cache(dense: Model, packed: Model) -> None:
     inputs = llava_inputs()
     with torch.no_grad():

@@ -34,6 +34,7 @@ def logits(policy: PackPolicy) -> torch.Tensor:
     return torch.stack(outs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_compiled_and_op_by_op_are_the_same(policy, monkeypatch):
     compiled = logits(policy)

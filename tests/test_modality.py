@@ -211,6 +211,7 @@ def test_a_call_within_a_call_does_not_mix_the_masks(without_inductor):
         assert torch.equal(places, (given[0] == IMAGE).nonzero()[:, 0])
 
 
+@pytest.mark.slow
 def test_layers_behind_the_last_deepstack_one_know_their_vision_tokens(without_inductor):
     """Qwen3-VL breaks in its loop over layers, each of which is then a graph that returns hidden states."""
     family = FAMILIES["qwen3-vl"]

@@ -64,6 +64,7 @@ def watched(rule: Eviction, first: int, later: int, **policy: Any) -> Watch:
     return watch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rank"), [*((name, None) for name in RULES), ("RandomEviction", 4), ("AVL", 4)])
 def test_the_newest_tokens_stay(name: str, rank: int | None, without_inductor: None) -> None:
     """In every layer and head, of a sample with padding on the left and of one without."""

@@ -61,6 +61,7 @@ def test_float64_at_full_rank_is_dense(options: dict[str, Any], without_inductor
     assert_equals_dense(**options)
 
 
+@pytest.mark.slow
 def test_float64_through_inductor() -> None:
     """Of a model that is float64 throughout: Llama's norms are fp32, which compiled code rounds in its own way."""
     assert_equals_dense("gpt2")

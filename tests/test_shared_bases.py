@@ -15,7 +15,7 @@ from .zoo import ZOO
 
 TOKENS = 6
 
-pytestmark = pytest.mark.usefixtures("either_way")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ def divergence(dense, packed) -> float:
     return float((left.exp() * (left - right)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), [("llava-mha", False), ("qwen2-vl", True)])
 def test_policy_is_within_its_budget_and_as_good_as_reported_when_really_run(name, text, tmp_path):
     model = ZOO[name].build("sdpa")
@@ -203,6 +204,7 @@ def test_nothing_after_the_end_counts():
     assert module._alive(tokens, None).all()
 
 
+@pytest.mark.slow
 def test_layers_without_a_number_are_said_to_be_missing():
     """Qwen3-VL's prefill, where not all layers take deepstack features, shows each layer alone."""
     family = FAMILIES["qwen3-vl"]

@@ -107,6 +107,7 @@ def test_as_projections_and_autograd_say(frozen, tmp_path):
         assert distortion(numbers, weights, own.value) < distortion(numbers, weights, start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava-mha", "qwen2-vl"])
 def test_vision_language_models(name, tmp_path):
     model, inputs = ZOO[name].build("sdpa"), ZOO[name].inputs(1, 0)

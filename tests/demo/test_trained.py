@@ -1,5 +1,6 @@
 """The demo on the trained model, end to end, with few questions."""
 
+import pytest
 from PIL import Image
 from tqdm import tqdm
 
@@ -8,7 +9,8 @@ from attnpack_fx.policy import PackPolicy
 from tests.demo.models import loaded_trained
 
 
-def test_lossless_packing_answers_as_the_dense_cache_does(tmp_path, either_way, monkeypatch):
+@pytest.mark.slow
+def test_lossless_packing_answers_as_the_dense_cache_does(tmp_path, fresh_dynamo, monkeypatch):
     monkeypatch.setattr(trained, "_PATIENCE", 0)
     out = tmp_path / "a.png"
     settings = trained.Settings(images=(1, 2), questions=2, new_tokens=4)

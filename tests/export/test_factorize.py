@@ -171,6 +171,7 @@ def matrices(tokens: int) -> Tensor:
     return a
 
 
+@pytest.mark.slow
 def test_the_exported_program_gives_the_same(program):
     """A loop for every root and every eigenproblem, for any number of tokens."""
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]

@@ -119,6 +119,7 @@ def test_policy(policy: str, tmp_path: Path) -> None:
         assert_same(of_artefact(generator(model, chosen, folder, inputs, least), inputs), expected, 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("name", ["llama", "qwen3-vl"])
 def test_folds_of_other_families(name: str, tmp_path: Path) -> None:

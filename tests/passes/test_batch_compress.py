@@ -151,6 +151,7 @@ def test_a_graph_without_compressions_is_left():
     assert batch_compress(state, "cpu") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_through_inductor(monkeypatch, fresh_dynamo, dtype):
     """Symbolic sizes, an unknown number of vision tokens, and the runtime that wraps the factors."""

@@ -72,6 +72,7 @@ def run_by_hand(decoder: Decoder, ids: Tensor, features: Tensor, number: int, ra
     return decoder.head(hidden), rows
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     text=st.integers(3, 9),

@@ -30,6 +30,7 @@ def test_shares_at_the_ends(size):
     assert size.share_left(2, 612, 324) > size.share_left(1, 612, 324) > size.share_left(1, 612, 180)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_what_is_counted_is_the_formula():
     """LLaVA-1.5-7B with all sizes but the number of layers divided by 32: the same share of attention."""

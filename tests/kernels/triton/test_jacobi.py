@@ -47,6 +47,7 @@ def assert_decomposed(x: Tensor, singular: Tensor, vectors: Tensor) -> None:
     ).all()
 
 
+@pytest.mark.slow
 @given(
     seed=SEEDS,
     matrices=st.integers(1, 2),
@@ -75,6 +76,7 @@ def test_sizes_of_models(size):
     assert_decomposed(x, *left_singular_vectors(x, size - 16))
 
 
+@pytest.mark.slow
 def test_the_largest_matrix(monkeypatch):
     """Nearly diagonal, so that few sweeps do."""
     monkeypatch.setattr(jacobi, "TILE", 1 << 17)  # all pairs at once: the interpreter's time goes by launches of a tile

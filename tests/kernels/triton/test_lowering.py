@@ -17,6 +17,7 @@ def lowered(batch: int, tokens: int, stored: str = "plain") -> tuple[str, list[s
     return done.stdout, guards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "tokens", "expected"),
     [
@@ -46,6 +47,7 @@ def assert_no_number_fixed(guards: list[str]) -> None:
     assert all(re.fullmatch(r"Eq\(s\d+, s\d+\)", guard) for guard in equal) and len(equal) <= 1, guards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "expected"),
     [
