@@ -90,6 +90,14 @@ def test_the_first_of_those_alike_stands_for_all_of_its_call():
     assert gone() is None
 
 
+def test_what_earlier_graphs_have_made_is_told_apart():
+    alike, flowing = Alike(), torch.zeros(1)
+    first = alike.one(Number(1))
+    assert alike.one(Number(1), earlier=True) is not first  # both are of this graph
+    alike.travel([flowing])
+    assert Alike.of_call([flowing]).one(Number(1), earlier=True) is first
+
+
 def test_the_same_copy_while_it_is_alive():
     copies, source, rows = Copies(), torch.arange(6).view(3, 2), torch.tensor([2, 0])
     made = copies.of(source, rows, lambda: source.index_select(0, rows))
