@@ -69,6 +69,12 @@ def packed(source: Loaded, policy: PackPolicy, inputs: dict[str, Any]) -> tuple[
     return made.sequences, torch.stack(made.logits, 1)
 
 
+@pytest.fixture(autouse=True)
+def quick(without_inductor: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared is the artefact; PyTorch's own packed generation is proved in tests/acceptance."""
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+
+
 @pytest.mark.parametrize(("artefact", "name"), [(each, each) for each in POLICIES], indirect=["artefact"])
 @pytest.mark.parametrize(("images", "batch"), [(4, 1), (16, 1), (2, 2)])
 def test_the_tokens_of_packed_generation(artefact: Path, name: str, images: int, batch: int):
