@@ -68,13 +68,14 @@ def assert_one_copy(cache: Cache) -> None:
     assert len({angles.sin.untyped_storage().data_ptr() for angles in turned}) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "batch"),
     [
         ("llava-mha", 1),
-        pytest.param("llava-mha", 12, marks=pytest.mark.slow),
-        pytest.param("qwen2.5-vl", 1, marks=pytest.mark.slow),
-        pytest.param("qwen2.5-vl", 12, marks=pytest.mark.slow),
+        ("llava-mha", 12),
+        ("qwen2.5-vl", 1),
+        ("qwen2.5-vl", 12),
     ],
 )
 def test_generated_through_inductor(name, batch, fresh_dynamo):
@@ -83,6 +84,7 @@ def test_generated_through_inductor(name, batch, fresh_dynamo):
     assert_one_copy(cache)
 
 
+@pytest.mark.slow
 def test_graphs_of_one_call_share_what_they_find_alike(fresh_dynamo):
     example = ZOO["qwen3-vl"]
     cache = generated(compiled("qwen3-vl", vision_rank=4, text_rank=4, key_space="unrotated"), example.inputs(2, 2))
@@ -155,6 +157,7 @@ def test_dense_layers_do_not_keep_what_travels_from_graph_to_graph(without_induc
     assert cache_bytes(cache) == sum(live_storages(cache).values())
 
 
+@pytest.mark.slow
 def test_a_kept_prefix_keeps_nothing_of_what_continued_it(without_inductor):
     model = compiled("llava-mha", vision_rank=4, text_rank=4, key_space="unrotated", fold_every=8, recent=4)
     prefix = generated(model, ZOO["llava-mha"].inputs(2, 2), 2)

@@ -183,6 +183,7 @@ def test_prompt_lookup_through_inductor(fresh_dynamo: None) -> None:
     assert [len(row) for row in _stored(key)] == [key.shape[2] - 8] * 2  # half of 16 vision tokens have left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [H2O(40), Scissorhands(40)], ids=lambda rule: rule.name)
 def test_an_assistant(rule: Method, without_inductor: None) -> None:
     """Most of its drafts are rejected, and they have been part of the very first call."""

@@ -106,6 +106,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policy(policy: str, tmp_path: Path) -> None:

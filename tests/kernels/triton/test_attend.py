@@ -38,6 +38,7 @@ def test_matches_the_reference(shape):
     check(shape)
 
 
+@pytest.mark.slow
 @given(shape=shapes(queries=1, segments=(70,)), batch=st.integers(1, 5))
 @settings(QUICKLY, max_examples=25)
 def test_decode_steps_match_the_reference(shape, batch):
@@ -52,6 +53,7 @@ def test_the_way_taken_changes_nothing(shape, fused):
         check(shape)
 
 
+@pytest.mark.slow
 @given(shape=shapes(), partial=st.booleans(), interleaved=st.booleans())
 @settings(QUICKLY, max_examples=50)
 def test_keys_before_rotary_embedding_are_rotated(shape, partial, interleaved):
