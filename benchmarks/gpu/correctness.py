@@ -5,27 +5,25 @@ an operator does not write, or reads without having written it, shows.
 """
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.kernels import ops, ops_prune, reference
-from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
+from benchmarks.gpu.judging import attended, judge, same, seeded
 from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.newest import check_attention_each, check_observe_newest
 from benchmarks.gpu.part import Part, Result, Run, WrongResultError, left_out, markdown, measured
-from tests.kernels.inputs import ATTENTION_FLOOR, TOLERANCE, Shapes, attention_arguments, relative_error
+from benchmarks.gpu.problems import attention_problems, attention_shapes, on, poison
+from tests.kernels.inputs import TOLERANCE, attention_arguments, relative_error
 
 DTYPES = tuple(TOLERANCE)
 #: Compress may miss the optimum by this factor, beside rounding its factors.
 _NEAR_BEST = 1.01
-#: Sizes of the poisoned blocks: the allocator serves what it is asked from the freed block that fits.
-_POISONED = tuple(1 << power for power in range(9, 28))
-
 Check = Callable[[Machine, torch.dtype, int], dict[str, float]]
 
 
@@ -57,156 +55,30 @@ def measure_case(machine: Machine, name: str, dtype: torch.dtype) -> Result:
     return {"seed": seed, "inputs": len(errors), "worst": max(errors.values()), "limit": TOLERANCE[dtype]}
 
 
-# ---- inputs ------------------------------------------------------------------------------------------------
-
-
-def attention_shapes(dry: bool) -> list[Shapes]:
-    """Each thing an attention problem can differ in, alone and together; a dry run takes a few."""
-    base = Shapes(batch=2, segments=(70,), key_dim=64, value_dim=64, key_rank=16, value_rank=16)
-    variants: list[dict[str, Any]] = [
-        {},
-        *({"key_dim": dim, "value_dim": dim} for dim in (16, 24, 32, 80, 96, 128, 256)),
-        {"key_dim": 128, "value_dim": 64},
-        *({"key_rank": key, "value_rank": value} for key, value in ((1, 1), (7, 13), (33, 17), (64, 64), (5, 64))),
-        *({"group": group, "heads": heads} for group, heads in ((4, 2), (7, 1), (8, 4))),
-        *({"queries": queries, "group": group} for queries, group in ((2, 1), (9, 4), (65, 2))),
-        {"segments": (33, 29)},
-        {"segments": (0, 40)},
-        {"segments": (1,)},
-        {"segments": ()},
-        {"segments": (), "kept": 0, "appended": 1},
-        {"kept": 0, "appended": 0},
-        {"kept": 130, "appended": 70},
-        {"padding": 5, "mask": "bool"},
-        *({"mask": mask, "mask_shape": shape} for mask in ("bool", "additive") for shape in _MASK_SHAPES),
-        {"ragged": True},
-        {"ragged": True, "segments": (33, 29), "group": 4, "queries": 3, "mask": "additive"},
-        {"ragged": True, "mask": "bool", "padding": 3},
-        *({"rotary": size, "interleaved": pairs} for size in (64, 32) for pairs in (False, True)),
-        {"rotary": 64, "segments": (33, 29), "group": 4, "queries": 3, "mask": "bool", "ragged": True},
-        *({"key_cuts": ((1.0, how),), "value_cuts": ((1.0, how),)} for how in _FORMATS),
-        {"key_cuts": ((1.0, 8), (0.5, 4)), "value_cuts": ((1.0, 0), (0.3, 2)), "segments": (33, 29), "group": 4},
-        {"key_cuts": ((1.0, 4),), "shared": True, "queries": 3, "mask": "bool", "ragged": True},
-        *(
-            {"segments": (), "key_rows": ((70, keys),), "value_rows": ((70, values),), "group": group}
-            for group, (keys, values) in zip((1, 4, 1, 4), _ROWS, strict=True)
-        ),
-        {
-            **{"key_cuts": ((1.0, 4),), "value_cuts": ((1.0, 4),), "mask": "additive", "ragged": True},
-            **{"key_rows": ((50, _ROWS[0][0]),), "value_rows": ((50, _ROWS[0][1]),)},
-        },
-        {"key_rows": ((60, RowForm(4, group=32, rank=2)),), "value_rows": ((50, RowForm(2, group=32, outliers=True)),)},
-        {
-            **{"batch": 4, "heads": 8, "group": 4, "segments": (2100,), "key_dim": 128, "value_dim": 128},
-            **{"key_rank": 64, "value_rank": 64, "key_cuts": ((1.0, 4),), "value_cuts": ((1.0, 4),)},
-        },
-        {"batch": 1, "heads": 8, "group": 4, "segments": (2100,), "key_dim": 128, "value_dim": 128, "key_rank": 64},
-        {
-            "batch": 5,
-            "heads": 8,
-            "segments": (577,),
-            "key_dim": 128,
-            "value_dim": 128,
-            "key_rank": 64,
-            "value_rank": 48,
-        },
-    ]
-    return [replace(base, **variant) for variant in (variants[::6] if dry else variants)]
-
-
-#: Of coefficients and bases: symmetric, one factor alone, floats, with zero points.
-_FORMATS = (8, 4, 2, (4, 0, False), (0, 8, False), (E4M3, E4M3, False), (E5M2, 0, False), (4, 2, True), (8, 8, True))
-#: Of keys and values: as KIVI's, floats, codebooks, numbers as they are.
-_ROWS = (
-    (RowForm(2, channel=True, zero=True), RowForm(2, group=32, zero=True)),
-    (RowForm(E4M3, group=256), RowForm(E5M2, group=8, norm=True)),
-    (RowForm(4, channel=True, codebook=True), RowForm(4, group=64, codebook=True, norm=True)),
-    (RowForm(0), RowForm(8, group=24, zero=True)),
-)
-
-_MASK_SHAPES = (
-    (True, True, True, True),
-    (True, False, False, True),
-    (False, False, True, True),
-    (False, False, False, True),
-    (True, False, True, False),
-)
-
-
-def _on(machine: Machine, arguments: Any) -> Any:
-    """Copies of all tensors on the device; what an operator changes in one is seen in no other."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(machine.device, copy=True), arguments)
-
-
-def poison(machine: Machine) -> None:
-    """Leave NaN in freed memory of many sizes, which the next allocations are served from."""
-    sizes = _POISONED[:10] if machine.dry else _POISONED
-    blocks = [torch.full((size // 4,), torch.nan, device=machine.device) for size in sizes for _ in range(2)]
-    del blocks
-
-
-def _judge(errors: dict[str, float], what: str, error: float, limit: float, seed: int) -> None:
-    # Written so that NaN is refused.
-    if not error <= limit:
-        raise WrongResultError(f"{what}, seed {seed}: error {error:.2e}, expected at most {limit:.1e}")
-    errors[f"{what} {seed}"] = error
-
-
-def _same(errors: dict[str, float], what: str, actual: Tensor, expected: Tensor, seed: int) -> None:
-    equal = actual.shape == expected.shape and torch.equal(actual.cpu(), expected)
-    _judge(errors, what, 0.0 if equal else float("inf"), 0.0, seed)
-
-
-def _random(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 # ---- one check for each operator: worst errors by input ----------------------------------------------------
 
 
 def check_attention(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    for number, arguments, here, what in _attention_problems(machine, dtype, seed):
+    for number, arguments, here, what in attention_problems(machine, dtype, seed):
         poison(machine)
         out = ops.attention(**here)
-        _attended(errors, f"attention {what}", out, reference.attention(**arguments), dtype, seed + number)
+        attended(errors, f"attention {what}", out, reference.attention(**arguments), dtype, seed + number)
     return errors
 
 
 def check_attention_weights(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    for number, arguments, here, what in _attention_problems(machine, dtype, seed):
+    for number, arguments, here, what in attention_problems(machine, dtype, seed):
         poison(machine)
         out, weights = ops.attention_weights(**here)
         expected, expected_weights = reference.attention_weights(**arguments)
-        _attended(errors, f"attention_weights {what}", out, expected, dtype, seed + number)
+        attended(errors, f"attention_weights {what}", out, expected, dtype, seed + number)
         if weights.dtype != torch.float32:
             raise WrongResultError(f"attention_weights returns weights in {weights.dtype}, expected torch.float32")
         error = relative_error(weights.cpu(), expected_weights)
-        _judge(errors, f"attention_weights, weights {what}", error, TOLERANCE[dtype], seed + number)
+        judge(errors, f"attention_weights, weights {what}", error, TOLERANCE[dtype], seed + number)
     return errors
-
-
-def _attention_problems(
-    machine: Machine, dtype: torch.dtype, seed: int
-) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], Shapes]]:
-    """Number, arguments, the same on the device, and shapes."""
-    for number, shape in enumerate(attention_shapes(machine.dry)):
-        shape = replace(shape, dtype=dtype, seed=seed + number)
-        arguments = attention_arguments(shape)
-        here = _on(machine, arguments)
-        # Rows beyond the length are spare: what stands there must not matter.
-        here["key_tail"][here["length"] :] = torch.nan
-        here["value_tail"][here["length"] + shape.key_slots - shape.value_slots :] = torch.nan
-        yield number, arguments, here, shape
-
-
-def _attended(
-    errors: dict[str, float], what: str, out: Tensor, expected: Tensor, dtype: torch.dtype, seed: int
-) -> None:
-    if out.dtype != dtype:
-        raise WrongResultError(f"{what} returns {out.dtype}, expected {dtype}")
-    _judge(errors, what, relative_error(out.cpu(), expected, ATTENTION_FLOOR), TOLERANCE[dtype], seed)
 
 
 def check_decompress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
@@ -220,10 +92,10 @@ def check_decompress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[st
         stored = (arguments[name] for name in ("key_blocks", "key_scales", "key_owners"))
         turn = (arguments["cos"], arguments["sin"], shape.interleaved, None, *stored)
         expected = reference.decompress(*parts, slot, *turn)
-        here = _on(machine, (*parts, slot, *turn))
+        here = on(machine, (*parts, slot, *turn))
         poison(machine)
         error = relative_error(ops.decompress(*here).cpu(), expected)
-        _judge(errors, f"decompress {shape}", error, TOLERANCE[dtype], seed + number)
+        judge(errors, f"decompress {shape}", error, TOLERANCE[dtype], seed + number)
     return errors
 
 
@@ -239,7 +111,7 @@ def _slots(index: Tensor, padding: int) -> Tensor:
 
 def check_append_(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     sizes = ((1, 0, 3, 8), (1, 4, 32, 128), (3, 2, 5, 80), (0, 1, 2, 16), (7, 0, 1, 256), (1, 9, 8, 24))
     tails, new, positions = [], [], []
     for count, position, heads, dim in sizes:
@@ -250,17 +122,17 @@ def check_append_(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, 
     for chosen in (slice(None), slice(0, 2), slice(2, 3)):
         expected = [tail.clone() for tail in tails[chosen]]
         reference.append_(expected, new[chosen], positions[chosen])
-        here, here_new = _on(machine, (tails[chosen], new[chosen]))
+        here, here_new = on(machine, (tails[chosen], new[chosen]))
         poison(machine)
         ops.append_(here, here_new, positions[chosen])
         for number, (tail, wanted) in enumerate(zip(here, expected, strict=True)):
-            _same(errors, f"append_ to {len(here)}, tail {number}", tail, wanted, seed)
+            same(errors, f"append_ to {len(here)}, tail {number}", tail, wanted, seed)
     return errors
 
 
 def check_take_rows(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     for tokens, chosen, spare, heads, dim in (
         (50, 9, 3, 4, 16),
         (600, 577, 18, 8, 128),
@@ -269,15 +141,15 @@ def check_take_rows(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str
     ):
         x = torch.randn((2, heads, tokens, dim), generator=random).to(dtype)
         index = torch.randint(-1, tokens, (2, chosen), generator=random)
-        here = _on(machine, (x, index))
+        here = on(machine, (x, index))
         poison(machine)
-        _same(errors, f"take_rows of {chosen}", ops.take_rows(*here, spare), reference.take_rows(x, index, spare), seed)
+        same(errors, f"take_rows of {chosen}", ops.take_rows(*here, spare), reference.take_rows(x, index, spare), seed)
     return errors
 
 
 def check_plan(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     gains: list[tuple[list[int], list[int]]] = [([], []), ([4, 4, 32, 32], [4, 4, 32, 32]), ([64, 64, 8, 8], [])]
     for rows in (None, 1, 3):
         for text in (False, True):
@@ -286,16 +158,16 @@ def check_plan(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, flo
                     None if rows is None else torch.rand((rows, 70), generator=random) < share for share in (0.6, 0.8)
                 )
                 arguments = (seen, real, torch.empty((3, 2, 70, 4), dtype=dtype), text, vision_gain, text_gain)
-                here = _on(machine, arguments)
+                here = on(machine, arguments)
                 poison(machine)
                 for actual, expected in zip(ops.plan(*here), reference.plan(*arguments), strict=True):
-                    _same(errors, f"plan of {rows} rows, text {text}, gains {number}", actual, expected, seed)
+                    same(errors, f"plan of {rows} rows, text {text}, gains {number}", actual, expected, seed)
     return errors
 
 
 def check_compress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     sizes = ((2, 4, 60, 16, 40, 9), (1, 8, 300, 64, 300, 33), (2, 8, 577, 128, 576, 64), (3, 2, 30, 8, 0, 4))
     for batch, heads, tokens, dim, chosen, rank in sizes[:2] if machine.dry else sizes:
         x = _decaying((batch, heads, tokens, dim), random).to(dtype)
@@ -304,20 +176,20 @@ def check_compress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str,
         index[:, chosen - chosen // 8 :] = -1
         for sample in range(batch):
             x[sample, :, sorted(set(range(tokens)) - set(index[sample].tolist()))] = torch.nan
-        here = _on(machine, (x, index))
+        here = on(machine, (x, index))
         poison(machine)
         coefficient, basis = (factor.cpu() for factor in ops.compress(*here, rank))
         a = reference.take_rows(x.double(), index, 0).transpose(0, 1).flatten(2)
         best = _product(*reference.compress(x, index, rank)) - a
         what = f"compress {(batch, heads, tokens, dim)} to rank {rank}"
         _factors(errors, what, coefficient, basis, a, float(_NEAR_BEST * best.norm()), seed)
-        _same(errors, f"{what}, filler", coefficient[index < 0], torch.zeros_like(coefficient[index < 0]), seed)
+        same(errors, f"{what}, filler", coefficient[index < 0], torch.zeros_like(coefficient[index < 0]), seed)
     return errors
 
 
 def check_compress_shared(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     sizes = ((3, 4, 60, 16, 40, 9), (2, 8, 577, 128, 576, 64))
     for batch, heads, tokens, dim, chosen, rank in sizes[:1] if machine.dry else sizes:
         x = _decaying((batch, heads, tokens, dim), random).to(dtype)
@@ -325,7 +197,7 @@ def check_compress_shared(machine: Machine, dtype: torch.dtype, seed: int) -> di
         a = reference.take_rows(x.double(), index, 0).transpose(0, 1).flatten(2)
         given = reference.compress(x[:1], index[:1], rank)[1].to(dtype)
         for tolerance, common in ((2.0, None), (0.0, None), (2.0, given)):
-            here = _on(machine, (x, index))
+            here = on(machine, (x, index))
             poison(machine)
             known = None if common is None else common.to(machine.device)
             coefficient, bases, owner = (part.cpu() for part in ops.compress_shared(*here, rank, tolerance, known))
@@ -334,7 +206,7 @@ def check_compress_shared(machine: Machine, dtype: torch.dtype, seed: int) -> di
             bound = _NEAR_BEST * (_product(expected, _chosen(*rest, common)) - a).norm()
             what = f"compress_shared {(batch, heads, tokens, dim)} to rank {rank}, tolerance {tolerance}"
             left = float((_product(coefficient.double(), every[owner].double()) - a).norm())
-            _judge(errors, what, max(0.0, left - float(bound)) / float(a.norm()), TOLERANCE[dtype], seed)
+            judge(errors, what, max(0.0, left - float(bound)) / float(a.norm()), TOLERANCE[dtype], seed)
     return errors
 
 
@@ -345,12 +217,12 @@ def _chosen(bases: Tensor, owner: Tensor, common: Tensor | None) -> Tensor:
 
 def check_sketch(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     sizes = ((2, 4, 60, 16, 40, 9), (1, 8, 300, 64, 300, 33), (2, 8, 577, 128, 576, 64))
     for batch, heads, tokens, dim, chosen, rank in sizes[:2] if machine.dry else sizes:
         x = [_decaying((batch, heads, tokens, dim), random).to(dtype) for _ in range(3)]
         index = torch.stack([torch.randperm(tokens, generator=random)[:chosen] for _ in range(batch)])
-        here = _on(machine, (x, index))
+        here = on(machine, (x, index))
         poison(machine)
         coefficient, spanned = (part.cpu() for part in ops.sketch(*here, rank))
         for number, item in enumerate(x):
@@ -358,16 +230,16 @@ def check_sketch(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, f
             q = spanned[number].double().flatten(1, 2)
             what = f"sketch of {(batch, heads, tokens, dim)} for rank {rank}, tensor {number}"
             projected = relative_error(coefficient[number], a @ q)
-            _judge(errors, f"{what}, projection", projected, _storage(dtype), seed)
+            judge(errors, f"{what}, projection", projected, _storage(dtype), seed)
             missed = float((a - a @ q @ torch.linalg.pinv(q)).norm())
             best = _NEAR_BEST * float((_product(*reference.compress(item, index, rank)) - a).norm())
-            _judge(errors, what, max(0.0, missed - best) / float(a.norm()), _storage(dtype), seed)
+            judge(errors, what, max(0.0, missed - best) / float(a.norm()), _storage(dtype), seed)
     return errors
 
 
 def check_align(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     # Sketches of several widths, which share an eigenproblem or not; two tensors in each.
     sizes = ((2, 4, 60, 16, 24), (2, 4, 60, 16, 17), (2, 8, 577, 128, 96))
     coefficients, bases, ranks = [], [], []
@@ -377,7 +249,7 @@ def check_align(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, fl
         flat = torch.linalg.qr(torch.randn((2, batch, heads * dim, size), generator=random)).Q
         bases.append(flat.unflatten(2, (heads, dim)).to(dtype))
         ranks += [size // 2, size]
-    here = _on(machine, (coefficients, bases))
+    here = on(machine, (coefficients, bases))
     poison(machine)
     factors = [factor.cpu() for factor in ops.align(*here, ranks)]
     expected = reference.align(coefficients, bases, ranks)
@@ -392,7 +264,7 @@ def check_align(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, fl
 
 def check_fold(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     sizes = (
         (2, 2, 50, 16, 12, 20, 12),
         (1, 8, 300, 64, 33, 16, 33),
@@ -404,7 +276,7 @@ def check_fold(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, flo
         flat = torch.linalg.qr(torch.randn((batch, heads * dim, old), generator=random)).Q.mT
         basis = flat.unflatten(-1, (heads, dim)).transpose(1, 2).to(dtype).contiguous()
         rows = torch.randn((added, batch, heads, dim), generator=random).to(dtype)
-        here = _on(machine, (coefficient, basis, rows))
+        here = on(machine, (coefficient, basis, rows))
         poison(machine)
         new_coefficient, new_basis, dropped = (part.cpu() for part in ops.fold(*here, rank))
         expected = reference.fold(coefficient, basis, rows, rank)
@@ -413,7 +285,7 @@ def check_fold(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, flo
         best = float((_product(*expected[:2]) - stacked).norm())
         _factors(errors, what, new_coefficient, new_basis, stacked, best, seed)
         difference = float((dropped - expected[2]).abs().max() / stacked.norm())
-        _judge(errors, f"{what}, dropped", difference, _storage(dtype), seed)
+        judge(errors, f"{what}, dropped", difference, _storage(dtype), seed)
     return errors
 
 
@@ -444,32 +316,32 @@ def _factors(
     dtype, size = coefficient.dtype, float(a.norm())
     if a.numel():
         distance = float((_product(coefficient, basis) - a).norm())
-        _judge(errors, what, max(0.0, distance - best) / size, _storage(dtype), seed)
+        judge(errors, what, max(0.0, distance - best) / size, _storage(dtype), seed)
         flat = basis.double().transpose(1, 2).flatten(2)
         identity = torch.eye(flat.shape[1], dtype=torch.float64)
-        _judge(errors, f"{what}, basis", float((flat @ flat.mT - identity).abs().max()), 10 * _storage(dtype), seed)
+        judge(errors, f"{what}, basis", float((flat @ flat.mT - identity).abs().max()), 10 * _storage(dtype), seed)
     elif coefficient.numel():
         raise WrongResultError(f"{what}: coefficients for no tokens")
 
 
 def check_linear(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     for rows, inner, outer, bias in ((1, 64, 33, True), (3, 128, 256, False), (8, 4096, 512, True), (1, 1, 1, False)):
         # Results of unit scale, as behind a normalisation.
         x = torch.randn((2, rows, inner), generator=random).to(dtype)
         weight = (torch.randn((outer, inner), generator=random) / inner**0.5).to(dtype)
         offset = torch.randn((outer,), generator=random).to(dtype) if bias else None
-        here = _on(machine, (x, weight, offset))
+        here = on(machine, (x, weight, offset))
         poison(machine)
         error = relative_error(ops.linear(*here).cpu(), reference.linear(x, weight, offset))
-        _judge(errors, f"linear {rows} x {inner} x {outer}", error, TOLERANCE[dtype], seed)
+        judge(errors, f"linear {rows} x {inner} x {outer}", error, TOLERANCE[dtype], seed)
     return errors
 
 
 def check_no_gradient(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     """It has no result: it says that there is none."""
-    grad = torch.randn((2, 3), generator=_random(seed)).to(machine.device, dtype)
+    grad = torch.randn((2, 3), generator=seeded(seed)).to(machine.device, dtype)
     try:
         torch.ops.attnpack.no_gradient(grad, [2, 3])
     except RuntimeError as error:
@@ -481,7 +353,7 @@ def check_no_gradient(machine: Machine, dtype: torch.dtype, seed: int) -> dict[s
 
 def check_observe(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = _random(seed)
+    random = seeded(seed)
     sizes = ((2, 2, 2, 40, 16, 0), (2, 4, 7, 300, 64, 60), (1, 8, 4, 1100, 128, 0))
     for batch, heads, group, tokens, dim, past in sizes[:2] if machine.dry else sizes:
         query = torch.randn((batch, heads * group, tokens - past, dim), generator=random).to(dtype)
@@ -493,7 +365,7 @@ def check_observe(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, 
             given = query, key, None if is_causal else sees, dim**-0.5, is_causal
             weights, sight = reference.observed(*given, real)
             odds = weights * sight[..., None]
-            here, here_real = _on(machine, (given, real))
+            here, here_real = on(machine, (given, real))
             for window in (0, 30):
                 what = f"observe {(batch, heads, group, tokens, dim)}, causal {is_causal}, window {window}"
                 for statistic in ("sum", "last"):
@@ -501,19 +373,19 @@ def check_observe(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, 
                     out = ops.observe(*here, statistic, window, here_real).cpu()
                     expected = reference.observe(*given, statistic, window, real)
                     error = relative_error(out, expected)
-                    _judge(errors, f"{what}, {statistic}", error, TOLERANCE[torch.float32], seed)
+                    judge(errors, f"{what}, {statistic}", error, TOLERANCE[torch.float32], seed)
                 poison(machine)
                 counts = ops.observe(*here, "pivotal", window, here_real).cpu()
                 # Weights of 1 / t within rounding may count or not; queries that do not count stand first.
                 least, most = ((odds[:, :, -window:] >= 1 + margin).sum(2) for margin in (1e-4, -1e-4))
                 outside = ((counts < least) | (counts > most)).sum()
-                _judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
+                judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
     return errors
 
 
 def _pruning(dtype: torch.dtype, seed: int) -> dict[str, tuple[Any, ...]]:
     """Arguments of the operators that leave out tokens, by name: two prompts of 60 tokens, the second padded."""
-    random = _random(seed)
+    random = seeded(seed)
     tokens = 60
     query, key, hidden = (
         torch.randn(shape, generator=random).to(dtype)
@@ -545,16 +417,16 @@ def check_pruning(name: str, machine: Machine, dtype: torch.dtype, seed: int) ->
     for number in range(3):
         arguments = _pruning(dtype, seed + number)[name]
         expected = getattr(ops_prune, name)(*arguments)
-        here = _on(machine, arguments)
+        here = on(machine, arguments)
         poison(machine)
         actual = getattr(ops_prune, name)(*here)
         pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
         for item, (one, other) in enumerate(pairs):
             what = f"{name}, result {item} of prompt {number}"
             if other.is_floating_point() and one.shape == other.shape:
-                _judge(errors, what, relative_error(one.cpu(), other.double()), TOLERANCE[dtype], seed + number)
+                judge(errors, what, relative_error(one.cpu(), other.double()), TOLERANCE[dtype], seed + number)
             else:
-                _same(errors, what, one, other, seed + number)
+                same(errors, what, one, other, seed + number)
     return errors
 
 
@@ -562,6 +434,7 @@ CHECKS: Mapping[str, Check] = {
     "align": check_align,
     "append_": check_append_,
     "attention": check_attention,
+    "attention_each": check_attention_each,
     "attention_weights": check_attention_weights,
     "compress": check_compress,
     "compress_shared": check_compress_shared,
@@ -570,6 +443,7 @@ CHECKS: Mapping[str, Check] = {
     "linear": check_linear,
     "no_gradient": check_no_gradient,
     "observe": check_observe,
+    "observe_newest": check_observe_newest,
     "plan": check_plan,
     "sketch": check_sketch,
     "take_rows": check_take_rows,

@@ -57,6 +57,7 @@ class Held:
     apart: whether heads keep tokens of their own. cosines: whether keys of the prompt are un-rotated.
     turned: of how many tokens cos and sin are held where that is not those stored: layers that keep tokens of their own
     read from one table of all.
+    rebuilt: later tokens in a tail that eviction made anew, which then has its room beside them.
     """
 
     vision: int
@@ -72,6 +73,7 @@ class Held:
     apart: bool = False
     cosines: bool = True
     turned: int = 0
+    rebuilt: int = 0
 
 
 #: What a method makes of what a layer holds; also shown the layer's number and the shape.
@@ -111,7 +113,7 @@ def _bytes(held: Held, shape: Shape) -> float:
         coded = max(rows - held.waiting, 0)
         total += 2 * coded * shape.width * held.code_bits / 8 + _GROUP * coded
         rows -= coded
-    rows = _with_room(rows + 1) if held.new - held.folded else rows
+    rows = _with_room(rows + held.rebuilt + 1) if held.new - held.folded else rows
     total += 2 * rows * shape.width * NUMBER
     return total + PLACE * (held.vision + held.text + held.new) * (shape.heads if held.apart else 1)
 
@@ -165,8 +167,11 @@ def budget(tokens: Callable[[int], int]) -> Step:
         text = min(held.text, left)
         apart = held.vision_rank is None and held.text_rank is None
         seen = held.vision + held.text + held.new
-        # Among them later tokens, which take no room of their own, and one more before the next eviction.
-        return replace(held, text=text, vision=min(held.vision, left - text), new=1, apart=apart, turned=seen)
+        # Later tokens are among those left, in the tail as text that is not of low rank; one more comes before the
+        # next eviction.
+        rebuilt = held.new if held.text_rank is not None else min(held.new, left - text)
+        left_over = replace(held, text=text, vision=min(held.vision, left - text), new=1, apart=apart)
+        return replace(left_over, turned=seen, rebuilt=rebuilt)
 
     return step
 

@@ -14,7 +14,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from attnpack_fx import PackPolicy, pack_cache
 from benchmarks import measure
-from benchmarks.gpu import attention, command, contenders, correctness, decode, decoders, launches, layers, part, render
+from benchmarks.gpu import (
+    attention,
+    command,
+    contenders,
+    correctness,
+    decode,
+    decoders,
+    judging,
+    launches,
+    layers,
+    part,
+    problems,
+    render,
+)
 from benchmarks.gpu.layers import Layout
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.parts import PARTS
@@ -51,6 +64,10 @@ def test_every_part_says_on_what_it_was_measured(folder, each):
     run = part.Run(Machine(dry=True), written["ceilings"], written["cases"], command._DRY_MEMORY_GB)
     assert written["cases"].keys() == each.cases(run).keys() != set()
     assert not any(case.keys() & {"wrong", "skipped"} for case in written["cases"].values())
+
+
+def test_every_operator_has_a_check():
+    assert correctness.CHECKS.keys() == correctness.registered()
 
 
 @pytest.mark.slow
@@ -239,11 +256,11 @@ def test_an_operator_that_computes_something_else_is_found(monkeypatch):
 @pytest.mark.parametrize("error", [0.2, math.nan, math.inf])
 def test_no_error_above_the_limit_passes(error):
     with pytest.raises(part.WrongResultError, match="expected at most"):
-        correctness._judge({}, "attention", error, 0.1, 0)
+        judging.judge({}, "attention", error, 0.1, 0)
 
 
 def test_inputs_differ_in_everything_attention_can():
-    shapes = correctness.attention_shapes(dry=False)
+    shapes = problems.attention_shapes(dry=False)
     assert {16, 24, 80, 128, 256} <= {shape.key_dim for shape in shapes}
     assert {"none", "bool", "additive"} == {shape.mask for shape in shapes}
     assert {0, 1, 2} == {len(shape.segments) for shape in shapes}
