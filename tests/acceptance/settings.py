@@ -37,11 +37,16 @@ PREFILL = "the policy leaves this layer dense"
 NOTHING = "no vision tokens are known here and text_rank is None"
 #: A calibrated policy's share of the dense bytes of the prompt.
 CALIBRATED = 1 / 8
+#: Families whose decoder is another's: what is packed is seen there, and here that tokens are found and left out.
+_SAME_DECODER = ("qwen2-vl",)
+OWN_DECODER = tuple(name for name in FAMILIES if name not in _SAME_DECODER)
 #: Where methods are run that change nothing: multi-head and grouped attention, padding, M-RoPE, sliding windows, text
 #: alone. On the other families these cells would repeat what full rank and the methods in use show there.
 OFF_FAMILIES = ("llava-mha", "llava-gqa-padded", "qwen2.5-vl", "gemma3", "llama")
+#: The same of methods that prune tokens: wherever they can.
+PRUNED_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.unpruned is None)
 #: Where there are vision tokens, which is what `Partial` is about: a policy without any to read in part is refused.
-VISION_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.vision)
+VISION_FAMILIES = tuple(name for name in OWN_DECODER if FAMILIES[name].vision)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Setting:
     policy: Callable[[Family], PackPolicy] | None
     promise: Callable[[Shape], float] | None
     exact: bool = False
-    families: tuple[str, ...] = tuple(FAMILIES)
+    families: tuple[str, ...] = OWN_DECODER
     methods: tuple[type[Method], ...] = field(default=())
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -170,15 +175,21 @@ def _low_rank(rank: int | None, *methods: Method, unrotated: bool = True) -> Cal
 
 def _alone(known: Knowledge) -> Iterator[Setting]:
     method = known.used
-    kind, name = type(method), method.name
-    yield Setting(name, _ranked(known.rank, passes=(method,)), _low_rank(known.rank, method), methods=(kind,))
+    kind, name, prunes = type(method), method.name, method.stages == {Stage.TOKENS}
+    yield Setting(
+        name,
+        _ranked(known.rank, passes=(method,)),
+        _low_rank(known.rank, method),
+        families=tuple(FAMILIES) if prunes else OWN_DECODER,
+        methods=(kind,),
+    )
     off: Any = "full" if known.rank else None
     yield Setting(
         f"{name}, off",
         lambda family: PackPolicy(vision_rank=off, text_rank=off, passes=(OFF[kind],), strict=True),
         None,
         exact=True,
-        families=OFF_FAMILIES,
+        families=PRUNED_FAMILIES if prunes else OFF_FAMILIES,
         methods=(kind,),
     )
 
@@ -206,10 +217,10 @@ def _general() -> Iterator[Setting]:
         beside = (2 * shape.dim * promises.NUMBER + promises.PLACE) * (shape.vision + shape.text)
         return packed + promises.promised(rest, promises.ranks(None), []) + beside
 
-    yield Setting("default options", lambda family: PackPolicy(strict=True), default)
-    yield Setting(
-        "full rank", lambda family: PackPolicy(vision_rank="full", text_rank="full", strict=True), full, exact=True
-    )
+    everywhere = tuple(FAMILIES)
+    yield Setting("default options", lambda family: PackPolicy(strict=True), default, families=everywhere)
+    lossless = PackPolicy(vision_rank="full", text_rank="full", strict=True)
+    yield Setting("full rank", lambda family: lossless, full, exact=True, families=everywhere)
     yield Setting("rank 8, rotated", _ranked(8, key_space="rotated"), _low_rank(8, unrotated=False))
     yield Setting("rank 8, un-rotated", _ranked(8, key_space="unrotated"), _low_rank(8))
     yield Setting("folds", lambda family: PackPolicy(text_rank=16, fold_every=4, recent=2, strict=True), folding)

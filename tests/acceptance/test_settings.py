@@ -8,7 +8,17 @@ from attnpack_fx.passes.catalogue import METHODS as CATALOGUE
 from tests.acceptance import promises
 from tests.acceptance.cells import Record, problems, shape
 from tests.acceptance.families import FAMILIES
-from tests.acceptance.settings import GRID, METHODS, OFF, OFF_FAMILIES, SETTINGS, VISION_FAMILIES, fast
+from tests.acceptance.settings import (
+    GRID,
+    METHODS,
+    OFF,
+    OFF_FAMILIES,
+    OWN_DECODER,
+    PRUNED_FAMILIES,
+    SETTINGS,
+    VISION_FAMILIES,
+    fast,
+)
 
 
 @pytest.mark.parametrize("method", CATALOGUE, ids=lambda method: method.__name__)
@@ -22,7 +32,7 @@ def test_every_method_is_in_the_grid(method) -> None:
 def test_every_family_has_every_setting_but_where_that_is_said() -> None:
     assert len(set(GRID)) == len(GRID)
     for setting in SETTINGS.values():
-        assert setting.families in (tuple(FAMILIES), OFF_FAMILIES, VISION_FAMILIES)
+        assert setting.families in (tuple(FAMILIES), OWN_DECODER, OFF_FAMILIES, PRUNED_FAMILIES, VISION_FAMILIES)
         assert {family for family, name in GRID if name == setting.name} == set(setting.families)
 
 
