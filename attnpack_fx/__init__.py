@@ -1,6 +1,6 @@
 """attnpack_fx: a torch.compile backend that packs a model's key/value cache: low rank, few bits, fewer tokens."""
 
-from attnpack_fx.backend import AttnpackWarning, attnpack_backend
+from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.calibration.bases import calibrate_bases
 from attnpack_fx.calibration.calibrate import calibrate
@@ -29,6 +29,7 @@ from attnpack_fx.passes.storage import Columns, LayerPlan, Stored
 from attnpack_fx.passes.streaming_llm import StreamingLLM
 from attnpack_fx.policy import PackPolicy, PolicyError
 from attnpack_fx.ranks import Energy, Linear, PerLayer
+from attnpack_fx.warning import AttnpackWarning
 
 __all__ = [
     "ASAP",

@@ -6,7 +6,6 @@ call and puts packed results together after it.
 """
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch.fx import Graph, GraphModule, Node
 
 from attnpack_fx import modality
+from attnpack_fx.call import Call
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes import pipeline
 from attnpack_fx.passes.split_graph import split_graph
@@ -23,14 +23,11 @@ from attnpack_fx.passes.state import Argument, GraphState, PackedInput, SiteRepo
 from attnpack_fx.policy import PackPolicy, PolicyError
 from attnpack_fx.runtime import Runtime
 from attnpack_fx.split_call import SplitCall
+from attnpack_fx.warning import warn
 
 log = logging.getLogger(__name__)
 
 _SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-class AttnpackWarning(UserWarning):
-    """Something stays dense, slower or larger than asked for; results are right."""
 
 
 def attnpack_backend(
@@ -90,13 +87,15 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
     results = graph.graph_copy(gm.graph, copies)
     graph.output(results)
     reason = getattr(gm, "compile_subgraph_reason", None)
+    call = Call.of(example_inputs)
     state = GraphState(
         graph=graph,
         policy=policy,
         packed={},
         inputs={},
         examples={},
-        modality_given=modality.stated() is not None or modality.carried(example_inputs) is not None,
+        modality_given=modality.stated() is not None or call.vision() is not None,
+        in_decoder=call.in_decoder,
         carries=bool(getattr(reason, "graph_break", False)),
     )
     # Dynamo removed what is dead: what nobody reads now is wanted for its effect, except sizes and comparisons of them.
@@ -170,7 +169,7 @@ def _give_up(error: Exception, policy: PackPolicy, consequence: str) -> None:
     if policy.strict:
         raise error
     log.warning("%s: %r", consequence, error, exc_info=error)
-    warnings.warn(f"attnpack: {consequence}: {error!r}", AttnpackWarning, stacklevel=3)
+    warn(f"{consequence}: {error!r}")
 
 
 def _raiser(error: Exception) -> Callable[..., Any]:
@@ -186,8 +185,7 @@ def _announce(reports: list[SiteReport]) -> None:
         log.info("%s (%s): %s %s", report.layer, report.kind, report.action, report.reason)
     for report in reports:
         if report.action == "unpruned":
-            text = f"attnpack: no tokens are pruned in front of {report.layer}: {report.reason}"
-            warnings.warn(text, AttnpackWarning, stacklevel=2)
+            warn(f"no tokens are pruned in front of {report.layer}: {report.reason}")
     rewritten = sum(report.action in ("packed", "compressed") for report in reports)
     dense = [
         report for report in reports if report.action == "dense" or (report.action == "uncached" and report.causal)
@@ -196,7 +194,6 @@ def _announce(reports: list[SiteReport]) -> None:
         return
     reasons = "; ".join(sorted({report.reason for report in dense}))
     if rewritten:
-        text = f"attnpack: {len(dense)} attention sites stay dense: {reasons}"
+        warn(f"{len(dense)} attention sites stay dense: {reasons}")
     else:
-        text = f"attnpack: no attention site of this graph was rewritten: {reasons}"
-    warnings.warn(text, AttnpackWarning, stacklevel=2)
+        warn(f"no attention site of this graph was rewritten: {reasons}")

@@ -10,6 +10,7 @@ import torch
 
 from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
+from attnpack_fx.compiled_call import OneCall, WatchedCall
 from attnpack_fx.policy import PackPolicy
 
 
@@ -24,10 +25,13 @@ def compile(
     """Compile `model` in place with the attnpack backend, and return it.
 
     model: a module, or what `torch.compile(module)` returned: its `generate` runs the original module uncompiled, so
-    the original is what
-    gets compiled and returned.
+    the original is what gets compiled and returned. Where a transformers model's `generate` calls another one inside
+    it, as BLIP-2's does, that one is compiled as well.
     mode, dynamic, fullgraph: as in `torch.compile`. options: fields of `PackPolicy`, or one as `policy=...`, and
     Inductor's options.
+
+    Beside what `model.compile(backend="attnpack")` does, layers share what they have in common however many graphs the
+    model breaks into, and layers of the cache whose attention no graph ever had are warned of.
 
     Raises ValueError at once for a bad option.
     """
@@ -46,7 +50,10 @@ def compile(
     given = options if mode is None else {**options, "mode": mode}
     # Past the recompile limit a model runs eagerly, its cache dense; from torch 2.13 on each model can have its own.
     alone = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    original.compile(backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **alone)
+    for module in (original, *hf.called_by_generate(original)):
+        module.compile(backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **alone)
+        assert module._compiled_call_impl is not None
+        module._compiled_call_impl = WatchedCall(module._compiled_call_impl)
     return original
 
 
@@ -60,6 +67,8 @@ def called_through(model: torch.nn.Module, backend: Callable[..., Any] | None) -
     model._compiled_call_impl = None
     if backend is not None:
         model.compile(backend=backend)
+        assert model._compiled_call_impl is not None
+        model._compiled_call_impl = OneCall(model._compiled_call_impl)
     try:
         yield
     finally:

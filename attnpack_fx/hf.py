@@ -70,6 +70,20 @@ def empty_cache(model: Any) -> Any:
     return EncoderDecoderCache(cache, DynamicCache(config=config)) if model.config.is_encoder_decoder else cache
 
 
+def cache_of(output: Any) -> Any:
+    """The cache among what a model returned, whose name transformers 5.24 changed; None where there is none."""
+    return output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+
+
+def called_by_generate(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What `model.generate` calls if not the model: BLIP-2 and Kosmos-2 let the language model in them generate."""
+    own: Any = getattr(type(model), "generate", None)
+    if own is None or own.__module__.endswith("generation.utils"):
+        return []
+    children: list[Any] = [child for child in model.children() if hasattr(child, "generate")]
+    return [child for child in children if child.can_generate()]
+
+
 def cache_argument(cache: Any) -> dict[str, Any]:
     """`cache` under the name by which `generate` takes it, which transformers 5.24 changed."""
     from transformers import __version__
@@ -78,10 +92,14 @@ def cache_argument(cache: Any) -> dict[str, Any]:
     return {"cache" if (major, minor) >= (5, 24) else "past_key_values": cache}
 
 
+#: Under which names configurations keep the ids of tokens that stand for images or videos.
+_IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
 def image_tokens(model: Any) -> tuple[int, ...]:
-    """The ids of tokens that stand for images or videos, ascending."""
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    return tuple(sorted({token for name in names if isinstance(token := getattr(model.config, name, None), int)}))
+    """The ids of tokens that stand for images or videos, ascending; none for what has no configuration."""
+    config = getattr(getattr(model, "module", model), "config", None)  # of what DistributedDataParallel wraps
+    return tuple(sorted({token for name in _IMAGE_TOKENS if isinstance(token := getattr(config, name, None), int)}))
 
 
 def image_positions(model: Any, input_ids: Tensor) -> Tensor:

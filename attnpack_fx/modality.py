@@ -1,30 +1,21 @@
-"""Which tokens are vision tokens, where the graph alone does not show it: stated by the caller, or carried between
-graphs.
+"""Which tokens are vision tokens, as the caller states it."""
 
-Some models break into several graphs per forward call. The mask is found in the first and needed in the later ones: it
-travels on the
-tensors that flow from graph to graph, so two requests can never see each other's.
-"""
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
 
 _stated: ContextVar[Tensor | None] = ContextVar("attnpack_modality", default=None)
-_ATTRIBUTE = "_attnpack_modality"
 
 
 @contextmanager
 def modality(mask: Tensor) -> Iterator[None]:
-    """State which prompt tokens are vision tokens, for models whose graph does not say.
+    """State which prompt tokens are vision tokens; what a model's graphs or token ids say of them does not count then.
 
     mask: bool `[B, T]`, True for vision, in the order of the prompt; later tokens are text. A batch of one stands for
-    every sample, and each
-    sample's mask is repeated for its beams. Local to the current thread and asynchronous task.
+    every sample, and each sample's mask is repeated for its beams. Local to the current thread and asynchronous task.
 
     Raises ValueError when `mask` is not a two-dimensional bool tensor.
     """
@@ -45,21 +36,6 @@ def stated() -> Tensor | None:
     return _stated.get()
 
 
-def carried(arguments: Iterable[Any]) -> Tensor | None:
-    """The mask that travels on one of a graph's arguments, if any."""
-    for argument in arguments:
-        mask = getattr(argument, _ATTRIBUTE, None) if isinstance(argument, Tensor) else None
-        if mask is not None:
-            return mask
-    return None
-
-
-def carry(mask: Tensor, tensors: Iterable[Tensor]) -> None:
-    """Let `mask` travel on `tensors` to the next graph of the same call."""
-    for tensor in tensors:
-        setattr(tensor, _ATTRIBUTE, mask)
-
-
 def fit(mask: Tensor, batch: int, tokens: int, device: torch.device, newest: bool) -> Tensor:
     """`mask` as bool `[batch, tokens]`: samples repeated, other tokens text; it covers the newest tokens or the first.
 
@@ -69,9 +45,21 @@ def fit(mask: Tensor, batch: int, tokens: int, device: torch.device, newest: boo
     if covered > tokens or batch % samples:
         raise ValueError(
             f"modality mask: got [{samples}, {covered}], expected at most {tokens} tokens and a batch that divides "
-            f"{batch}; "
-            "give one row per prompt and one column per prompt token, padding included"
+            f"{batch}; give one row per prompt and one column per prompt token, padding included"
         )
     mask = mask.to(device).repeat_interleave(batch // samples, dim=0)
     missing = tokens - covered
     return torch.nn.functional.pad(mask, (missing, 0) if newest else (0, missing))
+
+
+def said(known: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """What is said of tokens beside what a graph shows, int8 `[batch, tokens]`: 1 vision, -1 none, 0 nothing.
+
+    A stated mask says something of every token. known: of the newest tokens of this call, which are vision tokens.
+    """
+    mask = _stated.get()
+    if mask is not None:
+        return fit(mask, batch, tokens, device, newest=False).to(torch.int8) * 2 - 1
+    if known is not None and known.shape[1] <= tokens and batch % known.shape[0] == 0:
+        return fit(known, batch, tokens, device, newest=True).to(torch.int8)
+    return torch.zeros((batch, tokens), dtype=torch.int8, device=device)

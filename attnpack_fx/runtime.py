@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnpack_fx import modality
 from attnpack_fx.cached_layer import CachedLayer
+from attnpack_fx.call import Call
 from attnpack_fx.collecting import Collector
 from attnpack_fx.kernels.parts import SPARE_ROWS
 from attnpack_fx.maintenance import maintain
@@ -23,7 +23,7 @@ from attnpack_fx.passes.state import (
     Grown,
     InputSpec,
     Layer,
-    ModalityMask,
+    ModalitySaid,
     OutputSpec,
     PaddedLength,
     Part,
@@ -48,23 +48,27 @@ class Runtime:
         self._pairs = state.pairs
         self._layers = state.layers if policy.partial or policy.fold_every or policy.passes else []
         self._candidates = state.candidates
-        self._carried = state.carried
-        self._carries = state.carries
+        self._shown = state.shown
+        self._reports = state.reports
 
     def __call__(self, *arguments: Any) -> list[Any]:
         for key, value in self._pairs:
             _check_pair(arguments[key], arguments[value])
             arguments[key].taken_back = arguments[value].taken_back = None  # what it holds stays
+        call = Call.of(arguments)
         grown: dict[int, PackedTensor] = {}
-        flat = [feed(arguments, grown) for feed in self._feeders]
+        flat = [feed(arguments, grown, call) for feed in self._feeders]
         results = self._compiled(*flat)
-        alike = Alike.of_call(arguments)
-        collector = Collector(results, grown, self._policy, alike)
+        if self._shown is not None:
+            call.saw(results[self._shown])
+        call.reports += self._reports
+        call.alike.next_graph()
+        collector = Collector(results, grown, self._policy, call.alike)
         outputs = [collector.collect(spec) for spec in self._outputs]
         self._maintain(arguments, results, outputs)
-        self._unite(outputs, alike)
-        self._pack_candidates(outputs)
-        self._carry(arguments, results, outputs, alike)
+        self._unite(outputs, call.alike)
+        self._pack_candidates(outputs, call)
+        call.travel(outputs)
         return outputs
 
     def _maintain(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any]) -> None:
@@ -100,26 +104,16 @@ class Runtime:
                 outputs[spec.key] = key.turned(known)
                 outputs[spec.key].taken_back = key.taken_back
 
-    def _pack_candidates(self, outputs: list[Any]) -> None:
-        """Pack what this graph was compiled to leave dense, when the caller states a modality after all."""
-        mask = modality.stated() if self._candidates else None
-        if mask is None:
+    def _pack_candidates(self, outputs: list[Any], call: Call) -> None:
+        """Pack what this graph was compiled to leave dense, where vision tokens are known of after all."""
+        known = call.vision() if self._candidates else None
+        if not self._candidates or (modality.stated() is None and known is None):
             return
         for key, value, layer in self._candidates:
             batch, _, tokens, _ = outputs[key].shape
-            fitted = modality.fit(mask, batch, tokens, outputs[key].device, newest=False)
-            packed = pack(outputs[key], outputs[value], self._policy, modality=fitted, layer=layer)
+            vision = modality.said(known, batch, tokens, outputs[key].device) > 0
+            packed = pack(outputs[key], outputs[value], self._policy, modality=vision, layer=layer)
             outputs[key], outputs[value] = packed
-
-    def _carry(self, arguments: Sequence[Any], results: Sequence[Any], outputs: list[Any], alike: Alike) -> None:
-        # Keys and values, packed or not, outlive the call, and would keep the mask. A graph that ends where its
-        # function does may be one layer of many: hidden states lead to the next.
-        tensors = [item for item in outputs if isinstance(item, Tensor) and item.dim() != 4]
-        flowing = [item for item in tensors if self._carries or item.dim() == 3]
-        alike.travel(flowing)
-        mask = results[self._carried] if self._carried is not None else modality.carried(arguments)
-        if mask is not None:
-            modality.carry(mask, flowing)
 
 
 def _observed(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor | None:
@@ -147,41 +141,35 @@ def _in_order(scores: Tensor, samples: int, results: Sequence[Any], spec: Layer,
     return whole.scatter(3, (rows % whole.shape[3]).expand_as(scores), scores)[..., :-1]
 
 
-def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor]], Any]:
+def _feeder(spec: InputSpec) -> Callable[[Sequence[Any], dict[int, PackedTensor], Call], Any]:
     """How one input of the compiled graph is found among Dynamo's arguments and the packed values grown for this
     call.
     """
     match spec:
         case Argument(position):
-            return lambda arguments, grown: arguments[position]
+            return lambda arguments, grown, call: arguments[position]
         case Part(position, "slot"):
-            return lambda arguments, grown: arguments[position].slot
+            return lambda arguments, grown, call: arguments[position].slot
         case Part(position, name):
-            return lambda arguments, grown: arguments[position].held.named[name]
+            return lambda arguments, grown, call: arguments[position].held.named[name]
         case PaddedLength(position):
-            return lambda arguments, grown: arguments[position].lease.length + SPARE_ROWS
+            return lambda arguments, grown, call: arguments[position].lease.length + SPARE_ROWS
         case Room(position, count):
 
-            def room(arguments: Sequence[Any], grown: dict[int, PackedTensor]) -> Tensor:
+            def room(arguments: Sequence[Any], grown: dict[int, PackedTensor], call: Call) -> Tensor:
                 grown[position] = arguments[position].grow(count.evaluate(arguments))
                 return grown[position].lease.visible()
 
             return room
         case Constant(tensor=tensor):
-            return lambda arguments, grown: tensor
-        case ModalityMask(batch, tokens):
-            return lambda arguments, grown: _modality(arguments, batch.evaluate(arguments), tokens.evaluate(arguments))
+            return lambda arguments, grown, call: tensor
+        case ModalitySaid(batch, tokens):
 
+            def said(arguments: Sequence[Any], grown: dict[int, PackedTensor], call: Call) -> Tensor:
+                device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+                return modality.said(call.vision(), batch.evaluate(arguments), tokens.evaluate(arguments), device)
 
-def _modality(arguments: Sequence[Any], batch: int, tokens: int) -> Tensor:
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    mask = modality.stated()
-    if mask is not None:
-        return modality.fit(mask, batch, tokens, device, newest=False)
-    mask = modality.carried(arguments)
-    if mask is not None and mask.shape[1] <= tokens and batch % mask.shape[0] == 0:
-        return modality.fit(mask, batch, tokens, device, newest=True)
-    return torch.zeros((batch, tokens), dtype=torch.bool, device=device)
+            return said
 
 
 def _check_pair(key: PackedTensor, value: PackedTensor) -> None:

@@ -3,7 +3,7 @@ copies of one tensor that several layers hold stay one. All of it holds weakly: 
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -102,29 +102,15 @@ copies = Copies()
 
 
 class Alike:
-    """What layers of one call have made: of objects with a method `same_as` that are alike, the first stands for all.
-
-    Where a model breaks into several graphs, it travels on the tensors that flow from graph to graph, as the mask of
-    `modality.py` does.
-    """
-
-    _ATTRIBUTE = "_attnpack_alike"
+    """What layers of one call have made: of objects with a method `same_as`, the first stands for all alike."""
 
     def __init__(self) -> None:
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._earlier: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    @classmethod
-    def of_call(cls, arguments: Iterable[Any]) -> "Alike":
-        """What came with a graph's arguments; nothing yet in the first graph of a call."""
-        found = (getattr(each, cls._ATTRIBUTE, None) for each in arguments if isinstance(each, Tensor))
-        alike = next((each for each in found if each is not None), None) or cls()
-        alike._earlier = alike._known.copy()
-        return alike
-
-    def travel(self, tensors: Iterable[Tensor]) -> None:
-        for each in tensors:
-            setattr(each, self._ATTRIBUTE, self)
+    def next_graph(self) -> None:
+        """What is known by now comes from earlier graphs."""
+        self._earlier = self._known.copy()
 
     def one(self, made: Any, earlier: bool = False) -> Any:
         """`made`, or what is known and the same; earlier: what is known of the graphs before this one."""

@@ -1,4 +1,4 @@
-"""What enters the cache dense leaves the graph packed: compress what a site keeps, or say why it stays as it is."""
+"""What enters the cache dense leaves the graph packed: compress what a site keeps."""
 
 import operator
 from typing import Any
@@ -10,8 +10,9 @@ from attnpack_fx.kernels import ops, ops_newest  # noqa: F401  (registers torch.
 from attnpack_fx.passes.asks import acting, acts_on_cache, asks_for_modality, codes_unrotated, heads_apart, observation
 from attnpack_fx.passes.find_attention import scale_of
 from attnpack_fx.passes.find_rotary import RotaryFinder, Rotation
+from attnpack_fx.passes.left_dense import is_static
 from attnpack_fx.passes.method import Stage
-from attnpack_fx.passes.patterns import cat_along_tokens, is_call, layer_count, layer_number, layer_of, through_no_ops
+from attnpack_fx.passes.patterns import cat_along_tokens, layer_count, layer_number, layer_of
 from attnpack_fx.passes.plan_tokens import TokenPlanner, asks_for_loss, gain, share_basis
 from attnpack_fx.passes.state import (
     TEXT,
@@ -53,7 +54,7 @@ def compress(
 ) -> SiteReport | None:
     """Pack what this site puts into the cache."""
     results = state.results
-    if site.key not in results or site.value not in results or site.key in compressed or _is_static(site.key):
+    if site.key not in results or site.value not in results or site.key in compressed or is_static(site.key):
         return None
     layer = layer_of(site.node)
     obstacle = site.obstacle or _uncompressible(site)
@@ -240,59 +241,3 @@ def _uncompressible(site: Site) -> str | None:
         if not node.meta["example_value"].dtype.is_floating_point:
             return "the cache is not floating point"
     return None
-
-
-def _written(key: Node) -> Node:
-    """The tensor whose part, or whole, attention reads."""
-    base = through_no_ops(key)
-    while is_call(base, "getitem", "slice", "narrow") and isinstance(base.args[0], Node):
-        base = base.args[0]
-    return base
-
-
-def _is_static(key: Node) -> bool:
-    """Whether the keys are written into storage of a fixed size, as in StaticCache."""
-    base, writes = _written(key), ("index_copy_", "index_copy", "copy_", "setitem", "index_put_")
-    return is_call(base, *writes) or any(is_call(user, *writes) and user.args[0] is base for user in base.users)
-
-
-def leave(state: GraphState, site: Site) -> SiteReport:
-    """Say why a site stays as it is."""
-    layer, key = layer_of(site.node), site.key
-    kept = [
-        user
-        for user in key.users
-        if user in state.results and is_call(user, "getitem", "slice", "narrow", "contiguous")
-    ]
-    causal = site.is_causal
-    if kept:
-        return SiteReport(layer, site.kind, "dense", "sliding window: the cache keeps a slice of the keys", causal)
-    base = _written(key)
-    if _is_static(key):
-        return SiteReport(
-            layer,
-            site.kind,
-            "dense",
-            "static cache (index_copy_): packed static decode is not offered yet",
-            causal,
-        )
-    if base.op == "placeholder":
-        return SiteReport(
-            layer,
-            site.kind,
-            "dense",
-            "cross-attention or a shared cache: the keys are only read here",
-            causal,
-        )
-    if site.obstacle is not None and site.kind == "flex_attention":
-        return SiteReport(layer, site.kind, "dense", site.obstacle, causal)
-    if any(shape_of(piece) == (0,) or piece.op == "placeholder" for piece in cat_along_tokens(base)):
-        reason = "the keys attended to are not the keys kept in the cache"
-        return SiteReport(layer, site.kind, "dense", reason, causal)
-    return SiteReport(
-        layer,
-        site.kind,
-        "uncached",
-        "keys and values are not kept: no cache, as in an encoder or with use_cache=False",
-        causal,
-    )

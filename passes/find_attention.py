@@ -13,21 +13,72 @@ from attnpack_fx.passes.patterns import argument, is_call, strip_repeat_kv, thro
 from attnpack_fx.passes.state import GraphState, Site, same_size, shape_of
 
 _EAGER_STEPS = ("mul", "truediv", "div", "add", "iadd", "imul", "itruediv")
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+#: How far operations are followed from softmax to the products around it, to say what stands in between.
+_STEPS = 12
 
 
 def find_attention(state: GraphState) -> int:
-    """List every attention of the graph in `state.sites`; returns how many."""
+    """List every attention of the graph in `state.sites`, and what looks like one in `state.unknown`; returns how many
+    sites.
+    """
     for node in state.graph.nodes:
         site = None
         if is_call(node, "scaled_dot_product_attention"):
             site = _match_sdpa(node)
         elif is_call(node, "softmax"):
             site = _match_eager(node)
+            if site is None and (reason := _unknown(node)) is not None:
+                state.unknown[node] = reason
         elif is_call(node, "flex_attention"):
             site = _match_flex(node)
         if site is not None:
             state.sites.append(site)
     return len(state.sites)
+
+
+def _unknown(softmax: Node) -> str | None:
+    """Why a softmax between two products is no attention that is known; None where it stands between none."""
+    found = _scores(softmax)
+    if found is None:
+        return None
+    scores, passed = found
+    readers = [softmax]
+    for _ in range(_STEPS):
+        if any(is_call(reader, *_PRODUCTS) for reader in readers):
+            break
+        readers = [user for reader in readers for user in reader.users]
+    else:
+        return None
+    if "tanh" in passed:
+        return "the scores are soft-capped (`tanh`), which packed attention does not compute yet"
+    if any(name in passed for name in ("cat", "concat")):
+        return "the scores are joined with others, as of attention sinks, which packed attention does not compute yet"
+    if is_call(scores, "baddbmm"):
+        return "the scores are made by `baddbmm`, as with ALiBi, a form of attention that is not known yet"
+    if is_call(scores, "bmm"):
+        return "heads are part of the batch (`bmm`), a form of attention that is not known yet"
+    names = ", ".join(f"`{name}`" for name in passed) or "nothing"
+    return f"attention is written in a form that is not known: between its scores and softmax stands {names}"
+
+
+def _scores(softmax: Node) -> tuple[Node, list[str]] | None:
+    """The nearest product that goes into a softmax, and the names of what stands between, each once."""
+    passed: dict[Node, list[str]] = {softmax: []}
+    waiting = [softmax]
+    while waiting:
+        node = waiting.pop(0)
+        for source in node.all_input_nodes:
+            if is_call(source, *_PRODUCTS):
+                return source, list(dict.fromkeys(passed[node]))
+            if source not in passed and len(passed[node]) < _STEPS:
+                passed[source] = [_name(source), *passed[node]]
+                waiting.append(source)
+    return None
+
+
+def _name(node: Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", node.name)
 
 
 def _match_sdpa(node: Node) -> Site | None:

@@ -1,8 +1,8 @@
-"""Find which tokens are vision tokens: the mask of the `masked_scatter` that puts image features among text
-embeddings.
-"""
+"""Find which tokens are vision tokens: the mask by which image features are put among text embeddings."""
 
 import operator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -16,9 +16,10 @@ def find_modality(state: GraphState) -> int:
     were found.
 
     Several masks (images, videos) are united. Recognised: `embeddings.masked_scatter(mask, features)`,
-    `embeddings[mask] = features` and its functional forms, with masks `[B, T]`, `[B, T, 1]` or `[B, T, C]`.
+    `embeddings[mask] = features` and its functional forms, with masks `[B, T]`, `[B, T, 1]` or `[B, T, C]`. Not what
+    experts do in decoder layers, which write to the tokens of a mask what they made of them.
     """
-    found = [(node, mask) for node in state.graph.nodes if (mask := _mask_of(node)) is not None]
+    found = [] if state.in_decoder else list(_masks(state))
     for node, mask in found:
         with state.graph.inserting_after(node):
             if len(shape_of(mask)) == 3:  # type: ignore[arg-type]
@@ -36,13 +37,25 @@ def find_modality(state: GraphState) -> int:
     return len(found)
 
 
+def _masks(state: GraphState) -> Iterator[tuple[Node, Node]]:
+    """Nodes that put features among embeddings, and their masks: in front of all that keeps keys and values."""
+    results = set(state.results)
+    first = next((site.node for site in state.sites if site.key in results), None)
+    for node in state.graph.nodes:
+        if node is first:
+            return
+        mask = _mask_of(node)
+        if mask is not None:
+            yield node, mask
+
+
 def _mask_of(node: Node) -> Node | None:
     if is_call(node, "masked_scatter", "masked_scatter_"):
-        target, mask = argument(node, 0, "input"), argument(node, 1, "mask")
+        target, mask, features = node.args[0], argument(node, 1, "mask"), argument(node, 2, "source")
     elif is_call(node, "setitem"):
-        target, mask = node.args[0], node.args[1]
+        target, mask, features = node.args
     elif is_call(node, "index_put", "index_put_"):
-        target, mask = node.args[0], argument(node, 1, "indices")
+        target, mask, features = node.args[0], argument(node, 1, "indices"), argument(node, 2, "values")
     else:
         return None
     if isinstance(mask, tuple | list) and len(mask) == 1:
@@ -54,7 +67,21 @@ def _mask_of(node: Node) -> Node | None:
         return None
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.dim() not in (2, 3):
         return None
-    return mask
+    return None if _made_of_the_same(features, mask) else mask
+
+
+def _made_of_the_same(features: Any, mask: Node) -> bool:
+    """Whether features are made of tokens that the mask chose."""
+    waiting = [features] if isinstance(features, Node) else []
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if is_call(node, "getitem", "masked_select", "index") and mask in node.all_input_nodes[1:]:
+            return True
+        new = [each for each in node.all_input_nodes if each not in seen]
+        seen.update(new)
+        waiting += new
+    return False
 
 
 def _describe(node: Node, example: torch.Tensor) -> None:

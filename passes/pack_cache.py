@@ -9,8 +9,9 @@ output becomes `attnpack::compress` and the attention of this call stays exact (
 
 from torch.fx import Node
 
-from attnpack_fx.passes.dense_past import FlatOutputs, compress, leave
+from attnpack_fx.passes.dense_past import FlatOutputs, compress
 from attnpack_fx.passes.find_rotary import RotaryFinder
+from attnpack_fx.passes.left_dense import leave, report_unknown
 from attnpack_fx.passes.packed_past import Appended, append, attend, decompress_rest
 from attnpack_fx.passes.plan_tokens import TokenPlanner
 from attnpack_fx.passes.state import GraphState, Grown, OutputSpec, Packed, Plain
@@ -30,6 +31,7 @@ def pack_cache(state: GraphState) -> int:
             or leave(state, site)
         )
         state.reports.append(report)
+    report_unknown(state)
     _write_outputs(state, flat, appended, compressed)
     decompress_rest(state, appended)
     return sum(report.action in ("packed", "compressed") for report in state.reports)
@@ -52,8 +54,8 @@ def _write_outputs(
             specs.append(_grown(flat, appended[result]))
         else:
             specs.append(Plain(flat.add(result)))
-    if state.carries and state.modality is not None:
-        state.carried = flat.add(state.modality)
+    if state.modality is not None:
+        state.shown = flat.add(state.modality)
     state.outputs = specs
     state.output.args = (tuple(flat.nodes),)
 

@@ -16,7 +16,7 @@ from attnpack_fx.passes.state import (
     VISION,
     GraphState,
     Modality,
-    ModalityMask,
+    ModalitySaid,
     Policy,
     Site,
     same_size,
@@ -39,29 +39,48 @@ class TokenPlanner:
 
     def modality(self, key: Node) -> Node | None:
         """Bool `[B, T]` over all of `key`'s tokens, or None where no modality is known."""
-        if self._modality is not None:
-            return self._modality
+        if self._modality is None:
+            shown, said = self._shown(key), self._said(key)
+            self._modality = shown if said is None else self._decided(shown, said)
+        return self._modality
+
+    def _shown(self, key: Node) -> Node | None:
+        """The mask that this graph shows."""
+        state, shape, mask = self.state, shape_of(key), self.state.modality
+        assert shape is not None
+        if mask is None or same_size(shape_of(mask)[1], shape[2]):  # type: ignore[index]
+            return mask
+        # It covers this call's tokens, the newest; older ones are text.
+        with state.graph.inserting_after(key if _follows(state, key, mask) else mask):
+            all_tokens = state.graph.call_method("size", (key, 2))
+        with state.graph.inserting_after(all_tokens):
+            seen = state.graph.call_method("size", (mask, 1))
+        with state.graph.inserting_after(seen):
+            older = state.graph.call_function(operator.sub, (all_tokens, seen))
+        with state.graph.inserting_after(older):
+            return state.graph.call_function(torch.nn.functional.pad, (mask, (older, 0)))
+
+    def _said(self, key: Node) -> Node | None:
+        """What is said beside it, where anything may be: a caller may state a mask at any call."""
         state, shape = self.state, shape_of(key)
         assert shape is not None
-        mask = state.modality
-        if mask is None and state.modality_given:
-            batch, tokens = state.size(shape[0]), state.size(shape[2])
-            if batch is None or tokens is None:
-                return None
-            example = key.meta["example_value"].new_empty((shape[0], shape[2]), dtype=torch.bool)
-            mask = state.add_input(ModalityMask(batch, tokens), example, "attnpack_modality")
-        elif mask is not None and not same_size(shape_of(mask)[1], shape[2]):  # type: ignore[index]
-            # The mask covers this call's tokens, the newest; older ones are text.
-            with state.graph.inserting_after(key if _follows(state, key, mask) else mask):
-                all_tokens = state.graph.call_method("size", (key, 2))
-            with state.graph.inserting_after(all_tokens):
-                seen = state.graph.call_method("size", (mask, 1))
-            with state.graph.inserting_after(seen):
-                older = state.graph.call_function(operator.sub, (all_tokens, seen))
-            with state.graph.inserting_after(older):
-                mask = state.graph.call_function(torch.nn.functional.pad, (mask, (older, 0)))
-        self._modality = mask
-        return mask
+        if state.modality is None and not state.modality_given:
+            return None
+        batch, tokens = state.size(shape[0]), state.size(shape[2])
+        if batch is None or tokens is None:
+            return None
+        example = key.meta["example_value"].new_empty((shape[0], shape[2]), dtype=torch.int8)
+        return state.add_input(ModalitySaid(batch, tokens), example, "attnpack_modality")
+
+    def _decided(self, shown: Node | None, said: Node) -> Node:
+        """What is said, and where nothing is, what is shown."""
+        graph = self.state.graph
+        with graph.inserting_before(self.state.first_computation() if shown is None else shown.next):
+            vision = graph.call_function(operator.gt, (said, 0))
+            if shown is not None:
+                open_ = graph.call_function(operator.eq, (said, 0))
+                vision = graph.call_function(operator.or_, (vision, graph.call_function(operator.and_, (shown, open_))))
+        return vision
 
     def rows_of(self, layer: int | None) -> Node | None:
         """Logical positions of the rows a layer sees, int64 `[B, T']`; None where it sees all."""

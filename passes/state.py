@@ -104,8 +104,11 @@ class Room:
 
 
 @dataclass(frozen=True)
-class ModalityMask:
-    """Bool `[batch, tokens]`, True for vision: stated by the caller or carried from an earlier graph of the call."""
+class ModalitySaid:
+    """Int8 `[batch, tokens]`, what is said of tokens beside what this graph shows: 1 vision, -1 none, 0 nothing.
+
+    Stated by the caller, or known of the call otherwise.
+    """
 
     batch: Size
     tokens: Size
@@ -119,7 +122,7 @@ class Constant:
     tensor: torch.Tensor = field(compare=False)
 
 
-InputSpec = Argument | Part | PaddedLength | Room | ModalityMask | Constant
+InputSpec = Argument | Part | PaddedLength | Room | ModalitySaid | Constant
 
 # ---- what each of Dynamo's outputs becomes
 # -----------------------------------------------------------------------------------------
@@ -286,7 +289,11 @@ class Pruned:
 
 @dataclass
 class GraphState:
-    """The graph and everything known about it; passes read and update it in place."""
+    """The graph and everything known about it; passes read and update it in place.
+
+    modality_given: whether anything is known of vision tokens beside what the graph shows. in_decoder: whether decoder
+    layers of the same call stand in front of it. unknown: softmax of what looks like attention -> why it is not known.
+    """
 
     graph: Graph
     policy: Policy
@@ -295,16 +302,18 @@ class GraphState:
     examples: dict[Node, Any]
     wanted: set[Node] = field(default_factory=set)
     modality_given: bool = False
+    in_decoder: bool = False
     carries: bool = False
     pairs: list[tuple[int, int]] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
+    unknown: dict[Node, str] = field(default_factory=dict)
     pruned: list[Pruned] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     modality: Node | None = None
     outputs: list[OutputSpec] = field(default_factory=list)
     candidates: list[tuple[int, int, int | None]] = field(default_factory=list)
-    carried: int | None = None
+    shown: int | None = None
 
     @property
     def arguments(self) -> set[Node]:

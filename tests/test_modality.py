@@ -8,7 +8,8 @@ import torch
 
 import attnpack_fx
 from attnpack_fx import AttnpackWarning, PackedTensor, attnpack_backend, modality
-from attnpack_fx.modality import carried, carry, fit, stated
+from attnpack_fx.call import Call, opened
+from attnpack_fx.modality import fit, said, stated
 from tests.acceptance.families import FAMILIES
 from tests.decoder import IMAGE, Decoder, close, next_ids, prompt
 from tests.packing_inputs import vision_mask
@@ -76,11 +77,39 @@ def test_a_mask_that_does_not_fit_is_refused(batch, tokens):
         fit(torch.ones(2, 3, dtype=torch.bool), batch, tokens, CPU, newest=False)
 
 
-def test_a_mask_travels_on_tensors():
-    first, second, mask = torch.zeros(1), torch.zeros(1), vision_mask(4, 0, 1)
-    assert carried([first, 3, second]) is None
-    carry(mask, [second])
-    assert carried([first, 3, second]) is mask
+def test_what_is_stated_wins_and_says_something_of_every_token():
+    known = torch.tensor([[False, True]])
+    assert said(None, 1, 3, CPU).tolist() == [[0, 0, 0]]
+    assert said(known, 2, 3, CPU).tolist() == [[0, 0, 1], [0, 0, 1]]
+    assert said(torch.ones(1, 4, dtype=torch.bool), 1, 3, CPU).tolist() == [[0, 0, 0]]  # of another call
+    with modality(torch.tensor([[True, False]])):
+        assert said(known, 1, 3, CPU).tolist() == [[1, -1, -1]]
+
+
+def test_a_call_travels_on_hidden_states_and_nothing_that_outlives_it():
+    hidden, keys, ids = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 1, dtype=torch.int64)
+    call = Call.of([hidden, 3])
+    call.travel([hidden, keys, ids, 4])
+    assert Call.of([3, torch.zeros(1), hidden]) is call
+    assert all(Call.of([each]) is not call for each in (keys, ids, torch.zeros(1, 2, 3)))
+
+
+def test_masks_of_several_graphs_are_united():
+    call, image, video = Call(), vision_mask(8, 1, 2), vision_mask(8, 5, 2)
+    call.saw(image)
+    call.saw(video)
+    assert torch.equal(call.vision(), image | video)
+
+
+def test_an_opened_call_is_that_of_all_its_graphs():
+    hidden = torch.zeros(1, 2, 3)
+    Call().travel([hidden])
+    with opened() as outer:
+        assert Call.of([hidden]) is Call.of([]) is outer
+        with opened() as inner:
+            assert Call.of([]) is inner is not outer
+        assert Call.of([]) is outer
+    assert Call.of([]) is not outer
 
 
 # ---- through the backend -----------------------------------------------------------------------------------

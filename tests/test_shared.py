@@ -79,23 +79,21 @@ class Number:
 
 
 def test_the_first_of_those_alike_stands_for_all_of_its_call():
-    alike, flowing = Alike.of_call([torch.zeros(1), 3]), torch.zeros(1)
+    alike = Alike()
     first = alike.one(Number(1))
     assert alike.one(Number(1)) is first and alike.one(Number(2)) is not first
-    alike.travel([flowing])
-    assert Alike.of_call([2, torch.zeros(1), flowing]) is alike
-    assert Alike.of_call([torch.zeros(1)]).one(Number(1)) is not first
+    assert Alike().one(Number(1)) is not first
     gone = weakref.ref(first)
     del first
     assert gone() is None
 
 
 def test_what_earlier_graphs_have_made_is_told_apart():
-    alike, flowing = Alike(), torch.zeros(1)
+    alike = Alike()
     first = alike.one(Number(1))
     assert alike.one(Number(1), earlier=True) is not first  # both are of this graph
-    alike.travel([flowing])
-    assert Alike.of_call([flowing]).one(Number(1), earlier=True) is first
+    alike.next_graph()
+    assert alike.one(Number(1), earlier=True) is first
 
 
 def test_the_same_copy_while_it_is_alive():

@@ -1,0 +1,60 @@
+"""Which prompt tokens stand for images, by the token ids that the model being called was given.
+
+A graph may be one of many of a call, and of a model that is compiled a layer at a time or has hooks between its layers,
+no graph shows where images are. The call itself does: it is on the stack, with the ids, and the model's configuration
+names those of images.
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnpack_fx import hf
+from attnpack_fx.shared import made_of
+
+_CALL = torch.nn.Module._wrapped_call_impl.__code__
+
+
+def vision_tokens() -> Tensor | None:
+    """Bool `[B, T]` of the tokens of the outermost module call on the stack that says; None where none is of an image.
+
+    A call of one token is a decode step, in which nothing is packed: it is not asked.
+    """
+    for module, ids in (*_module_calls(), *_generate_calls()):
+        images = hf.image_tokens(module)
+        known = isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1 and not ids.is_floating_point()
+        if images and known:
+            vision: Tensor = made_of(ids, ("vision", images), partial(_found, ids, images))
+            return vision if vision.numel() else None
+    return None
+
+
+def _module_calls() -> Iterator[tuple[Any, Any]]:
+    """Modules that are being called, outermost first, each with its first or so named argument."""
+    for given in reversed([frame.f_locals for frame in _stack() if frame.f_code is _CALL]):
+        yield given["self"], given["kwargs"].get("input_ids", given["args"][0] if given["args"] else None)
+
+
+def _generate_calls() -> Iterator[tuple[Any, Any]]:
+    """Models that merge images themselves before another one in them generates, as BLIP-2 does."""
+    for frame in _stack():
+        if frame.f_code.co_name == "generate" and "input_ids" in frame.f_code.co_varnames:
+            given = frame.f_locals
+            yield given.get("self"), given.get("input_ids")
+
+
+def _stack() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _found(ids: Tensor, images: tuple[int, ...]) -> Tensor:
+    vision = torch.isin(ids, torch.tensor(images, device=ids.device))
+    return vision if vision.any() else vision[:0]
