@@ -11,7 +11,17 @@ import torch
 from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.compiled_call import OneCall, WatchedCall
-from attnpack_fx.policy import PackPolicy
+from attnpack_fx.policy import PackPolicy, PolicyError
+
+#: What `torch.compile` takes and this does not -> what to do instead.
+_OF_TORCH_COMPILE = {
+    "options": "give its fields as arguments, e.g. attnpack_fx.compile(model, vision_rank=64)",
+    "backend": "leave it out: the backend is attnpack's",
+}
+#: Past the recompile limit a model runs eagerly, its cache dense; from torch 2.13 on each model can have its own.
+_ALONE: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
 
 
 def compile(
@@ -40,6 +50,12 @@ def compile(
             f"model: got {type(model).__name__}, expected a torch.nn.Module; "
             "compile a function with torch.compile(function, backend=attnpack_backend)"
         )
+    for name, value in (("dynamic", dynamic), ("fullgraph", fullgraph)):
+        if not isinstance(value, bool) and not (name == "dynamic" and value is None):
+            raise PolicyError(f"{name}: got {value!r}, expected True or False, as in torch.compile")
+    for name, instead in _OF_TORCH_COMPILE.items():
+        if name in options:
+            raise PolicyError(f"{name}: got {options[name]!r}, which attnpack_fx.compile does not take; {instead}")
     policy, _ = PackPolicy.from_options(options, mode, dynamic)
     original = getattr(model, "_orig_mod", model)
     if policy.varies and policy.layer_count is None:
@@ -48,10 +64,8 @@ def compile(
         options |= {"policy": replace(policy, layer_count=count)} if "policy" in options else {"layer_count": count}
     # torch.compile takes either a mode or options: the mode rides along among the options.
     given = options if mode is None else {**options, "mode": mode}
-    # Past the recompile limit a model runs eagerly, its cache dense; from torch 2.13 on each model can have its own.
-    alone = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     for module in (original, *hf.called_by_generate(original)):
-        module.compile(backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **alone)
+        module.compile(backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **_ALONE)
         assert module._compiled_call_impl is not None
         module._compiled_call_impl = WatchedCall(module._compiled_call_impl)
     return original
@@ -66,7 +80,7 @@ def called_through(model: torch.nn.Module, backend: Callable[..., Any] | None) -
     before = model._compiled_call_impl
     model._compiled_call_impl = None
     if backend is not None:
-        model.compile(backend=backend)
+        model.compile(backend=backend, **_ALONE)
         assert model._compiled_call_impl is not None
         model._compiled_call_impl = OneCall(model._compiled_call_impl)
     try:

@@ -54,7 +54,9 @@ class Report(dict[str, Any]):
                 f"{layer['bytes']:>11,} {layer['dense_bytes']:>11,}"
             )
         before, after = self["bytes_before"], self["bytes_after"]
-        ratio = f"{before / after:.2f}x smaller" if after else "no cache"
+        ratio = "no cache"
+        if after:
+            ratio = f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x larger"
         lines.append(f"  cache: {before:,} bytes dense, {after:,} bytes packed, {ratio}")
         return "\n".join(lines)
 
@@ -69,6 +71,8 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
     """
     policy = policy or PackPolicy()
     model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"explain: model: got {type(model).__name__}, expected a torch.nn.Module")
     graphs: list[list[SiteReport]] = []
     with torch.no_grad():
         with called_through(model, None):

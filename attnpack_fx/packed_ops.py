@@ -90,24 +90,24 @@ def slice_packed(packed, dim=0, start=None, end=None, step=1):
     if dim == 2 and start == 0:
         return packed.crop(end)
     if dim == 0 and start < end:
-        return packed.select(each_sample(start, end, 1, packed.device))
+        return packed.samples(each_sample(start, end, 1, packed.device))
     return NotImplemented
 
 
 def _index_select(packed, dim, index):
-    return NotImplemented if is_fake(packed) or dim % packed.dim() != 0 else packed.select(index)
+    return NotImplemented if is_fake(packed) or dim % packed.dim() != 0 else packed.samples(index)
 
 
 def _index(packed, indices):
     rows, *rest = indices
     if is_fake(packed) or rows is None or rows.dim() != 1 or any(other is not None for other in rest):
         return NotImplemented
-    batch = packed.shape[0]
+    batch, masks = packed.shape[0], rows.dtype in (torch.bool, torch.uint8)
 
     def counted() -> Tensor:
-        return rows.nonzero()[:, 0] if rows.dtype == torch.bool else torch.where(rows < 0, rows + batch, rows)
+        return rows.nonzero()[:, 0] if masks else torch.where(rows < 0, rows + batch, rows)
 
-    return packed.select(made_of(rows, ("counted", batch), counted))
+    return packed.samples(made_of(rows, ("counted", batch), counted))
 
 
 def _to_copy(packed, *, dtype=None, device=None, non_blocking=False, layout=None, pin_memory=None, memory_format=None):

@@ -8,6 +8,7 @@ Nothing writes through a decompressed copy: in-place operations it cannot honour
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ class PackedTensor(Memoryless):
             importance = importance[:, : held.packed + length].clone()
         return PackedTensor(held, self.lease.buffer.lease(length), importance)
 
-    def select(self, rows: Tensor) -> "PackedTensor":  # type: ignore[override]
+    def samples(self, rows: Tensor) -> "PackedTensor":
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
         length, heads = self.lease.length, self.held.heads
         if heads:
@@ -313,13 +314,15 @@ class PackedTensor(Memoryless):
         # The operator is composite: below Python only its `unsqueeze` and `expand` would be seen.
         if dim != 0 or not isinstance(repeats, int) or is_fake(self):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
-        return self.select(each_sample(0, self.shape[0], repeats, self.device))
+        return self.samples(each_sample(0, self.shape[0], repeats, self.device))
 
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), self.clone())
 
     def __reduce_ex__(self, protocol):
-        rows = self.lease.buffer.rows[: self.lease.length].clone()
+        rows = self.lease.buffer.rows[: self.lease.length]
+        if get_spawning_popen() is None:
+            rows = rows.clone()  # without the room behind them; a process that starts shares what outlives the call
         return import_attnpack_fx_before_loading, (self.held.state(), rows, self.importance)
 
     def __repr__(self, *, tensor_contents=None):
@@ -334,22 +337,15 @@ class PackedTensor(Memoryless):
         )
 
 
-#: Tensors of `_shape`.
-_shapes: dict[tuple[int, ...], Tensor] = {}
-_MOST_SHAPES = 1 << 14
-
-
 def _shape(*sizes: int) -> Tensor:
-    """Sizes as Dynamo sees them and knows that they vary: the shape of a tensor without elements."""
-    known = _shapes.get(sizes)
-    if known is None:
-        known = torch.empty_strided((0, *sizes), (0,) * (1 + len(sizes)), dtype=torch.uint8)
-        known._dynamo_weak_dynamic_indices = set(range(1, 1 + len(sizes)))  # type: ignore[attr-defined]
-        if not isinstance(known, FakeTensor):
-            if len(_shapes) >= _MOST_SHAPES:
-                _shapes.clear()
-            _shapes[sizes] = known
-    return known
+    """Sizes as Dynamo sees them and knows that they vary: the shape of a tensor without elements.
+
+    Every value has one of its own. Dynamo compiles for which of a graph's inputs are one object, and layers that have
+    the same sizes at one step, after eviction say, have others at the next.
+    """
+    made = torch.empty_strided((0, *sizes), (0,) * (1 + len(sizes)), dtype=torch.uint8)
+    made._dynamo_weak_dynamic_indices = set(range(1, 1 + len(sizes)))  # type: ignore[attr-defined]
+    return made
 
 
 def import_attnpack_fx_before_loading(state, rows, importance) -> PackedTensor:

@@ -1,5 +1,6 @@
 """Pack a dense key/value pair outside a compiled graph: the same operators, called eagerly."""
 
+import torch
 from torch import Tensor
 
 from attnpack_fx.cached_layer import CachedLayer
@@ -31,8 +32,9 @@ def pack(
     key, value: `[B, H, T, D]`, head dims may differ; modality: bool `[B or 1, T]`, True for vision, None for all text;
     real: bool `[B or 1, T]`, False for padding, None for none; layer: its number, for policies that ask.
 
-    Of the policy's methods those act that need no queries and no other layer. Raises ValueError for ranks the heads
-    cannot have, and for NaN or Inf in what is packed; NotImplementedError for methods that go by attention.
+    Of the policy's methods those act that need no queries and no other layer. Raises ValueError for what is no layer of
+    a cache, for ranks the heads cannot have, and for NaN or Inf in what is packed; NotImplementedError for methods that
+    go by attention.
     """
     fresh = fresh_layer(key, value, policy, modality=modality, real=real, layer=layer)
     maintain([fresh], policy)
@@ -43,6 +45,8 @@ def fresh_layer(
     key: Tensor, value: Tensor, policy: PackPolicy, *, modality: Tensor | None, real: Tensor | None, layer: int | None
 ) -> CachedLayer:
     """One layer packed, before methods act on it; arguments and errors as in `pack`."""
+    _check(key, value, policy, layer)
+    modality, real = (_checked_mask(name, mask, key) for name, mask in (("modality", modality), ("real", real)))
     if observation(policy) is not None:
         names = ", ".join(method.name for method in policy.passes if method.observes)
         raise NotImplementedError(
@@ -81,6 +85,33 @@ def fresh_layer(
         packed.append(PackedTensor(held, TailBuffer(rows).lease(rows.shape[0])))
     skipped = bool(policy.passes) and policy.skips(layer, policy.layer_count)
     return CachedLayer(layer, weighed(packed[0], policy), packed[1], key.shape[2], prefill=True, skipped=skipped)
+
+
+def _check(key: Tensor, value: Tensor, policy: PackPolicy, layer: int | None) -> None:
+    if not isinstance(policy, PackPolicy):
+        raise ValueError(f"pack: policy: got {type(policy).__name__}, expected a PackPolicy, e.g. PackPolicy()")
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+        raise ValueError(f"pack: layer: got {layer!r}, expected the layer's number, from 0, or None")
+    for name, x in (("key", key), ("value", value)):
+        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"pack: {name}: got {got}, expected a floating-point tensor [batch, heads, tokens, dim]")
+    if (*key.shape[:3], key.dtype, key.device) != (*value.shape[:3], value.dtype, value.device):
+        got = " and ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (key, value))
+        raise ValueError(
+            f"pack: key and value: got {got}, expected the same batch, heads, tokens, dtype and device; only head dims "
+            "may differ"
+        )
+
+
+def _checked_mask(name: str, mask: Tensor | None, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    batch, _, tokens, _ = key.shape
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in ((batch, tokens), (1, tokens)):
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"pack: {name}: got {got}, expected a bool tensor [{batch}, {tokens}] or [1, {tokens}]")
+    return mask
 
 
 def _together(

@@ -24,5 +24,5 @@ class RandomPrune(TokenPruning):
         checked_count(self, "seed", self.seed, "0", least=0)
 
     def prune(self, prompt: Prompt) -> Pruning:
-        scores = prompt.call(torch.ops.attnpack.random_scores, prompt.vision, self.seed)
+        scores = prompt.call(torch.ops.attnpack.random_scores, prompt.vision, self.seed % (1 << 63))
         return keep(prompt, scores, 1.0 - self.ratio)

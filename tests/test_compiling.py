@@ -64,6 +64,10 @@ def test_a_function_is_refused():
         ({"vision_rank": 0}, "vision_rank: got 0"),
         ({"mode": "fastest"}, "mode: got 'fastest'"),
         ({"policy": PackPolicy(), "text_rank": 3}, "one or the other"),
+        ({"dynamic": "yes"}, "dynamic: got 'yes', expected True or False"),
+        ({"fullgraph": None}, "fullgraph: got None, expected True or False"),
+        ({"options": {"vision_rank": 4}}, "options: got .* give its fields as arguments"),
+        ({"backend": "attnpack"}, "backend: got 'attnpack'.* leave it out"),
     ],
 )
 def test_a_bad_option_is_refused_at_once(options, message):

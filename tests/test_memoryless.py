@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -236,6 +237,33 @@ def test_shared_memory_holds_every_part():
     assert not packed.is_shared()
     packed.share_memory_()
     assert packed.is_shared() and all(part.is_shared() for part in packed.tensors)
+
+
+def _total(packed: Tensor, results: Any) -> None:
+    results.put((type(packed).__name__, float(packed.sum())))
+
+
+@pytest.mark.slow
+def test_a_process_that_starts_takes_one_as_an_argument():
+    packed = packed_pair()[0]
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=_total, args=(packed, results))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    name, total = results.get()
+    assert name == "PackedTensor" and abs(total - float(packed.dense().sum())) < 1e-3
+
+
+def test_methods_and_masks_mean_what_they_mean_for_any_tensor():
+    packed = packed_pair()[0]
+    assert torch.equal(packed.select(2, 3), packed.dense().select(2, 3))
+    mask = torch.zeros(packed.shape[0], dtype=torch.uint8)
+    mask[0] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch wants bool instead
+        assert torch.equal(packed[mask].dense(), packed.dense()[mask])
 
 
 COMPILED: dict[str, Callable[[Tensor, Tensor], Any]] = {

@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from attnpack_fx import AVL, GEAR, H2O, KIVI, FastV, KVQuant, MiniCache, PackPolicy, Quantize, attnpack_backend, backend
+from attnpack_fx import (
+    AVL,
+    GEAR,
+    H2O,
+    KIVI,
+    FastV,
+    KVQuant,
+    MiniCache,
+    PackPolicy,
+    Quantize,
+    RandomEviction,
+    attnpack_backend,
+    backend,
+)
 from tests.decoder import Decoder, close, next_ids, prompt
 
 POLICIES = {
@@ -40,3 +53,20 @@ def test_compiled_and_op_by_op_are_the_same(policy, monkeypatch):
     compiled = logits(policy)
     monkeypatch.setattr(backend, "_inductor", lambda module, examples, patches: module)
     close(compiled, logits(policy), 1e-4)
+
+
+@pytest.mark.parametrize("method", [H2O(0.5), RandomEviction(0.5)], ids=["H2O", "RandomEviction"])
+def test_what_is_evicted_makes_no_graph(method, either_way):
+    """Layers keep as many vision tokens as others at one prompt, and fewer or more at the next."""
+    step = torch.compile(Decoder(layers=4), backend=attnpack_backend, options={"vision_rank": 4, "passes": (method,)})
+    splits, graphs = set(), []
+    for seed in range(10):
+        with torch.no_grad():
+            ids, features = prompt(text=30, vision=40, batch=2, seed=seed)
+            _, cache = step(ids.roll(seed % 5, dims=1), features)
+            for number in range(3):
+                _, cache = step(next_ids(batch=2, seed=number), None, cache)
+        splits.add(tuple(key.tokens.get("vision", 0) for key, _ in cache))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert any(len(set(each)) > 1 for each in splits) and len(splits) > 3
+    assert graphs[1] == graphs[-1]

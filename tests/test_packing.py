@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnpack_fx import PackPolicy, cache_bytes, pack
+from attnpack_fx import PackPolicy, Quantize, cache_bytes, pack
 from tests.decoder import close
 from tests.packing_inputs import FULL, VISION_ONLY, dense_pair, vision_mask
 
@@ -113,3 +113,38 @@ def test_gradients_are_not_followed():
     key, value = dense_pair()
     packed, _ = pack(key.requires_grad_(), value, FULL)
     assert not packed.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"key": torch.zeros(1, 2, 9, 8, dtype=torch.int64)},
+            r"key: got torch.int64 \[1, 2, 9, 8\], expected",
+        ),
+        ({"value": torch.zeros(2, 9, 8)}, r"value: got torch.float32 \[2, 9, 8\], expected a floating"),
+        ({"value": torch.zeros(1, 2, 8, 8)}, "expected the same batch, heads, tokens, dtype and device"),
+        ({"value": torch.zeros(2, 2, 9, 8)}, "expected the same batch"),
+        ({"value": torch.zeros(1, 2, 9, 8).double()}, "expected the same batch"),
+        ({"policy": None}, "policy: got NoneType, expected a PackPolicy"),
+        ({"modality": torch.ones(1, 9)}, r"modality: got torch.float32 \[1, 9\], expected a bool tensor \[1, 9\]"),
+        ({"real": torch.ones(1, 8, dtype=torch.bool)}, r"real: got torch.bool \[1, 8\]"),
+        ({"layer": "a"}, "layer: got 'a', expected the layer's number"),
+    ],
+)
+def test_what_is_no_layer_of_a_cache_is_refused(change, message):
+    given = {"key": torch.zeros(1, 2, 9, 8), "value": torch.zeros(1, 2, 9, 8), "policy": FULL} | change
+    with pytest.raises(ValueError, match=message):
+        pack(**given)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, "e4m3", "e5m2"])
+@pytest.mark.parametrize("target", ["coefficients", "tail"])
+def test_codes_of_float64(bits, target):
+    """Scales are fp32, which holds less than the model's dtype."""
+    key, value = (x.double() for x in dense_pair(2, 2, 40, 16))
+    rank = "full" if target == "coefficients" else None
+    policy = PackPolicy(vision_rank=None, text_rank=rank, passes=(Quantize(bits, target=target, recent=0),))
+    found = pack(key, value, policy)[0].dense()
+    assert found.dtype == torch.float64
+    assert (found - key).norm() < {2: 0.7}.get(bits, 0.15) * key.norm()

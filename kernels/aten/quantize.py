@@ -133,7 +133,7 @@ def _coded(
         unit = x.float().abs().amax(dims, keepdim=True)
         codes = to_float8(x.float() / unit.masked_fill(unit == 0, 1) * top, bits)
         # A hair below, lest the product with the top be beyond what fp32 holds.
-        return codes, (unit / top).clamp_(max=torch.finfo(x.dtype).max / top * (1 - 1e-6)), zero
+        return codes, (unit / top).clamp_(max=_largest(x.dtype) / top * (1 - 1e-6)), zero
     fields, scale, zero = fields_of(x, dims, bits, filler, asymmetric)
     return pack(fields.to(torch.uint8 if asymmetric else torch.int8), bits), scale, zero
 
@@ -159,10 +159,15 @@ def _spread(x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None) 
         nothing = low > high
         low, high = low.masked_fill(nothing, 0), high.masked_fill(nothing, 0)
     # The difference itself may be beyond what fp32 holds, as the last level may then be.
-    scale = (high / last - low / last).clamp_(max=torch.finfo(x.dtype).max / last * (1 - 1e-6))
+    scale = (high / last - low / last).clamp_(max=_largest(x.dtype) / last * (1 - 1e-6))
     step = scale.masked_fill(scale == 0, 1)
     fields = (x / step - low / step).round_().clamp_(0, last).masked_fill_(scale == 0, 0)
     return fields, scale, low
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """What a scale, which is fp32 and read in `dtype`, can be at most."""
+    return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
 
 
 def _encode(x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,7 +177,7 @@ def _encode(x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None) 
         shape = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
         return x.new_zeros(x.shape, dtype=torch.float32), x.new_zeros(shape, dtype=torch.float32)
     reach = -(low + offset)
-    ceiling = torch.finfo(x.dtype).max / reach
+    ceiling = _largest(x.dtype) / reach
     x = x.float()
     top, bottom = x.amax(dims, keepdim=True), x.amin(dims, keepdim=True)
     unit = torch.where(top > -bottom, -top, -bottom)
