@@ -55,9 +55,9 @@ def test_compiled_and_op_by_op_are_the_same(policy, monkeypatch):
     close(compiled, logits(policy), 1e-4)
 
 
-@pytest.mark.parametrize("method", [H2O(0.5), RandomEviction(0.5)], ids=["H2O", "RandomEviction"])
-def test_what_is_evicted_makes_no_graph(method, either_way):
+def test_what_is_evicted_makes_no_graph(either_way):
     """Layers keep as many vision tokens as others at one prompt, and fewer or more at the next."""
+    method = RandomEviction(0.5)
     step = torch.compile(Decoder(layers=4), backend=attnpack_backend, options={"vision_rank": 4, "passes": (method,)})
     splits, graphs = set(), []
     for seed in range(10):
