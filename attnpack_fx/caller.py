@@ -1,4 +1,4 @@
-"""Which prompt tokens stand for images, by the token ids that the model being called was given.
+"""What the model that is being called was given: token ids, which say where images are, and the attention mask.
 
 A graph may be one of many of a call, and of a model that is compiled a layer at a time or has hooks between its layers,
 no graph shows where images are. The call itself does: it is on the stack, with the ids, and the model's configuration
@@ -25,7 +25,7 @@ def vision_tokens() -> Tensor | None:
 
     A call of one token is a decode step, in which nothing is packed: it is not asked.
     """
-    for module, ids in (*_module_calls(), *_generate_calls()):
+    for module, ids in (*_ids_of_calls(), *_generate_calls()):
         images = hf.image_tokens(module)
         known = isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1 and not ids.is_floating_point()
         if images and known:
@@ -34,9 +34,23 @@ def vision_tokens() -> Tensor | None:
     return None
 
 
-def _module_calls() -> Iterator[tuple[Any, Any]]:
-    """Modules that are being called, outermost first, each with its first or so named argument."""
-    for given in reversed([frame.f_locals for frame in _stack() if frame.f_code is _CALL]):
+def attention_mask() -> Tensor | None:
+    """The mask `[B, T]`, 0 for padding, of the outermost module call on the stack that has one."""
+    for given in _module_calls():
+        mask = given["kwargs"].get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask
+    return None
+
+
+def _module_calls() -> list[dict[str, Any]]:
+    """`self`, `args` and `kwargs` of the modules that are being called, outermost first."""
+    return [frame.f_locals for frame in _stack() if frame.f_code is _CALL][::-1]
+
+
+def _ids_of_calls() -> Iterator[tuple[Any, Any]]:
+    """Modules that are being called, each with the argument named `input_ids`, or the first."""
+    for given in _module_calls():
         yield given["self"], given["kwargs"].get("input_ids", given["args"][0] if given["args"] else None)
 
 

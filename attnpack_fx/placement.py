@@ -82,6 +82,11 @@ class Placement:
         return self._memo.derive("least missing", (), lambda: int(self.missing.min()) if len(self.index) else 0)
 
     @property
+    def most_missing(self) -> int:
+        """`missing` of the sample with the most."""
+        return self._memo.derive("most missing", (), lambda: int(self.missing.max()) if len(self.index) else 0)
+
+    @property
     def missing(self) -> Tensor:
         """`absent`; where nothing asked for it and no token has left yet, those that have no slot."""
         return self.tokens - (self.index >= 0).sum(1) if self.absent is None else self.absent

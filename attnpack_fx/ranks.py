@@ -172,8 +172,8 @@ def known_place(name: str, number: int | None, count: int | None) -> tuple[int, 
     """Layer number and number of layers, for an option that needs both. Raises PolicyError where one is unknown."""
     if number is None:
         raise PolicyError(
-            f"{name} depends on the layer, but graph breaks hide which layer this graph belongs to; "
-            "use a setting that is the same in every layer"
+            f"{name} depends on the layer, but this graph does not show which layers it has: behind a graph break, or "
+            "where layers are compiled one by one; use a setting that is the same in every layer"
         )
     if count is None:
         raise PolicyError(

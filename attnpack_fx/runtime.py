@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnpack_fx import modality
+from attnpack_fx import caller, modality
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.call import Call
 from attnpack_fx.collecting import Collector
@@ -29,6 +29,7 @@ from attnpack_fx.passes.state import (
     Part,
     Room,
 )
+from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.regrouping import weighed
 from attnpack_fx.shared import Alike
@@ -55,6 +56,8 @@ class Runtime:
         for key, value in self._pairs:
             _check_pair(arguments[key], arguments[value])
             arguments[key].taken_back = arguments[value].taken_back = None  # what it holds stays
+        if self._pairs:
+            _check_mask(arguments[self._pairs[0][0]].placement)
         call = Call.of(arguments)
         grown: dict[int, PackedTensor] = {}
         flat = [feed(arguments, grown, call) for feed in self._feeders]
@@ -177,4 +180,20 @@ def _check_pair(key: PackedTensor, value: PackedTensor) -> None:
         raise RuntimeError(
             f"keys {key} and values {value} of one layer do not hold the same tokens in the same places; "
             "pass both from the same cache, and reorder, crop or select both alike"
+        )
+
+
+def _check_mask(placement: Placement) -> None:
+    """Raise where a mask shows a token that was padding when the prompt was packed: none of it is kept."""
+    if not placement.most_missing:
+        return
+    mask, samples = caller.attention_mask(), len(placement.index)
+    if mask is None or not len(mask) or samples % len(mask) or mask.shape[1] < placement.tokens:
+        return
+    hidden = (mask[:, : placement.tokens] == 0).sum(1)
+    if (hidden.repeat_interleave(samples // len(mask)) < placement.missing).any():
+        raise RuntimeError(
+            f"attention_mask: got {hidden.tolist()} zeros among the {placement.tokens} tokens of the prompt, expected "
+            "as many as at prefill, since tokens that are masked there are padding, of which nothing is kept; give "
+            "later calls the prompt's mask, and mask at prefill only what no later call reads"
         )

@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
+from attnpack_fx.export import weights
 from attnpack_fx.export.signature import ArtefactError, Range, TensorSpec
 from attnpack_fx.policy import PackPolicy
 
@@ -107,6 +108,8 @@ def read(folder: str | os.PathLike[str]) -> Manifest:
     for step in manifest.steps.values():
         if step.file not in files:
             raise ArtefactError(f"{place / NAME}: the step's file {step.file} has no checksum; export again")
+    if weights.NAME not in files and (place / weights.NAME).exists():
+        raise ArtefactError(f"{place / NAME}: {weights.NAME}, which the steps read, has no checksum; export again")
     for name, (size, digest) in files.items():
         _verify(place, name, size, digest)
     return manifest
@@ -124,9 +127,11 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def _verify(folder: Path, name: str, size: int, digest: str) -> None:
-    path = folder / name
+    path, named = folder / name, PurePosixPath(name)
+    # By its name: files of a hub's cache are links to where their contents are kept.
+    inside = not named.is_absolute() and ".." not in named.parts
     try:
-        inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+        there = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, or links in a circle
         raise ArtefactError(
             f"{folder}: the manifest names {name!r}, which is no file ({error}); export again"

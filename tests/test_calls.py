@@ -1,4 +1,7 @@
-"""Every graph of a call knows its vision tokens, however the model is cut: between images, by layers, hooks or DDP."""
+"""Every graph of a call knows its vision tokens, however the model is cut: between images, by layers, hooks or DDP.
+
+Families that cut themselves are in tests/acceptance/test_further.py.
+"""
 
 import functools
 import warnings
@@ -10,7 +13,6 @@ import torch
 import attnpack_fx
 from attnpack_fx import AttnpackWarning, PackedTensor, hf, modality
 from tests.acceptance.families import FAMILIES
-from tests.acceptance.further import FURTHER
 
 OPTIONS: dict[str, Any] = {"vision_rank": "full", "text_rank": None}
 GENERATE: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -71,7 +73,7 @@ def hooked(module: torch.nn.Module) -> None:
             each.forward = forward  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("ours", [True, False], ids=["attnpack_fx.compile", "module.compile"])
+@pytest.mark.parametrize("ours", [pytest.param(True, id="ours", marks=pytest.mark.slow), pytest.param(False, id="any")])
 def test_hooks_between_modules(ours, without_inductor):
     model, inputs, expected, vision = llava()
     hooked(model.model.language_model)
@@ -128,13 +130,23 @@ def test_an_image_and_a_video(either_way):
     assert_vision(model, given, expected, 2 * len(places))
 
 
-@pytest.mark.parametrize("name", ["ernie4.5-vl-moe", "idefics3", "ovis2", "blip2", "kosmos2"])
-def test_families_whose_calls_are_many_graphs_or_go_past_forward(name, without_inductor):
-    family = FURTHER[name]
-    model, inputs = family.build(), family.inputs(0)
-    expected, _ = stored(model, inputs)
-    attnpack_fx.compile(model, **OPTIONS)
-    assert_vision(model, inputs, expected, family.vision)
+# ---- masks that change their mind --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [(), (attnpack_fx.H2O(0.9),)], ids=["all kept", "H2O"])
+def test_a_token_masked_at_prefill_and_shown_later_is_refused(passes, without_inductor):
+    model, inputs, _, _ = llava()
+    attnpack_fx.compile(model, vision_rank="full", text_rank="full" if not passes else None, passes=passes)
+    ids, shown = inputs["input_ids"], torch.ones_like(inputs["input_ids"])
+    prompt = shown.clone()
+    prompt[:, 25:28] = 0
+    with torch.no_grad():
+        cache = hf.cache_of(model(**inputs | {"attention_mask": prompt}, use_cache=True))
+        step = {"input_ids": ids[:, -1:], **hf.cache_argument(cache)}
+        one = torch.ones((1, 1), dtype=shown.dtype)
+        model(**step, attention_mask=torch.cat([prompt, one], 1))
+        with pytest.raises(RuntimeError, match=r"got \[0\] zeros among the \d+ tokens of the prompt"):
+            model(**step, attention_mask=torch.cat([shown, one, one], 1))
 
 
 # ---- what no graph ever had --------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_select(way):
     pair = stored_pair(way)
     before, rows = pair.key.dense(), torch.tensor([1, 0, 1])
     held = pair.key.held.select(rows)
-    chosen = PackedTensor(held, pair.key.select(rows).lease)
+    chosen = PackedTensor(held, pair.key.samples(rows).lease)
     torch.testing.assert_close(chosen.dense(), before[rows])
     for name, loss in held.losses:
         old = dict(pair.key.held.losses)[name]

@@ -126,7 +126,7 @@ def test_a_schedule_needs_the_number_of_layers_where_graphs_break_between_them()
 def test_a_schedule_is_refused_where_graphs_break_within_every_layer():
     """Such a graph holds one attention, and does not say of which layer."""
     inputs = ZOO["qwen3-vl"].inputs(1, 0)
-    with pytest.raises(PolicyError, match=r"vision_rank=Linear.* graph breaks hide which layer this graph belongs to"):
+    with pytest.raises(PolicyError, match=r"vision_rank=Linear.* this graph does not show which layers it has"):
         generate(compiled("qwen3-vl", vision_rank=Linear(2, 3), text_rank=None), inputs, 2)
 
 

@@ -367,7 +367,7 @@ class TestLayer:
     def test_an_unknown_place_is_an_error_where_it_matters(self, policy):
         with pytest.raises(PolicyError, match=r"graph break may hide the other layers.*pass layer_count"):
             policy.layer(1, None, 64, 64)
-        with pytest.raises(PolicyError, match=r"graph breaks hide which layer this graph belongs to"):
+        with pytest.raises(PolicyError, match=r"this graph does not show which layers it has"):
             policy.layer(None, 2, 64, 64)
         stated = dataclasses.replace(policy, layer_count=2)
         assert stated.layer(1, None, 64, 64) == policy.layer(1, 2, 64, 64)

@@ -129,7 +129,7 @@ def test_parts():
 def test_known_place():
     assert known_place("layers", 0, 1) == (0, 1)
     with pytest.raises(
-        PolicyError, match="layers depends on the layer, but graph breaks hide which layer this graph belongs to"
+        PolicyError, match="layers depends on the layer, but this graph does not show which layers it has"
     ):
         known_place("layers", None, 1)
     with pytest.raises(PolicyError, match=r"layers needs the number of decoder layers.*attnpack_fx.compile"):

@@ -266,7 +266,7 @@ def packed_error(model: PreTrainedModel, contender: Contender, ids: Tensor) -> f
         for held in (layer.keys, layer.values):
             if not isinstance(held, PackedTensor) or not held.segments:
                 raise WrongResultError(f"layer {number} of our cache is not packed, it holds a {type(held).__name__}")
-        dense.update(layer.keys.select(first).dense(), layer.values.select(first).dense(), number)
+        dense.update(layer.keys.samples(first).dense(), layer.values.samples(first).dense(), number)
     contender.decode(ids)
     assert contender.logits is not None
     expected = model(input_ids=ids[:1], past_key_values=dense, use_cache=True, logits_to_keep=1).logits

@@ -15,7 +15,7 @@ from attnpack_fx.export.policies import layout_of
 from attnpack_fx.export.runtime import state as states
 from attnpack_fx.export.runtime.loading import load
 from attnpack_fx.export.runtime.planning import plan
-from attnpack_fx.export.runtime.prompting import Images, Prompt, Prompting
+from attnpack_fx.export.runtime.prompting import Images, Prompt, Prompting, as_tensor
 from attnpack_fx.export.runtime.sampling import Sampling, most_likely
 from attnpack_fx.export.runtime.session import Held, Session
 from attnpack_fx.export.runtime.state import CacheState
@@ -90,6 +90,7 @@ class PackedGenerator:
         sampling = Sampling(temperature, top_k, top_p) if do_sample else None
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         ends = self._ends if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        input_ids = as_tensor("input_ids", input_ids)
         logits, state = self.prefill(input_ids, attention_mask, **images)
         decode = self.sessions["decode"]
         held = decode.hold(state.packed)
@@ -128,6 +129,8 @@ class PackedGenerator:
 
         For hosts with a loop of their own: `CacheState.packed` is what the decode step takes besides tokens and past.
 
+        All tensors may be PyTorch's or NumPy's.
+
         input_ids, attention_mask: int64 `[B, T]`, padding on the left, 0 in the mask. pixel_values, image_grid_thw,
         image_sizes: as the processor makes them; image_features: instead of pixels, `[F, hidden]`, or those of
         DeepStack behind them, as `attnpack_fx.export.features` makes them. position_ids: int64 `[B, T]`, or
@@ -135,9 +138,19 @@ class PackedGenerator:
         processors make (`token_type_ids`, `mm_token_type_ids`) are not needed.
         """
         _refuse(unused)
+
+        def given(name: str, value: Any) -> Tensor | None:
+            return None if value is None else as_tensor(name, value)
+
         cut = {**unused, "image_grid_thw": image_grid_thw, "image_sizes": image_sizes}
-        images = Images(pixel_values, image_features, cut)
-        prompt = self._prompting.prompt(input_ids, attention_mask, images, position_ids)
+        features = (
+            image_features if isinstance(image_features, list | tuple) else given("image_features", image_features)
+        )
+        images = Images(
+            given("pixel_values", pixel_values), features, {name: given(name, value) for name, value in cut.items()}
+        )
+        ids, mask = as_tensor("input_ids", input_ids), given("attention_mask", attention_mask)
+        prompt = self._prompting.prompt(ids, mask, images, given("position_ids", position_ids))
         logits, self.state = self._packed(prompt)
         return logits, self.state
 

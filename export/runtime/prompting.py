@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,17 @@ from attnpack_fx.export.manifest import Manifest
 from attnpack_fx.export.runtime.planning import mrope_positions
 from attnpack_fx.export.runtime.session import Session
 from attnpack_fx.export.signature import ArtefactError
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """What a processor makes as a tensor: of PyTorch, of NumPy, or in lists."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArtefactError(
+            f"generate: {name}: got {type(value).__name__}, which is no tensor ({error}); expected one of PyTorch or "
+            'NumPy, e.g. processor(..., return_tensors="pt")'
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,12 @@ class Prompting:
     def prompt(self, ids: Tensor, mask: Tensor | None, images: Images, positions: Tensor | None) -> Prompt:
         ids = ids.cpu().long()
         mask = torch.ones_like(ids) if mask is None else mask.cpu().long()
-        if ids.dim() != 2 or mask.shape != ids.shape or ids.shape[1] < 1:
+        if ids.dim() != 2 or mask.shape != ids.shape or ids.numel() < 1:
             raise ArtefactError(
-                f"generate: got input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}, expected two [B, T]"
+                f"generate: got input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}, expected two [B, T] "
+                "of at least one prompt and token"
             )
+        self._check_ids(ids)
         if bool((mask[:, -1] == 0).any()):
             raise ArtefactError("generate: attention_mask: got padding behind a prompt, expected it before (left)")
         image = torch.isin(ids, self._image_tokens)
@@ -59,6 +73,16 @@ class Prompting:
         if positions is None:
             positions = self._positions(ids, mask > 0, image, images.cut.get("image_grid_thw"))
         return Prompt(ids, mask, image, positions.cpu().long(), features)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """An image's id need not be in the vocabulary; any other is looked up there."""
+        vocabulary = int(self._manifest.model["vocabulary"])
+        wrong = ((ids < 0) | (ids >= vocabulary)) & ~torch.isin(ids, self._image_tokens)
+        if bool(wrong.any()):
+            raise ArtefactError(
+                f"generate: input_ids: got {int(ids[wrong][0])}, expected ids from 0 to {vocabulary - 1}, the model's "
+                "vocabulary; pad with the pad token, and 0 in attention_mask"
+            )
 
     def _features(self, count: int, images: Images) -> dict[str, Tensor]:
         """What prefill takes for so many image tokens."""

@@ -1,8 +1,5 @@
-"""Further tiny transformers families for acceptance tests, beside those of families.py: one of each kind of attention,
-of cache and of merging images into the prompt. Nothing is downloaded; weights and inputs come from seeds.
-
-All of them were run eagerly with transformers 5.24 and torch 2.13 (CPU); `python further_families.py [name...]` does so
-again and prints a line each.
+"""Further tiny transformers families, beside those of families.py: one of each kind of attention, of cache and of
+merging images into the prompt. Nothing is downloaded; weights and inputs come from seeds.
 """
 
 from collections.abc import Callable, Iterator
@@ -850,55 +847,3 @@ _add(
     "Llama text. masked_scatter. Cache: DynamicLayer",
     vision=16,
 )
-
-
-# ---- eager run ---------------------------------------------------------------------------------------------
-
-GENERATE: dict[str, Any] = {
-    "max_new_tokens": 8,
-    "min_new_tokens": 8,
-    "do_sample": False,
-    "return_dict_in_generate": True,
-}
-
-
-def cache_layers(cache: Any) -> str:
-    """The class and the shapes of keys and values of each layer of a cache."""
-    if isinstance(cache, T.EncoderDecoderCache):
-        own, cross = cache_layers(cache.self_attention_cache), cache_layers(cache.cross_attention_cache)
-        return f"EncoderDecoderCache(self: {own}; cross: {cross})"
-    shown = []
-    for layer in cache.layers:
-        pair = [getattr(layer, name, None) for name in ("keys", "values")]
-        shapes = "/".join("x".join(map(str, tensor.shape)) for tensor in pair if tensor is not None)
-        shown.append(f"{type(layer).__name__} {shapes}".strip())
-    return f"{type(cache).__name__}: " + ", ".join(shown)
-
-
-def _report(family: Further) -> str:
-    import time
-
-    model = family.build()
-    inputs, other = family.inputs(0), family.inputs(1)
-    began = time.perf_counter()
-    with torch.no_grad():
-        made = model.generate(**inputs, **GENERATE)
-    seconds = time.perf_counter() - began
-    line = f"{family.name}: {cache_layers(made.past_key_values)}; {seconds:.2f} s"
-    if "pixel_values" in inputs:
-        settings = GENERATE | {"output_logits": True}
-        swapped = inputs | {"pixel_values": other["pixel_values"]}
-        with torch.no_grad():
-            before, after = (model.generate(**x, **settings).logits[0] for x in (inputs, swapped))
-        line += f"; another image changes the logits by {((before - after).norm() / before.norm()).item():.3f}"
-    return line
-
-
-if __name__ == "__main__":
-    import sys
-
-    for name in sys.argv[1:] or FURTHER:
-        try:
-            print(_report(FURTHER[name]), flush=True)
-        except Exception as error:
-            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)

@@ -178,11 +178,29 @@ def test_a_step_whose_file_has_no_checksum(folder):
     refused(folder, r"the step's file other\.onnx has no checksum")
 
 
-@pytest.mark.parametrize("name", ["../outside", "processor/../../outside", "/etc/hostname", "link"])
+def test_weights_without_a_checksum(folder):
+    (folder / "weights.bin").write_bytes(b"weights")
+    refused(folder, r"weights\.bin, which the steps read, has no checksum")
+    write(folder, MANIFEST)
+    assert read(folder) == MANIFEST
+    (folder / "weights.bin").write_bytes(b"Weights")
+    refused(folder, r"weights\.bin: its SHA-256 is not that of the manifest")
+
+
+def test_files_of_a_hub_are_links(folder):
+    """Into a folder beside the artefact's, where each has its checksum for a name."""
+    blob = folder.parent / f"{folder.name} blob"
+    (folder / "decode.onnx").rename(blob)
+    (folder / "decode.onnx").symlink_to(blob)
+    assert read(folder) == MANIFEST
+    blob.write_bytes(b"Model")
+    refused(folder, r"decode\.onnx: its SHA-256 is not that of the manifest")
+
+
+@pytest.mark.parametrize("name", ["../outside", "processor/../../outside", "/etc/hostname"])
 def test_paths_that_leave_the_folder(folder, name):
     outside = folder.parent / "outside"
     outside.write_bytes(b"model")
-    (folder / "link").symlink_to(outside)
     entry = content(folder)["files"]["decode.onnx"]
     rewritten(folder, files=content(folder)["files"] | {name: entry})
     refused(folder, r"which is outside the artefact; do not use it")

@@ -175,6 +175,15 @@ def test_what_does_not_fit_is_refused(artefact: Path):
         generator.generate(ids, torch.arange(ids.shape[1]).flip(0)[None].clamp(max=1), pixel_values=pixels)
     with pytest.raises(ArtefactError, match=r"expected two \[B, T\]"):
         generator.generate(ids, torch.ones(2, ids.shape[1]), pixel_values=pixels)
+    for wrong in (-1, 64):
+        with pytest.raises(ArtefactError, match=f"input_ids: got {wrong}, expected ids from 0 to 63"):
+            generator.generate(ids.masked_fill(ids == ids[0, -1], wrong), pixel_values=pixels)
+    with pytest.raises(ArtefactError, match="of at least one prompt and token"):
+        generator.generate(ids[:0], pixel_values=pixels[:0])
+    with pytest.raises(ArtefactError, match="pixel_values: got str, which is no tensor"):
+        generator.generate(ids, pixel_values="cat.png")
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    assert torch.equal(generator.generate(**arrays, max_new_tokens=2), generator.generate(**inputs, max_new_tokens=2))
     with pytest.raises(TypeError, match="unexpected option 'num_beams'"):
         generator.generate(ids, num_beams=2)
     _, state = generator.prefill(**inputs)
