@@ -186,6 +186,8 @@ def _announce(reports: list[SiteReport]) -> None:
     for report in reports:
         if report.action == "unpruned":
             warn(f"no tokens are pruned in front of {report.layer}: {report.reason}")
+    for reason in sorted({report.reason for report in reports if report.action == "packed" and report.reason}):
+        warn(reason)
     rewritten = sum(report.action in ("packed", "compressed") for report in reports)
     dense = [
         report for report in reports if report.action == "dense" or (report.action == "uncached" and report.causal)

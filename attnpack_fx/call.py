@@ -43,7 +43,7 @@ class Call:
     @property
     def in_decoder(self) -> bool:
         """Whether decoder layers have run: a mask is of images no more, but may be of the tokens an expert has."""
-        return any(report.action in ("compressed", "packed", "dense") for report in self.reports)
+        return any(report.action in ("compressed", "packed") for report in self.reports)
 
     def saw(self, vision: Tensor) -> None:
         """The mask of a graph, bool `[B, T]`, True for vision, of the newest T tokens."""

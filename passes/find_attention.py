@@ -92,12 +92,12 @@ def _match_sdpa(node: Node) -> Site | None:
         key=strip_repeat_kv(key),
         value=strip_repeat_kv(value),
         mask=argument(node, 3, "attn_mask"),
-        scale=argument(node, 6, "scale"),
+        scale=_number(argument(node, 6, "scale")),
         is_causal=bool(argument(node, 5, "is_causal", False)),
     )
     if argument(node, 4, "dropout_p", 0.0):
         site.obstacle = "attention dropout is active"
-    elif site.scale is not None and not isinstance(site.scale, int | float):
+    elif site.scale is None and argument(node, 6, "scale") is not None:
         site.obstacle = "the scale is computed in the graph"
     else:
         site.obstacle = _shape_obstacle(site)
@@ -122,12 +122,13 @@ def _match_eager(softmax: Node) -> Site | None:
         if scores.kwargs or len(scores.args) != 2:
             return None
         left, right = scores.args
-        if is_call(scores, "mul") and isinstance(left, int | float):
+        if is_call(scores, "mul") and _number(left) is not None:
             left, right = right, left
-        if is_call(scores, "mul", "imul") and isinstance(right, int | float):
-            scale *= right
-        elif is_call(scores, "truediv", "div", "itruediv") and isinstance(right, int | float):
-            scale /= right
+        number = _number(right)
+        if is_call(scores, "mul", "imul") and number is not None:
+            scale *= number
+        elif is_call(scores, "truediv", "div", "itruediv") and number is not None:
+            scale /= number
         elif is_call(scores, "add", "iadd") and mask is None and isinstance(right, Node) and scale == 1.0:
             mask = right
         else:
@@ -137,8 +138,8 @@ def _match_eager(softmax: Node) -> Site | None:
         return None
     query, transposed = scores.args[:2]
     # The scale may stand before the product: on the query, as in GPT-NeoX and BLOOM.
-    if is_call(query, "mul") and isinstance(query.args[1], int | float):
-        scale, query = scale * query.args[1], query.args[0]
+    if is_call(query, "mul") and (number := _number(query.args[1])) is not None:
+        scale, query = scale * number, query.args[0]
     key = _untransposed(transposed)
     product = _weights_consumer(softmax)
     if key is None or product is None or argument(softmax, 1, "dim") not in (-1, 3):
@@ -163,6 +164,15 @@ def _match_eager(softmax: Node) -> Site | None:
     else:
         site.obstacle = _shape_obstacle(site)
     return site
+
+
+def _number(value: Any) -> float | None:
+    """A number of the model's, which under `dynamic=True` is an input of the graph: the graph is then for this one."""
+    if isinstance(value, Node):
+        value = value.meta.get("example_value")
+    if isinstance(value, torch.SymFloat):
+        return float(value) if value.node.expr.is_Atom else None  # not what is computed from sizes
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _untransposed(node: Any) -> Node | None:

@@ -125,7 +125,9 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
     state.pairs.append((key.packed.position, value.packed.position))
     if site.key in appended and site.value in appended:
         _remember(state, site, key, value)
-    return SiteReport(layer_of(site.node), site.kind, "packed", causal=True)
+    images = site.key in appended and key.count.expression != 1 and (state.modality is not None or state.modality_given)
+    reason = "images of a later turn stay dense: they join a packed past in its tail" if images else ""
+    return SiteReport(layer_of(site.node), site.kind, "packed", reason, causal=True)
 
 
 def _of_heads(state: GraphState, query: Node, heads: int) -> Node:

@@ -257,7 +257,7 @@ class SiteReport:
 
     key_space: of what is compressed: `"rotated"` or `"unrotated"`.
     action: `"packed"` (reads a packed past), `"compressed"` (its cache leaves packed), `"dense"` (left as it was),
-    `"uncached"` (keeps no cache, as in a vision encoder). Of kind `"tokens"`, for a method that prunes tokens at a
+    `"uncached"` (keeps no cache, as in a vision encoder). reason: why it is dense, or what of it is. Of kind `"tokens"`, for a method that prunes tokens at a
     layer: `"pruned"`, or `"unpruned"` with the reason why not.
     """
 

@@ -130,6 +130,18 @@ def test_an_image_and_a_video(either_way):
     assert_vision(model, given, expected, 2 * len(places))
 
 
+def test_images_of_a_later_turn_are_said_to_stay_dense(without_inductor):
+    model, inputs, _, vision = llava()
+    attnpack_fx.compile(model, **OPTIONS)
+    with torch.no_grad():
+        cache = hf.cache_of(model(**inputs, use_cache=True))
+        twice = {"attention_mask": torch.cat([inputs["attention_mask"]] * 2, 1), **hf.cache_argument(cache)}
+        with pytest.warns(AttnpackWarning, match="images of a later turn stay dense"):
+            later = hf.cache_of(model(**inputs | twice, use_cache=True))
+    (key, _), *_ = hf.keys_and_values(later)
+    assert key.tokens["vision"] == vision and key.tokens["dense"] > vision
+
+
 # ---- masks that change their mind --------------------------------------------------------------------------
 
 

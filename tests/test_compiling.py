@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import attnpack_fx
-from attnpack_fx import PackedTensor, PackPolicy, backend
+from attnpack_fx import PackedTensor, PackPolicy, backend, hf
+from tests.acceptance.families import FAMILIES
 from tests.decoder import Decoder, close, prompt
 
 OPTIONS = {"vision_rank": "full", "strict": True}
@@ -50,6 +51,18 @@ def test_fullgraph_is_passed_on(without_inductor):
     model = attnpack_fx.compile(Decoder(broken=True), fullgraph=True, **OPTIONS)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         model(*prompt())
+
+
+def test_sizes_that_are_all_dynamic(without_inductor):
+    """The softmax scale, an attribute of the model, is then an input of the graph as well."""
+    family = FAMILIES["llama"]
+    model, inputs = family.build(), family.inputs(0)
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **settings).sequences
+    attnpack_fx.compile(model, dynamic=True, text_rank="full", strict=True)
+    out = model.generate(**inputs, **settings)
+    assert torch.equal(out.sequences, expected)
+    assert all(isinstance(key, PackedTensor) for key, _ in hf.keys_and_values(hf.cache_of(out)))
 
 
 def test_a_function_is_refused():
