@@ -257,8 +257,8 @@ class SiteReport:
 
     key_space: of what is compressed: `"rotated"` or `"unrotated"`.
     action: `"packed"` (reads a packed past), `"compressed"` (its cache leaves packed), `"dense"` (left as it was),
-    `"uncached"` (keeps no cache, as in a vision encoder). reason: why it is dense, or what of it is. Of kind `"tokens"`, for a method that prunes tokens at a
-    layer: `"pruned"`, or `"unpruned"` with the reason why not.
+    `"uncached"` (keeps no cache, as in a vision encoder). Of kind `"tokens"`, for a method that prunes tokens at a
+    layer: `"pruned"`, or `"unpruned"`. reason: why not, or what of it stays dense.
     """
 
     layer: str
