@@ -4,15 +4,14 @@ Matching happens in Dynamo's graph, where SDPA is still one operation and the ca
 """
 
 import math
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from attnpack_fx.passes.patterns import argument, is_call, strip_repeat_kv, through_no_ops
+from attnpack_fx.passes.patterns import argument, is_call, strip_repeat_kv
+from attnpack_fx.passes.score_steps import number_of, written_out
 from attnpack_fx.passes.state import GraphState, Site, same_size, shape_of
 
-_EAGER_STEPS = ("mul", "truediv", "div", "add", "iadd", "imul", "itruediv")
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 #: How far operations are followed from softmax to the products around it, to say what stands in between.
 _STEPS = 12
@@ -39,38 +38,32 @@ def find_attention(state: GraphState) -> int:
 
 def _unknown(softmax: Node) -> str | None:
     """Why a softmax between two products is no attention that is known; None where it stands between none."""
-    found = _scores(softmax)
-    if found is None:
-        return None
-    scores, passed = found
-    readers = [softmax]
+    passed, readers = _passed(softmax), [softmax]
     for _ in range(_STEPS):
         if any(is_call(reader, *_PRODUCTS) for reader in readers):
             break
         readers = [user for reader in readers for user in reader.users]
     else:
         return None
+    if passed is None:
+        return None
     if "tanh" in passed:
         return "the scores are soft-capped (`tanh`), which packed attention does not compute yet"
     if any(name in passed for name in ("cat", "concat")):
         return "the scores are joined with others, as of attention sinks, which packed attention does not compute yet"
-    if is_call(scores, "baddbmm"):
-        return "the scores are made by `baddbmm`, as with ALiBi, a form of attention that is not known yet"
-    if is_call(scores, "bmm"):
-        return "heads are part of the batch (`bmm`), a form of attention that is not known yet"
     names = ", ".join(f"`{name}`" for name in passed) or "nothing"
     return f"attention is written in a form that is not known: between its scores and softmax stands {names}"
 
 
-def _scores(softmax: Node) -> tuple[Node, list[str]] | None:
-    """The nearest product that goes into a softmax, and the names of what stands between, each once."""
+def _passed(softmax: Node) -> list[str] | None:
+    """Names of what stands between a softmax and the nearest product that goes into it, each once."""
     passed: dict[Node, list[str]] = {softmax: []}
     waiting = [softmax]
     while waiting:
         node = waiting.pop(0)
         for source in node.all_input_nodes:
             if is_call(source, *_PRODUCTS):
-                return source, list(dict.fromkeys(passed[node]))
+                return list(dict.fromkeys(passed[node]))
             if source not in passed and len(passed[node]) < _STEPS:
                 passed[source] = [_name(source), *passed[node]]
                 waiting.append(source)
@@ -92,7 +85,7 @@ def _match_sdpa(node: Node) -> Site | None:
         key=strip_repeat_kv(key),
         value=strip_repeat_kv(value),
         mask=argument(node, 3, "attn_mask"),
-        scale=_number(argument(node, 6, "scale")),
+        scale=number_of(argument(node, 6, "scale")),
         is_causal=bool(argument(node, 5, "is_causal", False)),
     )
     if argument(node, 4, "dropout_p", 0.0):
@@ -114,91 +107,29 @@ def _match_flex(node: Node) -> Site | None:
 
 
 def _match_eager(softmax: Node) -> Site | None:
-    """`matmul(q, k^T) [* scale] [+ mask]` -> softmax -> `matmul(weights, v)`, with no-ops and inactive dropout in
-    between.
-    """
-    scores, scale, mask = through_no_ops(argument(softmax, 0, "input")), 1.0, None
-    while is_call(scores, *_EAGER_STEPS):
-        if scores.kwargs or len(scores.args) != 2:
-            return None
-        left, right = scores.args
-        if is_call(scores, "mul") and _number(left) is not None:
-            left, right = right, left
-        number = _number(right)
-        if is_call(scores, "mul", "imul") and number is not None:
-            scale *= number
-        elif is_call(scores, "truediv", "div", "itruediv") and number is not None:
-            scale /= number
-        elif is_call(scores, "add", "iadd") and mask is None and isinstance(right, Node) and scale == 1.0:
-            mask = right
-        else:
-            return None
-        scores = through_no_ops(left)
-    if not is_call(scores, "matmul", "bmm"):
+    """Attention written out: a product, softmax and another product."""
+    found = written_out(softmax)
+    if found is None:
         return None
-    query, transposed = scores.args[:2]
-    # The scale may stand before the product: on the query, as in GPT-NeoX and BLOOM.
-    if is_call(query, "mul") and (number := _number(query.args[1])) is not None:
-        scale, query = scale * number, query.args[0]
-    key = _untransposed(transposed)
-    product = _weights_consumer(softmax)
-    if key is None or product is None or argument(softmax, 1, "dim") not in (-1, 3):
-        return None
-    weights, output, dropout = product
     site = Site(
-        node=output,
+        node=found.output,
         kind="eager",
-        query=query,
-        key=strip_repeat_kv(key),
-        value=strip_repeat_kv(output.args[1]),
-        mask=mask,
-        scale=float(scale),
+        query=found.query,
+        key=strip_repeat_kv(found.key),
+        value=strip_repeat_kv(found.value),
+        mask=found.mask,
+        padding=found.padding,
+        scale=found.scale,
+        folded=found.folded,
     )
-    if len(shape_of(site.key) or ()) != 4:
-        return None
-    readers = [user for user in weights.users if user is not output and user.op != "call_method"]
+    readers = [user for user in found.weights.users if user is not found.output and user.op != "call_method"]
     if any(user.op == "output" for user in readers):
         site.obstacle = "the attention weights are returned (output_attentions)"
-    elif dropout:
+    elif found.dropout:
         site.obstacle = "attention dropout is active"
     else:
         site.obstacle = _shape_obstacle(site)
     return site
-
-
-def _number(value: Any) -> float | None:
-    """A number of the model's, which under `dynamic=True` is an input of the graph: the graph is then for this one."""
-    if isinstance(value, Node):
-        value = value.meta.get("example_value")
-    if isinstance(value, torch.SymFloat):
-        return float(value) if value.node.expr.is_Atom else None  # not what is computed from sizes
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _untransposed(node: Any) -> Node | None:
-    if is_call(node, "transpose"):
-        dims = {argument(node, 1, "dim0"), argument(node, 2, "dim1")}
-        return through_no_ops(node.args[0]) if dims in ({2, 3}, {-1, -2}) else None
-    return through_no_ops(node.args[0]) if is_call(node, "getattr") and node.args[1] == "mT" else None
-
-
-def _weights_consumer(softmax: Node) -> tuple[Node, Node, bool] | None:
-    """The attention weights as they are multiplied with the values, that product, and whether dropout stands
-    between.
-    """
-    weights, dropout = softmax, False
-    while True:
-        products = [user for user in weights.users if is_call(user, "matmul", "bmm") and user.args[0] is weights]
-        if products:
-            return weights, products[0], dropout
-        steps = [
-            user for user in weights.users if is_call(user, "dropout", "to", "type", "type_as", "float", "contiguous")
-        ]
-        if len(steps) != 1:
-            return None
-        weights = steps[0]
-        if is_call(weights, "dropout"):
-            dropout |= bool(argument(weights, 2, "training", True)) and argument(weights, 1, "p", 0.5) != 0.0
 
 
 def _shape_obstacle(site: Site) -> str | None:

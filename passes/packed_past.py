@@ -120,6 +120,8 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
         if heads:
             samples = graph.call_method("unflatten", (attention, 0, (-1, heads)))
             attention = graph.call_method("flatten", (samples, 1, 2))
+        if site.folded:
+            attention = graph.call_method("flatten", (attention, 0, 1))
     attention.meta["example_value"] = site.node.meta.get("example_value")
     site.node.replace_all_uses_with(attention)
     state.pairs.append((key.packed.position, value.packed.position))

@@ -100,7 +100,8 @@ class TokenPlanner:
         graph = self.state.graph
         # Vision tokens that are not packed go where others go.
         modality = modality if VISION in gains else None
-        real, like = (None if site.mask is None else self._real_tokens(site.mask)), key
+        hiding = site.padding or site.mask
+        real, like = (None if hiding is None else self._real_tokens(hiding)), key
         if rows is not None:
             real, like = self._real_of(rows)
         shape = shape_of(key)
@@ -145,8 +146,8 @@ class TokenPlanner:
         """Which tokens have a row and are no padding, bool `[B, T]`, and a tensor `[B, H, T, D]` with all tokens."""
         graph, whole = self.state.graph, self._whole()
         seen = graph.call_function(operator.ge, (self._places_of(rows), 0))
-        if whole.mask is not None:
-            seen = graph.call_function(operator.and_, (seen, self._real_tokens(whole.mask)))
+        if (hiding := whole.padding or whole.mask) is not None:
+            seen = graph.call_function(operator.and_, (seen, self._real_tokens(hiding)))
         return seen, whole.key
 
     def _places_of(self, rows: Node) -> Node:

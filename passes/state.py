@@ -237,6 +237,7 @@ class Site:
 
     query, key, value: as attention reads them, key and value with KV heads repeated or not (`grouped`).
     kind: how it is written: `"sdpa"`, `"eager"`, `"flex_attention"`.
+    padding: of a mask with other parts, the one that hides padding. folded: whether `node` is `[B * H, T, D]`.
     obstacle: why it cannot be rewritten whatever its cache, or None.
     """
 
@@ -246,8 +247,10 @@ class Site:
     key: Node
     value: Node
     mask: Node | None = None
+    padding: Node | None = None
     scale: float | None = None
     is_causal: bool = False
+    folded: bool = False
     obstacle: str | None = None
 
 

@@ -34,23 +34,22 @@ ALL = Expected()
 SLIDING = "sliding window"
 CAPPED = Expected((), "soft-capped")
 LATENT = Expected((), "multi-head latent attention")
-FOLDED = Expected((), "part of the batch")
 EXPECTED = {
     "gemma2": CAPPED,
     "gpt-oss": Expected((), "attention sinks"),
-    "bloom": Expected((), "`baddbmm`"),
-    "mpt": Expected((), "`masked_fill`"),
+    "bloom": ALL,
+    "mpt": ALL,
     "falcon": ALL,
     "falcon-mqa": ALL,
     "falcon-alibi": ALL,
-    "gpt-neo": Expected((), "`where`"),
+    "gpt-neo": ALL,
     "deepseek-v3": LATENT,
     "deepseek-v2": LATENT,
     "minicpm3": LATENT,
-    "xglm": FOLDED,
+    "xglm": ALL,
     "mistral-sliding": Expected((), SLIDING),
-    "trocr": FOLDED,
-    "trocr-vision": FOLDED,
+    "trocr": ALL,
+    "trocr-vision": Expected(reason="cross-attention"),
     "qwen3.5": Expected((1,)),  # the others are linear attention, which keeps no keys
     "paligemma2": CAPPED,
     "glm4v": ALL,
