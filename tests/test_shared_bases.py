@@ -62,7 +62,7 @@ def test_a_batch_shares_bases_or_has_its_own(model, inputs, tolerance):
     assert_same_answers(out, dense)
 
 
-def test_sharing_halves_the_bases(model, inputs):
+def test_sharing_halves_the_bases(model, inputs, without_inductor):
     own, shared = (
         answered(model, inputs, PackPolicy(vision_rank=8, bases=kind, basis_tolerance=1.0))
         for kind in ("sample", "batch")
@@ -93,7 +93,7 @@ def test_bases_of_the_model_serve_every_request(model, inputs, key_space, tmp_pa
     assert bases(cut)[0][0] > 1
 
 
-def test_a_fork_keeps_the_shared_basis(model, inputs):
+def test_a_fork_keeps_the_shared_basis(model, inputs, without_inductor):
     out = answered(model, inputs, PackPolicy(vision_rank=8, bases="batch", basis_tolerance=1.0))
     value = out.past_key_values.layers[0].values
     one = value.select(torch.tensor([1, 1, 0]))
@@ -101,7 +101,7 @@ def test_a_fork_keeps_the_shared_basis(model, inputs):
     assert torch.equal(one.dense(), value.dense()[[1, 1, 0]])
 
 
-def test_folded_text_has_bases_of_its_own(model, inputs):
+def test_folded_text_has_bases_of_its_own(model, inputs, without_inductor):
     shared = PackPolicy(vision_rank="full", text_rank="full", bases="batch", basis_tolerance=1.0)
     folded = dataclasses.replace(shared, fold_every=2, recent=2)
     dense = answered(model, inputs)
@@ -112,7 +112,7 @@ def test_folded_text_has_bases_of_its_own(model, inputs):
         assert_same_answers(out, dense)
 
 
-def test_bases_that_are_not_there(model, inputs, tmp_path):
+def test_bases_that_are_not_there(model, inputs, tmp_path, without_inductor):
     missing = PackPolicy(vision_rank=8, bases=str(tmp_path / "none.safetensors"))
     with pytest.raises(ValueError, match=r"bases: cannot read .*none\.safetensors"):
         answered(model, inputs, missing)
@@ -140,7 +140,7 @@ def _dense(block):
     return ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales, parts.owners)
 
 
-def test_nothing_to_calibrate_on(model, tmp_path):
+def test_nothing_to_calibrate_on(model, tmp_path, without_inductor):
     text = {"input_ids": torch.tensor([[11, 12, 13]])}
     with pytest.raises(ValueError, match="got 1 samples in which nothing was packed"):
         attnpack_fx.calibrate_bases(model, [text], tmp_path / "bases.safetensors")

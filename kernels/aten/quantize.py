@@ -25,6 +25,9 @@ Asymmetric: `value = field * scale + zero` with unsigned fields, zero the least 
 Floats of 8 bits: `value = float * scale`, where the scale takes the largest magnitude to the largest float.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,10 @@ CLIPPING = {
     4: tuple(0.25 ** (step / 11) for step in range(12)),
     2: tuple(0.125 ** (step / 11) for step in range(12)),
 }
+
+
+#: Most numbers that are tried at once, over all factors of `CLIPPING`.
+TOGETHER = 1 << 18
 
 
 def quantize(
@@ -185,18 +192,29 @@ def _encode(x: Tensor, dims: tuple[int, ...], bits: int, filler: Tensor | None) 
     # Over the largest magnitude, which goes to -1, no square below can overflow or vanish.
     x = x / unit.masked_fill(empty, 1)
     best, step = torch.full_like(unit, -1.0), torch.ones_like(unit)
-    for factor in CLIPPING[bits]:
-        q = _fields(x, factor / reach, bits).add_(offset)
+    below = tuple(dim + 1 for dim in dims)
+    for factors in _in_groups(CLIPPING[bits], x.numel()):
+        steps = torch.tensor(factors, device=x.device).div_(reach).view(-1, *[1] * x.dim())
+        q = _fields(x, steps, bits).add_(offset)
         if filler is not None:
             q.masked_fill_(filler, 0)
-        product, square = (q * x).sum(dims, keepdim=True), q.square_().sum(dims, keepdim=True)
+        product, square = (q * x).sum(below, keepdim=True), q.square_().sum(below, keepdim=True)
         gain = product.square() / square
-        better = gain > best
-        best, step = torch.where(better, gain, best), torch.where(better, product / square, step)
+        most = gain.amax(0)
+        fitted = torch.where(gain == most, product / square, 0).amax(0)
+        better = most > best
+        best, step = torch.where(better, most, best), torch.where(better, fitted, step)
     # A scale fitted to all may take the largest level beyond what the dtype holds.
     scale = (step * unit).clamp_(-ceiling, ceiling)
     step = torch.where(scale == 0, 1, scale / unit)
     return _fields(x, step, bits), scale
+
+
+def _in_groups(factors: tuple[float, ...], numbers: Any) -> Iterator[tuple[float, ...]]:
+    """Factors that are tried at once: all of them in a graph for any size, which stays short."""
+    together = max(1, TOGETHER // max(numbers, 1)) if isinstance(numbers, int) else len(factors)
+    for start in range(0, len(factors), together):
+        yield factors[start : start + together]
 
 
 def _fields(x: Tensor, step: Tensor | float, bits: int) -> Tensor:

@@ -40,9 +40,9 @@ CALIBRATED = 1 / 8
 #: Families whose decoder is another's: what is packed is seen there, and here that tokens are found and left out.
 _SAME_DECODER = ("qwen2-vl",)
 OWN_DECODER = tuple(name for name in FAMILIES if name not in _SAME_DECODER)
-#: Where methods are run that change nothing: multi-head and grouped attention, padding, M-RoPE, sliding windows, text
-#: alone. On the other families these cells would repeat what full rank and the methods in use show there.
-OFF_FAMILIES = ("llava-mha", "llava-gqa-padded", "qwen2.5-vl", "gemma3", "llama")
+#: Where methods are run that change nothing: grouped attention with padding, M-RoPE, sliding windows. On the other
+#: families these cells would repeat what full rank and the methods in use show there.
+OFF_FAMILIES = ("llava-gqa-padded", "qwen2.5-vl", "gemma3")
 #: The same of methods that prune tokens: wherever they can.
 PRUNED_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.unpruned is None)
 #: Where there are vision tokens, which is what `Partial` is about: a policy without any to read in part is refused.

@@ -113,7 +113,7 @@ def test_images_of_different_number_with_padding():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava-next", "smolvlm", "paligemma"])
-def test_keeping_everything_changes_nothing(name):
+def test_keeping_everything_changes_nothing(name, without_inductor):
     inputs = ZOO[name].inputs(2, 3)
     reports: list[SiteReport] = []
     with torch.no_grad():
