@@ -45,6 +45,8 @@ OWN_DECODER = tuple(name for name in FAMILIES if name not in _SAME_DECODER)
 OFF_FAMILIES = ("llava-gqa-padded", "qwen2.5-vl", "gemma3")
 #: The same of methods that prune tokens: wherever they can.
 PRUNED_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.unpruned is None)
+#: Where plans are made: multi-head attention, M-RoPE, sliding windows, text alone, and where they cannot be.
+CALIBRATED_FAMILIES = ("llava-mha", "qwen2.5-vl", "qwen3-vl", "gemma3", "llama")
 #: Where there are vision tokens, which is what `Partial` is about: a policy without any to read in part is refused.
 VISION_FAMILIES = tuple(name for name in OWN_DECODER if FAMILIES[name].vision)
 
@@ -227,7 +229,7 @@ def _general() -> Iterator[Setting]:
     partial = _ranked(64, partial=Partial(regroup_every=4))
     yield Setting("Partial", partial, _low_rank(64), families=VISION_FAMILIES)
     # Plans are by layer, and Qwen3-VL's prefill is a graph a layer, without a number.
-    yield Setting("calibrated", None, calibrated, refused={"qwen3-vl": "number"})
+    yield Setting("calibrated", None, calibrated, families=CALIBRATED_FAMILIES, refused={"qwen3-vl": "number"})
 
 
 def _settings() -> Iterator[Setting]:

@@ -63,17 +63,20 @@ def oracle(name: str, inputs: dict[str, Tensor], number: int, ratio: float) -> t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "batch", "padding", "attention"),
+    ("name", "batch", "padding", "attention", "inductor"),
     [
-        ("llava-mha", 1, 0, "sdpa"),
-        ("llava-gqa", 2, 3, "sdpa"),
-        ("llava-gqa", 2, 3, "eager"),
-        ("qwen2.5-vl", 2, 3, "sdpa"),
-        ("qwen2-vl", 1, 0, "sdpa"),
-        ("internvl", 2, 0, "sdpa"),
+        ("llava-mha", 1, 0, "sdpa", False),
+        ("llava-gqa", 2, 3, "sdpa", False),
+        ("llava-gqa", 2, 3, "eager", True),
+        ("qwen2.5-vl", 2, 3, "sdpa", True),
+        ("qwen2-vl", 1, 0, "sdpa", False),
+        ("internvl", 2, 0, "sdpa", False),
     ],
 )
-def test_fastv_of_transformers_models(name, batch, padding, attention):
+def test_fastv_of_transformers_models(name, batch, padding, attention, inductor, request):
+    """Through Inductor where tests/acceptance has no such case."""
+    if not inductor:
+        request.getfixturevalue("without_inductor")
     inputs = ZOO[name].inputs(batch, padding)
     reports: list[SiteReport] = []
     with torch.no_grad():
@@ -93,7 +96,7 @@ def test_fastv_of_transformers_models(name, batch, padding, attention):
 
 
 @pytest.mark.slow
-def test_images_of_different_number_with_padding():
+def test_images_of_different_number_with_padding(without_inductor):
     with _seeded(3):
         two = prompt(1, 0, (319, 16), (319, 16), tokens=12)
         one = prompt(1, 4, (319, 16), tokens=24)
