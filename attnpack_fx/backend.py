@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch.fx import Graph, GraphModule, Node
 
-from attnpack_fx import modality
+from attnpack_fx import caller, modality
 from attnpack_fx.call import Call
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes import pipeline
+from attnpack_fx.passes.patterns import layer_number
 from attnpack_fx.passes.split_graph import split_graph
 from attnpack_fx.passes.state import Argument, GraphState, PackedInput, SiteReport
 from attnpack_fx.policy import PackPolicy, PolicyError
@@ -181,6 +182,7 @@ def _raiser(error: Exception) -> Callable[..., Any]:
 
 def _announce(reports: list[SiteReport]) -> None:
     """Say what stays dense, once per reason; encoders, which have no cache to pack, only in the log."""
+    _announce_limit(reports)
     for report in reports:
         log.info("%s (%s): %s %s", report.layer, report.kind, report.action, report.reason)
     for report in reports:
@@ -199,3 +201,15 @@ def _announce(reports: list[SiteReport]) -> None:
         warn(f"{len(dense)} attention sites stay dense: {reasons}")
     else:
         warn(f"no attention site of this graph was rewritten: {reasons}")
+
+
+def _announce_limit(reports: list[SiteReport]) -> None:
+    """Say that later layers will be dense where each is compiled by itself, and there are more than Dynamo compiles."""
+    if not any(report.action == "compressed" and layer_number(report.layer) is None for report in reports):
+        return
+    count, limit = caller.layer_count(), torch._dynamo.config.recompile_limit
+    if count is not None and count > limit:
+        warn(
+            f"the {count} layers of this model are compiled one by one, and Dynamo compiles a function {limit} times: "
+            f"the others run uncompiled, their cache dense; set torch._dynamo.config.recompile_limit to {2 * count + 1}"
+        )

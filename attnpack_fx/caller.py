@@ -25,7 +25,7 @@ def vision_tokens() -> Tensor | None:
 
     A call of one token is a decode step, in which nothing is packed: it is not asked.
     """
-    for module, ids in (*_ids_of_calls(), *_generate_calls()):
+    for module, ids in (*_ids_of_calls(), *_ids_of_generate()):
         images = hf.image_tokens(module)
         known = isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1 and not ids.is_floating_point()
         if images and known:
@@ -43,6 +43,11 @@ def attention_mask() -> Tensor | None:
     return None
 
 
+def layer_count() -> int | None:
+    """How many decoder layers the outermost module that is being called has, where its configuration says so."""
+    return next((count for given in _module_calls() if (count := hf.layer_count(given["self"])) is not None), None)
+
+
 def _module_calls() -> list[dict[str, Any]]:
     """`self`, `args` and `kwargs` of the modules that are being called, outermost first."""
     return [frame.f_locals for frame in _stack() if frame.f_code is _CALL][::-1]
@@ -54,12 +59,19 @@ def _ids_of_calls() -> Iterator[tuple[Any, Any]]:
         yield given["self"], given["kwargs"].get("input_ids", given["args"][0] if given["args"] else None)
 
 
-def _generate_calls() -> Iterator[tuple[Any, Any]]:
-    """Models that merge images themselves before another one in them generates, as BLIP-2 does."""
+def _ids_of_generate() -> Iterator[tuple[Any, Any]]:
+    """Models that merge images themselves before another one in them generates, as BLIP-2 does; the call of their
+    embeddings alone, of which there is one for each of the prompt's ids.
+    """
+    embeddings = next((given["kwargs"].get("inputs_embeds") for given in _module_calls()), None)
+    if not isinstance(embeddings, Tensor):
+        return
     for frame in _stack():
         if frame.f_code.co_name == "generate" and "input_ids" in frame.f_code.co_varnames:
             given = frame.f_locals
-            yield given.get("self"), given.get("input_ids")
+            ids = given.get("input_ids")
+            if isinstance(ids, Tensor) and ids.shape[-1] == embeddings.shape[1]:
+                yield given.get("self"), ids
 
 
 def _stack() -> Iterator[FrameType]:

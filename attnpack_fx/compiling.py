@@ -18,10 +18,6 @@ _OF_TORCH_COMPILE = {
     "options": "give its fields as arguments, e.g. attnpack_fx.compile(model, vision_rank=64)",
     "backend": "leave it out: the backend is attnpack's",
 }
-#: Past the recompile limit a model runs eagerly, its cache dense; from torch 2.13 on each model can have its own.
-_ALONE: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-)
 
 
 def compile(
@@ -65,10 +61,24 @@ def compile(
     # torch.compile takes either a mode or options: the mode rides along among the options.
     given = options if mode is None else {**options, "mode": mode}
     for module in (original, *hf.called_by_generate(original)):
-        module.compile(backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **_ALONE)
+        module.compile(
+            backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **_recompiles(module)
+        )
         assert module._compiled_call_impl is not None
         module._compiled_call_impl = WatchedCall(module._compiled_call_impl)
     return original
+
+
+def _recompiles(module: torch.nn.Module) -> dict[str, Any]:
+    """How often Dynamo may compile for a model, as arguments of `torch.compile`, which has them from torch 2.13 on.
+
+    Past the limit a model runs eagerly, its cache dense. So each has its own, and as much for each of its layers as
+    Dynamo grants a function: what stands behind a graph break in the loop over them is compiled once a layer.
+    """
+    known, config = inspect.signature(torch.compile).parameters, torch._dynamo.config
+    limit = config.recompile_limit * (hf.layer_count(module) or 1)
+    given = {"isolate_recompiles": True, "recompile_limit": min(limit, config.accumulated_recompile_limit)}
+    return {name: value for name, value in given.items() if name in known}
 
 
 @contextmanager
@@ -80,7 +90,7 @@ def called_through(model: torch.nn.Module, backend: Callable[..., Any] | None) -
     before = model._compiled_call_impl
     model._compiled_call_impl = None
     if backend is not None:
-        model.compile(backend=backend, **_ALONE)
+        model.compile(backend=backend, **_recompiles(model))
         assert model._compiled_call_impl is not None
         model._compiled_call_impl = OneCall(model._compiled_call_impl)
     try:

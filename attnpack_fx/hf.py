@@ -112,7 +112,7 @@ def image_positions(model: Any, input_ids: Tensor) -> Tensor:
 
 def layer_count(model: Any) -> int | None:
     """How many decoder layers a model has, where its configuration says so."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(getattr(model, "module", model), "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     count = getattr(text, "num_hidden_layers", None)
     return count if isinstance(count, int) else None
