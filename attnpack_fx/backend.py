@@ -87,6 +87,8 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
     copies: dict[Node, Node] = {}
     results = graph.graph_copy(gm.graph, copies)
     graph.output(results)
+    returned: Any = results
+    traced = [each.meta.get("example_value") if isinstance(each, Node) else each for each in returned]
     reason = getattr(gm, "compile_subgraph_reason", None)
     call = Call.of(example_inputs)
     state = GraphState(
@@ -97,6 +99,7 @@ def _state_of(gm: GraphModule, example_inputs: Sequence[Any], policy: PackPolicy
         examples={},
         modality_given=modality.stated() is not None or call.vision() is not None,
         in_decoder=call.in_decoder,
+        traced=traced,
         carries=bool(getattr(reason, "graph_break", False)),
     )
     # Dynamo removed what is dead: what nobody reads now is wanted for its effect, except sizes and comparisons of them.

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnpack_fx import caller, modality
@@ -27,6 +28,7 @@ from attnpack_fx.passes.state import (
     OutputSpec,
     PaddedLength,
     Part,
+    Plain,
     Room,
 )
 from attnpack_fx.placement import Placement
@@ -51,8 +53,12 @@ class Runtime:
         self._candidates = state.candidates
         self._shown = state.shown
         self._reports = state.reports
+        self._first = _FakeCall(state) if _first_call_is_fake() else None
 
     def __call__(self, *arguments: Any) -> list[Any]:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first.results(self._compiled)
         for key, value in self._pairs:
             _check_pair(arguments[key], arguments[value])
             arguments[key].taken_back = arguments[value].taken_back = None  # what it holds stays
@@ -117,6 +123,34 @@ class Runtime:
             vision = modality.said(known, batch, tokens, outputs[key].device) > 0
             packed = pack(outputs[key], outputs[value], self._policy, modality=vision, layer=layer)
             outputs[key], outputs[value] = packed
+
+
+def _first_call_is_fake() -> bool:
+    """Whether what is being compiled is called with fake tensors first: that of DistributedDataParallel's buckets is,
+    to learn the strides of what one hands to the next.
+    """
+    context = torch._guards.TracingContext.try_get()
+    return context is not None and context.fakify_first_call
+
+
+class _FakeCall:
+    """The first call of a bucket: the compiled graph with the inputs it was compiled for, packed results dense."""
+
+    def __init__(self, state: GraphState) -> None:
+        self._inputs = [state.examples[node] for node in state.inputs]
+        self._dense = state.traced
+        self._outputs = state.outputs
+
+    def results(self, compiled: Callable[..., Sequence[Any]]) -> list[Any]:
+        made = compiled(*self._inputs)
+        pairs = zip(self._outputs, self._dense, strict=True)
+        return [made[spec.index] if isinstance(spec, Plain) else _empty(dense) for spec, dense in pairs]
+
+
+def _empty(like: Tensor) -> Tensor:
+    """One as large, of the mode that is active: keys and values are returned, no other bucket takes them."""
+    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in like.shape]
+    return torch.empty(sizes, dtype=like.dtype, device=like.device)
 
 
 def _observed(results: Sequence[Any], spec: Layer, key: PackedTensor) -> Tensor | None:

@@ -295,7 +295,8 @@ class GraphState:
     """The graph and everything known about it; passes read and update it in place.
 
     modality_given: whether anything is known of vision tokens beside what the graph shows. in_decoder: whether decoder
-    layers of the same call stand in front of it. unknown: softmax of what looks like attention -> why it is not known.
+    layers of the same call stand in front of it. traced: what Dynamo's graph returns, each as it was there.
+    unknown: softmax of what looks like attention -> why it is not known.
     """
 
     graph: Graph
@@ -314,6 +315,7 @@ class GraphState:
     pruned: list[Pruned] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     modality: Node | None = None
+    traced: list[Any] = field(default_factory=list)
     outputs: list[OutputSpec] = field(default_factory=list)
     candidates: list[tuple[int, int, int | None]] = field(default_factory=list)
     shown: int | None = None
