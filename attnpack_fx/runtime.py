@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnpack_fx import caller, modality
 from attnpack_fx.cached_layer import CachedLayer
@@ -58,7 +59,8 @@ class Runtime:
     def __call__(self, *arguments: Any) -> list[Any]:
         if self._first is not None:
             first, self._first = self._first, None
-            return first.results(self._compiled)
+            if any(isinstance(each, FakeTensor) for each in arguments):
+                return first.results(self._compiled)
         for key, value in self._pairs:
             _check_pair(arguments[key], arguments[value])
             arguments[key].taken_back = arguments[value].taken_back = None  # what it holds stays

@@ -49,6 +49,7 @@ def test_layers_compiled_one_by_one(either_way):
     assert_vision(model, inputs, expected, vision)
 
 
+@pytest.mark.slow
 def test_more_layers_than_dynamo_compiles(without_inductor):
     model, inputs, _, _ = llava()
     compile_layers(model)
@@ -84,7 +85,8 @@ def hooked(module: torch.nn.Module) -> None:
             each.forward = forward  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("ours", [pytest.param(True, id="ours", marks=pytest.mark.slow), pytest.param(False, id="any")])
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", [True, False], ids=["attnpack_fx.compile", "module.compile"])
 def test_hooks_between_modules(ours, without_inductor):
     model, inputs, expected, vision = llava()
     hooked(model.model.language_model)
@@ -103,6 +105,7 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_buckets_of_distributed_data_parallel(process_group, either_way):
     """Dynamo cuts the graph where gradients of a bucket are reduced."""
     model, inputs, _, vision = llava()
@@ -141,6 +144,7 @@ def test_an_image_and_a_video(either_way):
     assert_vision(model, given, expected, 2 * len(places))
 
 
+@pytest.mark.slow
 def test_images_of_a_later_turn_are_said_to_stay_dense(without_inductor):
     model, inputs, _, vision = llava()
     attnpack_fx.compile(model, **OPTIONS)

@@ -53,6 +53,7 @@ def test_fullgraph_is_passed_on(without_inductor):
         model(*prompt())
 
 
+@pytest.mark.slow
 def test_sizes_that_are_all_dynamic(without_inductor):
     """The softmax scale, an attribute of the model, is then an input of the graph as well."""
     family = FAMILIES["llama"]

@@ -66,7 +66,7 @@ def check(a: Tensor, rank: int, rounding: float = ROUNDING) -> None:
 @settings(max_examples=40, deadline=None)
 def test_error_is_within_one_percent_of_the_optimum(seed, decay, rows, columns, rank, scale):
     a = with_spectrum(rows, columns, power_law(min(rows, columns), decay), seed)
-    check(a * scale, min(rank, columns))
+    check(a * scale, min(rank, columns), ROUNDING_OF_LOWER_RANK if rows <= min(rank, columns - 1) else ROUNDING)
 
 
 @pytest.mark.parametrize(("decay", "rank"), [(0.5, 64), (1.0, 32), (2.0, 64)])
@@ -183,6 +183,7 @@ def test_the_exported_program_gives_the_same(program):
             torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gives_the_same(program, tmp_path):
     """Of zero matrices too: of samples without tokens of a kind, and where there are none at all."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -45,6 +45,7 @@ def test_decode_steps_match_the_reference(shape, batch):
     check(dataclasses.replace(shape, batch=batch))
 
 
+@pytest.mark.slow
 @given(shape=shapes(), fused=st.booleans())
 @settings(QUICKLY, max_examples=50)
 def test_the_way_taken_changes_nothing(shape, fused):
