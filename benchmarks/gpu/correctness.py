@@ -18,7 +18,7 @@ from benchmarks.gpu.judging import attended, judge, same, seeded
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.newest import check_attention_each, check_observe_newest
 from benchmarks.gpu.part import Part, Result, Run, WrongResultError, left_out, markdown, measured
-from benchmarks.gpu.problems import attention_problems, attention_shapes, on, poison
+from benchmarks.gpu.problems import attention_problems, attention_shapes, on, poison, prompts
 from tests.kernels.inputs import TOLERANCE, attention_arguments, relative_error
 
 DTYPES = tuple(TOLERANCE)
@@ -353,33 +353,25 @@ def check_no_gradient(machine: Machine, dtype: torch.dtype, seed: int) -> dict[s
 
 def check_observe(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = seeded(seed)
-    sizes = ((2, 2, 2, 40, 16, 0), (2, 4, 7, 300, 64, 60), (1, 8, 4, 1100, 128, 0))
-    for batch, heads, group, tokens, dim, past in sizes[:2] if machine.dry else sizes:
-        query = torch.randn((batch, heads * group, tokens - past, dim), generator=random).to(dtype)
-        key = torch.randn((batch, heads, tokens, dim), generator=random).to(dtype)
-        real = torch.arange(tokens)[None] >= torch.arange(batch)[:, None] * 5
-        query.masked_fill_(~real[:, None, past:, None], torch.nan)
-        sees = torch.ones((tokens - past, tokens), dtype=torch.bool).tril(past) & real[:, None, None]
-        for is_causal in (False,) if past else (False, True):
-            given = query, key, None if is_causal else sees, dim**-0.5, is_causal
-            weights, sight = reference.observed(*given, real)
-            odds = weights * sight[..., None]
-            here, here_real = on(machine, (given, real))
-            for window in (0, 30):
-                what = f"observe {(batch, heads, group, tokens, dim)}, causal {is_causal}, window {window}"
-                for statistic in ("sum", "last"):
-                    poison(machine)
-                    out = ops.observe(*here, statistic, window, here_real).cpu()
-                    expected = reference.observe(*given, statistic, window, real)
-                    error = relative_error(out, expected)
-                    judge(errors, f"{what}, {statistic}", error, TOLERANCE[torch.float32], seed)
+    for which, real, given in prompts(machine, dtype, seed):
+        query = given[0]
+        query.masked_fill_(~real[:, None, -query.shape[2] :, None], torch.nan)
+        weights, sight = reference.observed(*given, real)
+        odds = weights * sight[..., None]
+        here, here_real = on(machine, (given, real))
+        for window in (0, 30):
+            what = f"observe {which}, window {window}"
+            for statistic in ("sum", "last"):
                 poison(machine)
-                counts = ops.observe(*here, "pivotal", window, here_real).cpu()
-                # Weights of 1 / t within rounding may count or not; queries that do not count stand first.
-                least, most = ((odds[:, :, -window:] >= 1 + margin).sum(2) for margin in (1e-4, -1e-4))
-                outside = ((counts < least) | (counts > most)).sum()
-                judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
+                out = ops.observe(*here, statistic, window, here_real).cpu()
+                error = relative_error(out, reference.observe(*given, statistic, window, real))
+                judge(errors, f"{what}, {statistic}", error, TOLERANCE[torch.float32], seed)
+            poison(machine)
+            counts = ops.observe(*here, "pivotal", window, here_real).cpu()
+            # Weights of 1 / t within rounding may count or not; queries that do not count stand first.
+            least, most = ((odds[:, :, -window:] >= 1 + margin).sum(2) for margin in (1e-4, -1e-4))
+            outside = ((counts < least) | (counts > most)).sum()
+            judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
     return errors
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from attnpack_fx.kernels import ops_newest, reference
 from attnpack_fx.kernels.parts import NEWEST
-from benchmarks.gpu.judging import attended, judge, seeded
+from benchmarks.gpu.judging import attended, judge
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.problems import attention_problems, on, poison
+from benchmarks.gpu.problems import attention_problems, on, poison, prompts
 from tests.kernels.inputs import TOLERANCE, relative_error
 
 
@@ -41,30 +41,22 @@ def _each(arguments: dict[str, Any]) -> Tensor:
 
 def check_observe_newest(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
-    random = seeded(seed)
-    sizes = ((2, 2, 2, 40, 16, 0), (2, 4, 7, 300, 64, 60), (1, 8, 4, 1100, 128, 0))
-    for batch, heads, group, tokens, dim, past in sizes[:2] if machine.dry else sizes:
-        query = torch.randn((batch, heads * group, tokens - past, dim), generator=random).to(dtype)
-        key = torch.randn((batch, heads, tokens, dim), generator=random).to(dtype)
-        real = torch.arange(tokens)[None] >= torch.arange(batch)[:, None] * 5
-        sees = torch.ones((tokens - past, tokens), dtype=torch.bool).tril(past) & real[:, None, None]
-        for is_causal in (False,) if past else (False, True):
-            given = query, key, None if is_causal else sees, dim**-0.5, is_causal
-            weights, sight = reference.observed(*given, None)
-            here = on(machine, given)
-            for together in (False, True):
-                what = f"observe_newest {(batch, heads, group, tokens, dim)}, causal {is_causal}, together {together}"
-                rows, seen = (each[:, :, -NEWEST:] for each in (weights, sight))
-                if together:
-                    rows, seen = rows.mean(1, keepdim=True), seen.amax(1, keepdim=True)
-                poison(machine)
-                found = ops_newest.observe_newest(*here, False, together).cpu()
-                judge(errors, f"{what}, sum", relative_error(found, rows), TOLERANCE[torch.float32], seed)
-                poison(machine)
-                counts = ops_newest.observe_newest(*here, True, together).cpu()
-                # Weights of 1 / t within rounding may count or not.
-                odds = rows * seen[..., None]
-                least, most = (odds >= 1 + margin for margin in (1e-4, -1e-4))
-                outside = ((counts < least.float()) | (counts > most.float())).sum()
-                judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
+    for which, _, given in prompts(machine, dtype, seed):
+        weights, sight = reference.observed(*given, None)
+        here = on(machine, given)
+        for together in (False, True):
+            what = f"observe_newest {which}, together {together}"
+            rows, seen = (each[:, :, -NEWEST:] for each in (weights, sight))
+            if together:
+                rows, seen = rows.mean(1, keepdim=True), seen.amax(1, keepdim=True)
+            poison(machine)
+            found = ops_newest.observe_newest(*here, False, together).cpu()
+            judge(errors, f"{what}, sum", relative_error(found, rows), TOLERANCE[torch.float32], seed)
+            poison(machine)
+            counts = ops_newest.observe_newest(*here, True, together).cpu()
+            # Weights of 1 / t within rounding may count or not.
+            odds = rows * seen[..., None]
+            least, most = (odds >= 1 + margin for margin in (1e-4, -1e-4))
+            outside = ((counts < least.float()) | (counts > most.float())).sum()
+            judge(errors, f"{what}, pivotal", float(outside), 0.0, seed)
     return errors

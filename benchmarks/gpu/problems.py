@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
+from benchmarks.gpu.judging import seeded
 from benchmarks.gpu.machine import Machine
 from tests.kernels.inputs import Shapes, attention_arguments
 
@@ -113,3 +114,19 @@ def attention_problems(
         here["key_tail"][here["length"] :] = torch.nan
         here["value_tail"][here["length"] + shape.key_slots - shape.value_slots :] = torch.nan
         yield number, arguments, here, shape
+
+
+def prompts(machine: Machine, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Tensor, tuple[Any, ...]]]:
+    """Prompts whose attention is observed: a description, which tokens are real, bool `[B, T]`, and query, key, mask,
+    scale and is_causal.
+    """
+    random = seeded(seed)
+    sizes = ((2, 2, 2, 40, 16, 0), (2, 4, 7, 300, 64, 60), (1, 8, 4, 1100, 128, 0))
+    for batch, heads, group, tokens, dim, past in sizes[:2] if machine.dry else sizes:
+        query = torch.randn((batch, heads * group, tokens - past, dim), generator=random).to(dtype)
+        key = torch.randn((batch, heads, tokens, dim), generator=random).to(dtype)
+        real = torch.arange(tokens)[None] >= torch.arange(batch)[:, None] * 5
+        sees = torch.ones((tokens - past, tokens), dtype=torch.bool).tril(past) & real[:, None, None]
+        for is_causal in (False,) if past else (False, True):
+            what = f"{(batch, heads, group, tokens, dim)}, causal {is_causal}"
+            yield what, real, (query, key, None if is_causal else sees, dim**-0.5, is_causal)
