@@ -96,7 +96,7 @@ def test_bases_of_the_model_serve_every_request(model, inputs, key_space, tmp_pa
 def test_a_fork_keeps_the_shared_basis(model, inputs, without_inductor):
     out = answered(model, inputs, PackPolicy(vision_rank=8, bases="batch", basis_tolerance=1.0))
     value = out.past_key_values.layers[0].values
-    one = value.select(torch.tensor([1, 1, 0]))
+    one = value.samples(torch.tensor([1, 1, 0]))
     assert one.held.blocks[0].basis.data_ptr() == value.held.blocks[0].basis.data_ptr()
     assert torch.equal(one.dense(), value.dense()[[1, 1, 0]])
 

@@ -40,15 +40,15 @@ CALIBRATED = 1 / 8
 #: Families whose decoder is another's: what is packed is seen there, and here that tokens are found and left out.
 _SAME_DECODER = ("qwen2-vl",)
 OWN_DECODER = tuple(name for name in FAMILIES if name not in _SAME_DECODER)
-#: Where methods are run that change nothing: grouped attention with padding, M-RoPE, sliding windows. On the other
-#: families these cells would repeat what full rank and the methods in use show there.
-OFF_FAMILIES = ("llava-gqa-padded", "qwen2.5-vl", "gemma3")
-#: The same of methods that prune tokens: wherever they can.
-PRUNED_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.unpruned is None)
+#: Grouped attention with padding, M-RoPE, sliding windows: where settings run of which the other families would repeat
+#: what their other cells show, and in turn methods that change nothing.
+KINDS = ("llava-gqa-padded", "qwen2.5-vl", "gemma3")
+#: Where methods that prune tokens change nothing: what they give the later layers is then all there was.
+OFF_PRUNED = ("llava-gqa-padded", "qwen2-vl", "qwen2.5-vl")
+#: Where several methods act at once. InternVL's decoder is of a kind that others have.
+COMPOSED = tuple(name for name in OWN_DECODER if name != "internvl")
 #: Where plans are made: multi-head attention, M-RoPE, sliding windows, text alone, and where they cannot be.
 CALIBRATED_FAMILIES = ("llava-mha", "qwen2.5-vl", "qwen3-vl", "gemma3", "llama")
-#: Where there are vision tokens, which is what `Partial` is about: a policy without any to read in part is refused.
-VISION_FAMILIES = tuple(name for name in OWN_DECODER if FAMILIES[name].vision)
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,13 @@ def _alone(known: Knowledge) -> Iterator[Setting]:
         methods=(kind,),
     )
     off: Any = "full" if known.rank else None
+    turn = KINDS[_METHODS.index(known) % len(KINDS)]
     yield Setting(
         f"{name}, off",
         lambda family: PackPolicy(vision_rank=off, text_rank=off, passes=(OFF[kind],), strict=True),
         None,
         exact=True,
-        families=PRUNED_FAMILIES if prunes else OFF_FAMILIES,
+        families=OFF_PRUNED if prunes else (turn,),
         methods=(kind,),
     )
 
@@ -199,7 +200,7 @@ def _alone(known: Knowledge) -> Iterator[Setting]:
 def _together(rank: int | None, *methods: Method) -> Setting:
     kinds = tuple(type(method) for method in methods)
     name = " + ".join(([f"rank {rank}"] if rank else []) + [method.name for method in methods])
-    return Setting(name, _ranked(rank, passes=methods), _low_rank(rank, *methods), methods=kinds)
+    return Setting(name, _ranked(rank, passes=methods), _low_rank(rank, *methods), families=COMPOSED, methods=kinds)
 
 
 def _general() -> Iterator[Setting]:
@@ -223,11 +224,11 @@ def _general() -> Iterator[Setting]:
     yield Setting("default options", lambda family: PackPolicy(strict=True), default, families=everywhere)
     lossless = PackPolicy(vision_rank="full", text_rank="full", strict=True)
     yield Setting("full rank", lambda family: lossless, full, exact=True, families=everywhere)
-    yield Setting("rank 8, rotated", _ranked(8, key_space="rotated"), _low_rank(8, unrotated=False))
+    yield Setting("rank 8, rotated", _ranked(8, key_space="rotated"), _low_rank(8, unrotated=False), families=KINDS)
     yield Setting("rank 8, un-rotated", _ranked(8, key_space="unrotated"), _low_rank(8))
     yield Setting("folds", lambda family: PackPolicy(text_rank=16, fold_every=4, recent=2, strict=True), folding)
     partial = _ranked(64, partial=Partial(regroup_every=4))
-    yield Setting("Partial", partial, _low_rank(64), families=VISION_FAMILIES)
+    yield Setting("Partial", partial, _low_rank(64), families=KINDS)
     # Plans are by layer, and Qwen3-VL's prefill is a graph a layer, without a number.
     yield Setting("calibrated", None, calibrated, families=CALIBRATED_FAMILIES, refused={"qwen3-vl": "number"})
 

@@ -10,14 +10,14 @@ from tests.acceptance.cells import Record, problems, shape
 from tests.acceptance.families import FAMILIES
 from tests.acceptance.settings import (
     CALIBRATED_FAMILIES,
+    COMPOSED,
     GRID,
+    KINDS,
     METHODS,
     OFF,
-    OFF_FAMILIES,
+    OFF_PRUNED,
     OWN_DECODER,
-    PRUNED_FAMILIES,
     SETTINGS,
-    VISION_FAMILIES,
     fast,
 )
 
@@ -33,7 +33,7 @@ def test_every_method_is_in_the_grid(method) -> None:
 def test_every_family_has_every_setting_but_where_that_is_said() -> None:
     assert len(set(GRID)) == len(GRID)
     for setting in SETTINGS.values():
-        some = OWN_DECODER, OFF_FAMILIES, PRUNED_FAMILIES, VISION_FAMILIES, CALIBRATED_FAMILIES
+        some = OWN_DECODER, KINDS, OFF_PRUNED, COMPOSED, CALIBRATED_FAMILIES, *((name,) for name in KINDS)
         assert setting.families in (tuple(FAMILIES), *some)
         assert {family for family, name in GRID if name == setting.name} == set(setting.families)
 
