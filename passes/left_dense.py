@@ -34,6 +34,8 @@ def leave(state: GraphState, site: Site) -> SiteReport:
     base = _written(site.key)
     if is_static(site.key):
         return dense("static cache (index_copy_): packed static decode is not offered yet")
+    if base.op == "placeholder" and _returned_by_a_break(base):
+        return dense("the graph breaks where keys and values are stored, as it does with a paged cache")
     if base.op == "placeholder":
         return dense("cross-attention or a shared cache: the keys are only read here")
     if site.obstacle is not None and site.kind == "flex_attention":
@@ -57,6 +59,13 @@ def report_unknown(state: GraphState) -> None:
             reasons = (why for softmax, why in state.unknown.items() if layer_of(softmax).startswith(layer))
             reason = next(reasons, "no known form of attention reads the keys and values kept here")
             state.reports.append(SiteReport(layer, "other", "dense", reason, causal=True))
+
+
+def _returned_by_a_break(placeholder: Node) -> bool:
+    """Whether Dynamo took it from the call that it did not capture."""
+    argument = placeholder.meta.get("grapharg")
+    name = getattr(getattr(argument, "source", None), "name", "")
+    return "___stack" in str(name() if callable(name) else name)
 
 
 def _kept(state: GraphState) -> set[Node]:

@@ -16,6 +16,7 @@ from attnpack_fx import (
     MiniCache,
     PackPolicy,
     Quantize,
+    RandomEviction,
     Scissorhands,
     StreamingLLM,
     attnpack_backend,
@@ -98,3 +99,20 @@ def test_a_policy_whose_heads_differ_is_not_decompressed():
                 _, cache = step(*prompt(batch=batch))
                 steps(step, cache, 3, batch)
     assert {report.action for report in reports} == {"compressed", "packed"}
+
+
+def test_what_is_evicted_makes_no_graph():
+    """Layers keep as many vision tokens as others at one prompt, and fewer or more at the next."""
+    method = RandomEviction(0.5)
+    step = torch.compile(Decoder(layers=4), backend=attnpack_backend, options={"vision_rank": 4, "passes": (method,)})
+    splits, made = set(), []
+    for seed in range(10):
+        with torch.no_grad():
+            ids, features = prompt(text=30, vision=40, batch=2, seed=seed)
+            _, cache = step(ids.roll(seed % 5, dims=1), features)
+            for number in range(3):
+                _, cache = step(next_ids(batch=2, seed=number), None, cache)
+        splits.add(tuple(key.tokens.get("vision", 0) for key, _ in cache))
+        made.append(graphs())
+    assert any(len(set(each)) > 1 for each in splits) and len(splits) > 3
+    assert made[1] == made[-1]

@@ -13,8 +13,9 @@ from attnpack_fx.export.layout import Layout
 from attnpack_fx.export.manifest import Manifest
 from attnpack_fx.export.policies import layout_of
 from attnpack_fx.export.runtime import state as states
+from attnpack_fx.export.runtime import text_alone
 from attnpack_fx.export.runtime.loading import load
-from attnpack_fx.export.runtime.planning import plan
+from attnpack_fx.export.runtime.planning import Plan, plan
 from attnpack_fx.export.runtime.prompting import Images, Prompt, Prompting, as_tensor
 from attnpack_fx.export.runtime.sampling import Sampling, most_likely
 from attnpack_fx.export.runtime.session import Held, Session
@@ -91,7 +92,8 @@ class PackedGenerator:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         ends = self._ends if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
         input_ids = as_tensor("input_ids", input_ids)
-        logits, state = self.prefill(input_ids, attention_mask, **images)
+        logits, self.state = self._begun(self._prompt(input_ids, attention_mask, **images))
+        state = self.state
         decode = self.sessions["decode"]
         held = decode.hold(state.packed)
         tokens, done = [input_ids.cpu().long()], torch.zeros(len(input_ids), dtype=torch.bool)
@@ -109,7 +111,8 @@ class PackedGenerator:
             if count := states.due(state, self.manifest.policy):
                 states.fold(state, self.layout, count, self._angles if "angles" in self.sessions else None)
                 held = decode.hold(state.packed)
-            logits = self._decode(state, new[:, None], number, held)
+            new = new[:, None]
+            logits = self._decode(state, new, torch.ones_like(new), torch.full_like(new, number), held)
         return torch.cat(tokens, 1)
 
     @torch.no_grad()
@@ -137,12 +140,32 @@ class PackedGenerator:
         `[3, B, T]` under M-RoPE, where they do not follow from the prompt and its images (videos). Other inputs that
         processors make (`token_type_ids`, `mm_token_type_ids`) are not needed.
         """
-        _refuse(unused)
+        given: dict[str, Any] = {
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "image_sizes": image_sizes,
+            "image_features": image_features,
+            "position_ids": position_ids,
+        }
+        prompt = self._prompt(input_ids, attention_mask, **given, **unused)
+        logits, self.state = self._packed(prompt, self._planned(prompt))
+        return logits, self.state
+
+    def _prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | Sequence[Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        **cut: Any,
+    ) -> Prompt:
+        _refuse(cut)
 
         def given(name: str, value: Any) -> Tensor | None:
             return None if value is None else as_tensor(name, value)
 
-        cut = {**unused, "image_grid_thw": image_grid_thw, "image_sizes": image_sizes}
         features = (
             image_features if isinstance(image_features, list | tuple) else given("image_features", image_features)
         )
@@ -150,20 +173,33 @@ class PackedGenerator:
             given("pixel_values", pixel_values), features, {name: given(name, value) for name, value in cut.items()}
         )
         ids, mask = as_tensor("input_ids", input_ids), given("attention_mask", attention_mask)
-        prompt = self._prompting.prompt(ids, mask, images, given("position_ids", position_ids))
-        logits, self.state = self._packed(prompt)
-        return logits, self.state
+        return self._prompting.prompt(ids, mask, images, given("position_ids", position_ids))
 
-    def _packed(self, prompt: Prompt) -> tuple[Tensor, CacheState]:
-        real, positions = prompt.mask > 0, prompt.positions
-        planned = plan(self.manifest.policy, self.layout, prompt.image, real)
+    def _planned(self, prompt: Prompt) -> Plan:
+        return plan(self.manifest.policy, self.layout, prompt.image, prompt.mask > 0)
+
+    def _begun(self, prompt: Prompt) -> tuple[Tensor, CacheState]:
+        """What `prefill` returns, by decode steps where these do: what the prompt left is then in the window."""
+        planned = self._planned(prompt)
+        piece = text_alone.piece(self.manifest, prompt, planned)
+        if not piece:
+            return self._packed(prompt, planned)
+        state = text_alone.empty(self.layout, prompt, planned)
+        held = self.sessions["decode"].hold(state.packed)
+        places = text_alone.places(prompt)
+        pieces = (each.split(piece, 1) for each in (prompt.ids, prompt.mask, places))
+        for ids, mask, place in zip(*pieces, strict=True):
+            logits = self._decode(state, ids, mask, place, held)
+        return logits[:, -1:], state
+
+    def _packed(self, prompt: Prompt, planned: Plan) -> tuple[Tensor, CacheState]:
+        positions = prompt.positions
         indices = {f"{name}_index": index for name, index in planned.index.items()}
         rows = {"input_ids": prompt.ids, "attention_mask": prompt.mask, "position_ids": positions}
         made = self.sessions["prefill"].run({**rows, **prompt.features, **indices})
         logits = made.pop("logits")
-        highest = positions if positions.dim() == 2 else positions.amax(0)
         packed = made | planned.masks() | planned.positions(positions, self.layout.turns)
-        packed["position_offset"] = highest.masked_fill(~real, 0).amax(1, keepdim=True) + 1
+        packed["position_offset"] = prompt.offset
         dense = planned.positions(positions, ["prompt"])["prompt_position_ids"]
         return logits, CacheState.empty(self.layout, packed, dense)
 
@@ -179,14 +215,15 @@ class PackedGenerator:
             )
         return most_likely(scores) if sampling is None else sampling.draw(scores, generator)
 
-    def _decode(self, state: CacheState, new: Tensor, number: int, held: Held) -> Tensor:
-        """Logits behind a new token `[B, 1]`, the number-th; the state has grown by it."""
-        mask = torch.cat([state.mask, torch.ones_like(new)], 1)
-        place = torch.full_like(new, number)
-        given = {"input_ids": new, "attention_mask": mask, "position_ids": place, **state.window}
+    def _decode(self, state: CacheState, new: Tensor, mask: Tensor, places: Tensor, held: Held) -> Tensor:
+        """Logits behind new tokens `[B, n]`, which of them there are, and where they stand; the state has grown by
+        them.
+        """
+        mask = torch.cat([state.mask, mask], 1)
+        given = {"input_ids": new, "attention_mask": mask, "position_ids": places, **state.window}
         made = self.sessions["decode"].run(given, held)
         logits = made.pop("logits")
-        state.grow(made, mask, torch.cat([state.positions, place], 1))
+        state.grow(made, mask, torch.cat([state.positions, places], 1))
         return logits
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,6 +233,6 @@ class PackedGenerator:
 
 def _refuse(unused: Mapping[str, Any]) -> None:
     """What processors make besides is ignored; anything else is a mistake."""
-    known = {"token_type_ids", "mm_token_type_ids", "batch_num_images"}
+    known = {"image_grid_thw", "image_sizes", "token_type_ids", "mm_token_type_ids", "batch_num_images"}
     if wrong := sorted(unused.keys() - known):
         raise TypeError(f"generate: got an unexpected option {wrong[0]!r}")

@@ -49,6 +49,12 @@ class Prompt:
     positions: Tensor
     features: dict[str, Tensor]
 
+    @property
+    def offset(self) -> Tensor:
+        """Where the first generated token stands, int64 `[B, 1]`."""
+        highest = self.positions if self.positions.dim() == 2 else self.positions.amax(0)
+        return highest.masked_fill(self.mask == 0, 0).amax(1, keepdim=True) + 1
+
 
 class Prompting:
     """Makes prompts of what processors make, for one artefact. Raises `ArtefactError` for what does not fit it."""

@@ -16,6 +16,7 @@ from attnpack_fx.export import ArtefactError, PackedGenerator, export_onnx, feat
 from attnpack_fx.export.model import any_count, parts_of
 from attnpack_fx.export.policies import exportable
 from attnpack_fx.export.program import capture
+from attnpack_fx.export.runtime import text_alone
 from attnpack_fx.export.runtime.planning import mrope_positions
 from attnpack_fx.ranks import PerLayer
 from tests.export.comparing import assert_same, of_artefact, of_model
@@ -70,14 +71,24 @@ def test_features(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("least", [0, 1])
-def test_text_alone(least: int, tmp_path: Path) -> None:
-    """No image, nothing that stays dense, no token generated yet: empty tensors, or filler in their places."""
+def test_text_alone(least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No image, nothing that stays dense, no token generated yet: empty tensors, or filler in their places.
+
+    Decode steps take the prompt, in pieces or at once, so that nothing is factorised; a host with a loop of its own
+    gets what prefill makes.
+    """
     model, inputs = ZOO["llava-gqa"].build("sdpa"), ZOO["llama"].inputs(2, 3)
-    made = generator(model, FULL, tmp_path, least=least)
-    assert_same(of_artefact(made, inputs), of_model(model, inputs))
-    assert made.state is not None
-    assert made.state.packed["vision_mask"].shape == (2, 0)
-    assert made.state.mask.shape == (2, 31)
+    made = generator(model, PackPolicy(vision_rank=8), tmp_path, least=least)
+    expected = of_model(model, inputs)
+    _, state = made.prefill(**inputs)
+    assert state.packed["vision_mask"].shape == (2, 0) and state.mask.shape == (2, 0)
+    for most in (256, 5):
+        monkeypatch.setattr(text_alone, "_MOST", most)
+        tokens, logits = of_artefact(made, inputs)
+        assert_same((tokens, logits[:, -expected[1].shape[1] :]), expected)
+        assert made.state is not None
+        assert made.state.packed["vision_mask"].shape == made.state.packed["prompt_mask"].shape == (2, 0)
+        assert made.state.mask.shape == (2, inputs["input_ids"].shape[1] + 31)
 
 
 def test_samples_with_different_images(tmp_path: Path) -> None:
