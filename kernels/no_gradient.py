@@ -37,7 +37,8 @@ def _refuse(ctx, grad, *_):
             return [refuse(*pair) for pair in zip(shape, needed, strict=True)]
         return no_gradient(grad, shape) if needed else None
 
-    return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=True))
+    # PyTorch leaves arguments out that are their defaults, the last ones.
+    return tuple(refuse(*pair) for pair in zip(ctx.shapes, ctx.needs_input_grad, strict=False))
 
 
 def refuse_gradient(name: str) -> None:

@@ -225,7 +225,7 @@ def _(coefficients, bases, tail, length, index, slot, cos, sin, interleaved, axe
 
 def _shown(*arguments: Any, weights: bool = False) -> bool:
     """Blocks of `Rows` that kernels do not take ATen reads in loops over their tokens, which stay one call."""
-    key_blocks, value_blocks = arguments[-6:-4]
+    key_blocks, value_blocks = arguments[16:18]
     rows = any(kind & ROWS for kind in (*key_blocks[1::2], *value_blocks[1::2]))
     return not rows or _has_kernels(*arguments, weights=weights)
 
@@ -254,8 +254,12 @@ def attention(
     value_scales: Sequence[Tensor],
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale * q K^T + mask) V` over packed segments and tail in one softmax, never decompressed.
+
+    With a soft cap the scores are `cap * tanh(scale * q K^T / cap) + mask`, with sinks the softmax has one term more.
 
     query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H; blocks and tails as in `parts.py`, keys and values may
         differ in segments, blocks, rank and head dim, and hold the same tokens in the same slots; of the key tail the
@@ -263,6 +267,7 @@ def attention(
     mask: None, or bool (True attends) or additive, broadcastable to `[B, Hq, Tq, T]`, tokens in logical order.
     ragged: whether `index` holds filler, which is then left out.
     cos, sin, interleaved, axes: as in `decompress`, for the keys; blocks, scales and owners too, of keys and values.
+    cap: 0 for none. sinks: None, or `[B or 1, Hq]`, for every query head the score of a token that has no value.
 
     Returns `[B, Hq, Tq, Dv]` in query's dtype; rows whose every token is masked are zero, as in
     scaled_dot_product_attention.
@@ -271,7 +276,7 @@ def attention(
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
     rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
     more = key_scales, value_scales, key_owners, value_owners
-    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=False)[0]
+    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, cap, sinks, weights=False)[0]
 
 
 @operator(visible=partial(_shown, weights=True))
@@ -298,16 +303,19 @@ def attention_weights(
     value_scales: Sequence[Tensor],
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and how much it attends to every slot: its weights, averaged over queries and query heads.
 
     Arguments and first result as in `attention`; weights fp32 `[B, slots]` with slots in storage order (packed tokens,
-    then tail rows). Slots that are filler or masked have none; a sample's weights sum to 1 where any head saw a token.
+    then tail rows). Slots that are filler or masked have none; a sample's weights sum to 1 where any head saw a token,
+    and to less by what sinks have.
     """
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
     rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
     more = key_scales, value_scales, key_owners, value_owners
-    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=True)
+    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, cap, sinks, weights=True)
 
 
 def _attention(query: Tensor, *arguments: Any, weights: bool) -> tuple[Tensor, Tensor]:
@@ -350,6 +358,8 @@ def observe(
     statistic: str,
     window: int,
     real: Tensor | None,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """How much the queries of a prompt attend to every token, with `A = softmax(scale * q K^T + mask)`.
 
@@ -363,15 +373,16 @@ def observe(
     window: the newest so many queries count, 0: all.
     real: bool `[B or 1, T]`, False for padding, whose queries do not count; nor do those that the mask shows no token.
         An additive mask hides what it lowers by half its dtype's lowest number or more.
+    cap, sinks: as in `attention`.
 
     Returns fp32 `[B, H, T]`, zero where no query counts. Raises ValueError for any other statistic, more queries than
     keys, or is_causal where it says nothing about which tokens the queries are.
     """
-    return aten.observe(query, key, mask, scale, is_causal, statistic, window, real)
+    return aten.observe(query, key, mask, scale, is_causal, statistic, window, real, cap, sinks)
 
 
 @fake("observe")
-def _(query, key, mask, scale, is_causal, statistic, window, real):
+def _(query, key, *_):
     return query.new_empty(key.shape[:3], dtype=torch.float32)
 
 
@@ -379,10 +390,12 @@ def no_part_in_training(ctx, inputs, output):
     ctx.mark_non_differentiable(output)
 
 
+def no_gradients(ctx, grad):
+    return (None,) * len(ctx.needs_input_grad)
+
+
 # It stands in prefills that may be trained through; what it observes is no function of the loss.
-torch.library.register_autograd(
-    "attnpack::observe", lambda ctx, grad: (None,) * 8, setup_context=no_part_in_training, lib=LIBRARY
-)
+torch.library.register_autograd("attnpack::observe", no_gradients, setup_context=no_part_in_training, lib=LIBRARY)
 
 
 @operator()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnpack_fx.kernels import aten
 from attnpack_fx.kernels.no_gradient import refuse_gradient
-from attnpack_fx.kernels.ops import no_part_in_training, packed_slots
+from attnpack_fx.kernels.ops import no_gradients, no_part_in_training, packed_slots
 from attnpack_fx.kernels.parts import NEWEST
 from attnpack_fx.kernels.registering import LIBRARY, fake, operator
 
@@ -39,6 +39,8 @@ def attention_each(
     value_scales: Sequence[Tensor],
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention_weights` of several queries, of the newest each by itself: what drafts take back when they go.
 
@@ -48,7 +50,9 @@ def attention_each(
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
     rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
     more = key_scales, value_scales, key_owners, value_owners
-    return aten.attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, weights=True, each=NEWEST)
+    return aten.attention(
+        *arguments, index, mask, scale, ragged, *rotary, *blocks, *more, cap, sinks, weights=True, each=NEWEST
+    )
 
 
 @fake("attention_each")
@@ -64,24 +68,32 @@ refuse_gradient("attention_each")
 
 @operator()
 def observe_newest(
-    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, is_causal: bool, pivotal: bool, together: bool
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    pivotal: bool,
+    together: bool,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """What `observe` sums, of each of the newest queries of a prompt by itself.
 
-    query, key, mask, scale, is_causal: as in `observe`; pivotal: 1 where it gives a token A >= 1 / t, else 0, instead
-    of the weight A itself; together: with A averaged over all query heads.
+    query, key, mask, scale, is_causal, cap, sinks: as in `observe`; pivotal: 1 where it gives a token A >= 1 / t, else
+    0, instead of the weight A itself; together: with A averaged over all query heads.
     Returns fp32 `[B, H, n, T]`, with `together` `[B, 1, n, T]`, n the least of `NEWEST` and Tq, queries in order.
     """
-    return aten.observe_newest(query, key, mask, scale, is_causal, pivotal, together, NEWEST)
+    return aten.observe_newest(query, key, mask, scale, is_causal, pivotal, together, NEWEST, cap, sinks)
 
 
 @fake("observe_newest")
-def _(query, key, mask, scale, is_causal, pivotal, together):
+def _(query, key, mask, scale, is_causal, pivotal, together, *_):
     heads = 1 if together else key.shape[1]
     rows = torch.sym_min(query.shape[2], NEWEST)
     return query.new_empty((key.shape[0], heads, rows, key.shape[2]), dtype=torch.float32)
 
 
 torch.library.register_autograd(
-    "attnpack::observe_newest", lambda ctx, grad: (None,) * 7, setup_context=no_part_in_training, lib=LIBRARY
+    "attnpack::observe_newest", no_gradients, setup_context=no_part_in_training, lib=LIBRARY
 )

@@ -184,9 +184,11 @@ def observe(
     statistic: str,
     window: int,
     real: Tensor | None,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Sum, last row, or count of `A >= 1 / t` over the newest `window` queries that count: `[B, H, T]`."""
-    weights, sight = observed(query, key, mask, scale, is_causal, real)
+    weights, sight = observed(query, key, mask, scale, is_causal, real, cap, sinks)
     if statistic == "pivotal together":
         weights, sight = (
             each.expand(-1, key.shape[1], *each.shape[2:])
@@ -203,7 +205,14 @@ def observe(
 
 
 def observed(
-    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, is_causal: bool, real: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    real: Tensor | None,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention weights averaged over the query heads of a KV head `[B, H, Tq, T]`, and tokens in sight `[B, H, Tq]`.
 
@@ -212,7 +221,7 @@ def observed(
     heads, queries = query.shape[1:3]
     kv_heads, tokens = key.shape[1:3]
     group = heads // kv_heads
-    scores = scale * query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2)
+    scores = capped(scale * query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2), cap)
     sees = torch.ones_like(scores, dtype=torch.bool)
     if is_causal:
         sees = sees.tril()
@@ -223,8 +232,7 @@ def observed(
         sees = (mask > torch.finfo(mask.dtype).min / 2).expand_as(sees)
     else:
         scores = scores.masked_fill(~sees, -torch.inf)
-    weights = torch.softmax(scores, -1)
-    weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0).unflatten(1, (kv_heads, group)).mean(2)
+    weights = attended(scores, sinks).unflatten(1, (kv_heads, group)).mean(2)
     sight = sees.unflatten(1, (kv_heads, group)).any(2).sum(-1)
     counts = sees.any(-1).any(1)
     if real is not None:
@@ -423,12 +431,14 @@ def attention(
     value_scales: Sequence[Tensor],
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale q K^T + mask) V` over the slots, K and V dense, KV heads repeated for their query heads."""
     arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
     rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
     more = key_scales, value_scales, key_owners, value_owners
-    return attention_weights(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more)[0]
+    return attention_weights(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, cap, sinks)[0]
 
 
 def attention_weights(
@@ -454,6 +464,8 @@ def attention_weights(
     value_scales: Sequence[Tensor],
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and its softmax weights, averaged over heads and queries: `[B, slots]`."""
     rotary = cos, sin, interleaved, axes
@@ -466,7 +478,7 @@ def attention_weights(
     )
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = scale * query.double() @ keys.transpose(-1, -2)
+    scores = capped(scale * query.double() @ keys.transpose(-1, -2), cap)
     slots, prompt_slots = scores.shape[-1], index.shape[1]
     if mask is not None:
         # Slots of the prompt read the column of their position, appended ones the last columns in order.
@@ -482,10 +494,22 @@ def attention_weights(
                 scores[sample, :, :, number] += bias
     if ragged:
         scores[..., :prompt_slots].masked_fill_((index < 0)[:, None, None], -torch.inf)
-    weights = torch.softmax(scores, -1)
-    # Rows whose every token is masked.
-    weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
+    weights = attended(scores, sinks)
     return weights @ values, weights.mean((1, 2))
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """`cap tanh(scores / cap)`; without a cap as they are."""
+    return cap * torch.tanh(scores / cap) if cap else scores
+
+
+def attended(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of `[B, Hq, Tq, T]` beside one more score per head, `[B or 1, Hq]`, whose share is left out."""
+    if sinks is not None:
+        more = sinks.double()[:, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.softmax(torch.cat([scores, more], -1), -1)[..., :-1]
+    # Rows whose every token is masked have no weights.
+    return torch.softmax(scores, -1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

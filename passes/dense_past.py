@@ -156,9 +156,11 @@ def _observed(state: GraphState, site: Site, apart: bool) -> Node | None:
     asked = observation(state.policy)
     if asked is None:
         return None
-    arguments = site.query, site.key, site.mask, scale_of(site), site.is_causal
+    arguments, scores = (site.query, site.key, site.mask, scale_of(site), site.is_causal), (site.cap, site.sinks)
     made = [
-        state.graph.call_function(torch.ops.attnpack.observe.default, (*arguments, statistic, asked.window or 0, None))
+        state.graph.call_function(
+            torch.ops.attnpack.observe.default, (*arguments, statistic, asked.window or 0, None, *scores)
+        )
         for kind in (asked.kind, asked.text)
         if kind is not None
         for statistic in ("pivotal together" if kind == "pivotal" and not apart else kind,)
@@ -174,7 +176,7 @@ def _newest(state: GraphState, site: Site, apart: bool) -> Node | None:
     if asked is None:
         return None
     arguments = site.query, site.key, site.mask, scale_of(site), site.is_causal, asked.kind == "pivotal", not apart
-    return state.graph.call_function(torch.ops.attnpack.observe_newest.default, arguments)
+    return state.graph.call_function(torch.ops.attnpack.observe_newest.default, (*arguments, site.cap, site.sinks))
 
 
 def _alone(state: GraphState, flat: FlatOutputs, source: Node, index: Node, rank: int) -> Factors:

@@ -47,10 +47,6 @@ def _unknown(softmax: Node) -> str | None:
         return None
     if passed is None:
         return None
-    if "tanh" in passed:
-        return "the scores are soft-capped (`tanh`), which packed attention does not compute yet"
-    if any(name in passed for name in ("cat", "concat")):
-        return "the scores are joined with others, as of attention sinks, which packed attention does not compute yet"
     names = ", ".join(f"`{name}`" for name in passed) or "nothing"
     return f"attention is written in a form that is not known: between its scores and softmax stands {names}"
 
@@ -120,6 +116,8 @@ def _match_eager(softmax: Node) -> Site | None:
         mask=found.mask,
         padding=found.padding,
         scale=found.scale,
+        cap=found.cap,
+        sinks=found.sinks,
         folded=found.folded,
     )
     readers = [user for user in found.weights.users if user is not found.output and user.op != "call_method"]

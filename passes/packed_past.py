@@ -108,6 +108,8 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
             *blocks,
             *scales,
             *owners,
+            site.cap,
+            site.sinks if site.sinks is None or not heads else _sinks_of_heads(state, site, heads),
         )
         if key.packed.form.weighed:
             several = key.count.expression != 1 and site.key in appended
@@ -136,6 +138,13 @@ def _of_heads(state: GraphState, query: Node, heads: int) -> Node:
     """Queries `[B, Hq, Tq, D]` as `[B * H, Hq / H, Tq, D]`."""
     apart = state.graph.call_method("unflatten", (query, 1, (heads, -1)))
     return state.graph.call_method("flatten", (apart, 0, 1))
+
+
+def _sinks_of_heads(state: GraphState, site: Site, heads: int) -> Node:
+    """A site's sinks, of (sample, head) pairs."""
+    samples = state.graph.call_method("size", (site.query, 0))
+    apart = state.graph.call_method("reshape", (site.sinks, (heads, -1)))
+    return state.graph.call_method("repeat", (apart, samples, 1))
 
 
 def _mask_of_heads(state: GraphState, site: Site, mask: Node | None, heads: int) -> Node | None:

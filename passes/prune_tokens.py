@@ -50,6 +50,8 @@ def decide(state: GraphState, method: TokenPruning) -> tuple[Boundary, Followed]
         return boundary
     if boundary.before.obstacle is not None:
         return boundary.before.obstacle
+    if boundary.before.cap or boundary.before.sinks is not None:
+        return "pruning knows no soft caps of scores and no attention sinks, which this model has"
     if splits_region(list(itertools.takewhile(lambda node: node is not boundary.nodes[0], state.graph.nodes))):
         return "the decoder layers stand in an autocast region of the model's own"
     followed = follow(state, boundary)

@@ -1,7 +1,8 @@
 """Attention written out: from the product of queries and keys to softmax, and from there to that with the values.
 
-What stands between the first product and softmax is a scale and terms that are added: masks, and biases as those of
-ALiBi. Where there are several, they are put together to one, which packed attention adds as it would add a mask.
+What stands between the first product and softmax is a scale, a soft cap, terms that are added, masks and biases as
+those of ALiBi, and sinks. Where there are several terms, they are put together to one, which packed attention adds as
+it would add a mask.
 """
 
 import operator
@@ -31,7 +32,7 @@ class Written:
     query, key, value: `[B, H, T, D]`, key and value with heads repeated or not. mask: what is added to the scaled
     scores; padding: the part of it that hides tokens from all heads, where it has other parts, True or 0 for what is
     seen. output: the product with the values; folded: it is `[B * H, T, D]`. weights: what softmax made, as it is
-    multiplied; dropout: is active.
+    multiplied; dropout: is active. cap, sinks: as in `state.Site`.
     """
 
     query: Node
@@ -44,11 +45,14 @@ class Written:
     folded: bool
     weights: Node
     dropout: bool
+    cap: float
+    sinks: Node | None
 
 
 def written_out(softmax: Node) -> Written | None:
     """What a softmax is the middle of; None where it is none of attention's, or something else is computed there."""
-    found, consumed = _scores(softmax), _weights_consumer(softmax)
+    sinks, start = _without_sinks(softmax)
+    found, consumed = _scores(start), _weights_consumer(softmax, sinks is not None)
     dim = argument(softmax, 1, "dim")
     if found is None or consumed is None or dim not in (-1, len(shape_of(softmax) or ()) - 1):
         return None
@@ -76,8 +80,12 @@ def written_out(softmax: Node) -> Written | None:
         mask.add(mask.scaled(product.args[0], beta))  # type: ignore[arg-type]
     for step in steps:
         step(mask)
-    folded = len(shape_of(output) or ()) == 3
-    return Written(query, key, value, mask.scale, mask.terms, mask.padding, output, folded, weights, dropout)
+    if mask.cap is not None and not mask.cap > 0:
+        return None
+    scale = mask.scale if mask.cap is None else mask.scale * mask.cap
+    folded, cap = len(shape_of(output) or ()) == 3, mask.cap or 0.0
+    given = None if sinks is None else mask.flat(sinks)
+    return Written(query, key, value, scale, mask.terms, mask.padding, output, folded, weights, dropout, cap, given)
 
 
 def number_of(value: Any) -> float | None:
@@ -92,10 +100,38 @@ def number_of(value: Any) -> float | None:
 # ---- from softmax up to the product ------------------------------------------------------------------------
 
 
-def _scores(softmax: Node) -> tuple[Node, list[_Step]] | None:
+def _without_sinks(softmax: Node) -> tuple[Node | None, Any]:
+    """Sinks `[1, Hq, 1, 1]` that take part in a softmax, and the scores beside them; without, what softmax is given."""
+    node = argument(softmax, 0, "input")
+    start = node
+    if is_call(node, "sub", "isub") and len(node.args) == 2 and _largest_of(node.args[1]) is node.args[0]:
+        node = node.args[0]  # which changes no weight
+    pieces = argument(node, 0, "tensors") if is_call(node, "cat", "concat") else None
+    if not isinstance(pieces, list | tuple) or len(pieces) != 2 or argument(node, 1, "dim", 0) not in (-1, 3):
+        return None, start
+    scores, sinks = pieces
+    source = sinks.args[0] if is_call(sinks, "expand") else sinks
+    shapes = shape_of(scores), shape_of(sinks), shape_of(source)
+    if any(shape is None or len(shape) != 4 for shape in shapes):
+        return None, start
+    heads = shapes[0][1]  # type: ignore[index]
+    one = isinstance(heads, int) and shapes[2] == (1, heads, 1, 1)
+    return (source, scores) if one else (None, start)
+
+
+def _largest_of(node: Any) -> Any:
+    """What a node is the largest of, along its last dimension."""
+    if is_call(node, "getitem", "getattr") and node.args[1] in (0, "values"):
+        node = node.args[0]
+    if not is_call(node, "max", "amax") or argument(node, 1, "dim") not in (-1, 3):
+        return None
+    return node.args[0] if argument(node, 2, "keepdim", False) else None
+
+
+def _scores(start: Any) -> tuple[Node, list[_Step]] | None:
     """The product of queries and keys, and what is done to it, in order; None where that is not known."""
     steps: list[_Step] = []
-    node: Any = argument(softmax, 0, "input")
+    node: Any = start
     while isinstance(node, Node) and not is_call(node, *PRODUCTS, "baddbmm"):
         found = _step(node)
         if found is None:
@@ -124,6 +160,8 @@ def _step(node: Node) -> tuple[Any, _Step | None] | None:
             return left, lambda mask: mask.add(right)
         if is_call(node, "max") and is_call(right, "full"):
             return left, None  # the least number there is: nothing is raised that softmax would see
+    if is_call(node, "tanh", "tanh_") and len(args) == 1:
+        return args[0], lambda mask: mask.bound()
     if is_call(node, "masked_fill", "masked_fill_") and len(args) == 3 and isinstance(args[1], Node):
         hidden, filler = args[1], args[2]
         return args[0], lambda mask: mask.fill(mask.inverted(hidden), filler)
@@ -165,11 +203,16 @@ def _with_heads(node: Any) -> Any:
 # ---- from softmax down to the values -----------------------------------------------------------------------
 
 
-def _weights_consumer(softmax: Node) -> tuple[Node, Node, bool] | None:
+def _weights_consumer(softmax: Node, sinks: bool) -> tuple[Node, Node, bool] | None:
     """The attention weights as they are multiplied with the values, that product, and whether dropout stands
-    between.
+    between. sinks: whether softmax makes a weight more, which is then left out.
     """
     weights, dropout = softmax, False
+    if sinks:
+        readers = [user for user in softmax.users if _leaves_out_the_last(user)]
+        if len(readers) != 1 or len(softmax.users) != 1:
+            return None
+        weights = readers[0]
     while True:
         products = [user for user in weights.users if is_call(user, *PRODUCTS) and user.args[0] is weights]
         if products:
@@ -182,21 +225,40 @@ def _weights_consumer(softmax: Node) -> tuple[Node, Node, bool] | None:
             dropout |= bool(argument(weights, 2, "training", True)) and argument(weights, 1, "p", 0.5) != 0.0
 
 
+def _leaves_out_the_last(node: Node) -> bool:
+    key = node.args[1] if is_call(node, "getitem") else None
+    last = key[-1] if isinstance(key, tuple) and key else None
+    rest = key[:-1] if isinstance(key, tuple) else ()
+    return last == slice(None, -1, None) and all(each in (Ellipsis, slice(None, None, None)) for each in rest)
+
+
 # ---- one mask of all terms ---------------------------------------------------------------------------------
 
 
 @dataclass
 class _Mask:
-    """Scale and mask while the steps between product and softmax are taken in turn; new nodes stand before softmax."""
+    """Scale, cap and mask while the steps between product and softmax are taken in turn; new nodes stand before it.
+
+    cap: None before `tanh`; behind it what the bounded scores are multiplied with, and scale goes inside. Negative or 0
+    where it is none.
+    """
 
     softmax: Node
     scale: float = 1.0
+    cap: float | None = None
     heads: int = 1
     padding: Node | None = None
     terms: Node | None = None
 
+    def bound(self) -> None:
+        once = self.cap is None and self.terms is None
+        self.cap = 1.0 if once else -1.0
+
     def multiply(self, number: float) -> None:
-        self.scale *= number
+        if self.cap is None:
+            self.scale *= number
+        else:
+            self.cap *= number
         if self.terms is not None:
             self.terms = self.scaled(self.terms, number)
 
@@ -216,6 +278,10 @@ class _Mask:
         assert value is not None
         nothing = self.terms if self.terms is not None else self._call(torch.zeros_like, seen, dtype=value.dtype)
         self.terms = self._call(torch.where, seen, nothing, filler)
+
+    def flat(self, sinks: Node) -> Node:
+        """`[1, Hq]` of `[1, Hq, 1, 1]`."""
+        return self._call(torch.flatten, sinks, 1)
 
     def inverted(self, mask: Node) -> Node:
         return self._call(operator.invert, mask)

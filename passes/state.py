@@ -238,6 +238,7 @@ class Site:
     query, key, value: as attention reads them, key and value with KV heads repeated or not (`grouped`).
     kind: how it is written: `"sdpa"`, `"eager"`, `"flex_attention"`.
     padding: of a mask with other parts, the one that hides padding. folded: whether `node` is `[B * H, T, D]`.
+    cap: of soft-capped scores, else 0. sinks: None, or a score per query head that takes part in softmax, `[1, Hq]`.
     obstacle: why it cannot be rewritten whatever its cache, or None.
     """
 
@@ -249,6 +250,8 @@ class Site:
     mask: Node | None = None
     padding: Node | None = None
     scale: float | None = None
+    cap: float = 0.0
+    sinks: Node | None = None
     is_causal: bool = False
     folded: bool = False
     obstacle: str | None = None

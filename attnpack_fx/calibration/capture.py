@@ -209,6 +209,8 @@ def _obstacle(site: Site, kept: bool) -> str | None:
         return "cross-attention: the keys are not those of the queries' own tokens"
     if not site.key.meta["example_value"].dtype.is_floating_point:
         return "the cache is not floating point"
+    if site.cap or site.sinks is not None:
+        return "its scores are soft-capped or have sinks, which the errors of calibration do not know"
     return None
 
 

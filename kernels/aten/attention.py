@@ -18,6 +18,7 @@ from torch import Tensor
 from attnpack_fx.kernels.aten import coded_attention
 from attnpack_fx.kernels.aten.blocks import Factors, Stored, segments, tokens
 from attnpack_fx.kernels.aten.rotary import Rotary
+from attnpack_fx.kernels.aten.scores import attended, capped
 from attnpack_fx.kernels.aten.unrotated import scores as unrotated_scores
 from attnpack_fx.kernels.parts import Rows
 
@@ -48,6 +49,8 @@ def attention(
     value_scales: Sequence[Tensor],
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
     weights: bool = False,
     each: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -86,13 +89,11 @@ def attention(
         if length:
             scores.append(torch.bmm(key_rows, q.mT).mT.reshape(batch, heads * count, length))
         p = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
-        if bias is None:
-            p = p.softmax(-1)
-        else:
+        p = capped(p, cap).view(batch, heads, count, slots)
+        if bias is not None:
             part_bias = bias if bias.shape[2] == 1 else bias[:, :, start : start + count]
-            p = p.view(batch, heads, count, slots)
             p = p.masked_fill(~part_bias, float("-inf")) if bias.dtype == torch.bool else p + part_bias
-            p = torch._safe_softmax(p, -1).to(work).view(batch, heads * count, slots)
+        p = attended(p, sinks, bias is not None).to(work).view(batch, heads * count, slots)
         out = _weighted_values(p, values, value_rows)
         outs.append(out.view(batch, heads, count, value_dim))
         if each:

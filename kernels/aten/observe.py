@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.factorize import working
+from attnpack_fx.kernels.aten.scores import attended, capped
 
 #: Most bytes of the scores of one tile.
 SCORE_BYTES = 64 << 20
@@ -24,6 +25,8 @@ def observe(
     statistic: str,
     window: int,
     real: Tensor | None,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `ops.observe`."""
     batch, heads, queries, _ = query.shape
@@ -45,7 +48,7 @@ def observe(
         # Columns that no query of the tile sees are left out where that is known without asking the device.
         reach = queries - rows.shape[1] + start + count if is_causal and known else tokens
         weigh = None if valid is None else valid[:, start : start + tile]
-        p, bias = _weights(query, flat[:, :reach], mask, scale, is_causal, part, weigh)
+        p, bias = _weights(query, flat[:, :reach], mask, scale, is_causal, part, weigh, cap, sinks)
         if statistic.startswith("pivotal"):
             found = _pivotal(p, bias, reach, statistic == "pivotal together")
             if weigh is not None:
@@ -70,6 +73,8 @@ def observe_newest(
     pivotal: bool,
     together: bool,
     newest: int,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `ops_newest.observe_newest`; newest: the most queries."""
     batch, heads, queries, _ = query.shape
@@ -88,7 +93,7 @@ def observe_newest(
         end = min(start + tile, queries)
         part = torch.arange(start, end, device=query.device).expand(batch, -1)
         weigh = None if counted is None else counted[:, start:end]
-        p, bias = _weights(query, flat, mask, scale, is_causal, part, weigh)
+        p, bias = _weights(query, flat, mask, scale, is_causal, part, weigh, cap, sinks)
         found = (
             _pivotal(p, bias, tokens, together) if pivotal else p.mean((1, 2)).unsqueeze(1) if together else p.mean(2)
         )
@@ -106,6 +111,8 @@ def _weights(
     is_causal: bool,
     rows: Tensor,
     weigh: Tensor | None,
+    cap: float,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What the queries numbered rows `[B, count]` give the keys `[B * H, reach, D]`: `[B, H, g, count, reach]`.
 
@@ -116,9 +123,12 @@ def _weights(
     q = query.gather(2, rows[:, None, :, None].expand(batch, heads, count, dim)).to(flat.dtype)
     if weigh is not None:
         q = q.masked_fill(~weigh[:, None, :, None], 0)  # padding may hold anything, NaN too
-    scores = torch.bmm(q.view(batch * kv_heads, -1, dim), flat.mT).mul_(scale)
+    scores = capped(torch.bmm(q.view(batch * kv_heads, -1, dim), flat.mT).mul_(scale), cap)
+    scores = scores.view(batch, kv_heads, heads // kv_heads, count, reach)
     bias = _bias(mask, rows, is_causal, reach, kv_heads)
-    return _softmax(scores.view(batch, kv_heads, heads // kv_heads, count, reach), bias), bias
+    if bias is not None:
+        scores = scores.masked_fill_(~bias, float("-inf")) if bias.dtype == torch.bool else scores.add_(bias)
+    return attended(scores.flatten(1, 2), sinks, bias is not None).view_as(scores), bias
 
 
 def _check(queries: int, tokens: int, mask: Tensor | None, is_causal: bool, statistic: str, window: int) -> None:
@@ -175,15 +185,6 @@ def _bias(mask: Tensor | None, rows: Tensor, is_causal: bool, reach: int, kv_hea
         mask = mask.expand(batch, -1, -1, -1)
         mask = mask.gather(2, rows[:, None, :, None].expand(batch, heads, rows.shape[1], columns))
     return mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
-
-
-def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
-    """Rows without a token in sight are zero. Writes into `scores`."""
-    if bias is None:
-        return scores.softmax(-1)
-    if bias.dtype == torch.bool:
-        return torch._safe_softmax(scores.masked_fill_(~bias, float("-inf")), -1)
-    return torch._safe_softmax(scores.add_(bias), -1)
 
 
 def _pivotal(weights: Tensor, bias: Tensor | None, reach: int, together: bool) -> Tensor:

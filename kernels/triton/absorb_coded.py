@@ -85,6 +85,7 @@ def absorb_coded_kernel(
     DIM: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -139,7 +140,7 @@ def absorb_coded_kernel(
                 key_rows, value_rows, key_step, value_step, sample, head, heads,
                 first, tl.minimum(first + coded_per_split, both), scale, indices + coded_slot, coded_slot,
                 masks, mask_head, mask_query, mask_token, queries, seen, packed + length,
-                ROW_KEYS, ROW_VALUES, False, MASK, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+                ROW_KEYS, ROW_VALUES, False, MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
             first = both + mixed_split * mixed_per_split
             last = tl.where(mixed_split < 0, first, tl.minimum(first + mixed_per_split, most))
@@ -148,7 +149,7 @@ def absorb_coded_kernel(
                 key_rows, value_rows, key_step, value_step, sample, head, heads,
                 first, last, scale, indices + coded_slot, coded_slot,
                 masks, mask_head, mask_query, mask_token, queries, seen, packed + length,
-                ROW_KEYS, ROW_VALUES, True, MASK, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+                ROW_KEYS, ROW_VALUES, True, MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
             # Tail rows are numbered as those of keys.
             first = most - key_count + tail_split * rows_per_split
@@ -158,7 +159,7 @@ def absorb_coded_kernel(
             q, rows, valid, top, total, out, key_rows, value_rows, key_step, value_step, dim, value_dim,
             first, last, length, scale, indices, packed, slots,
             masks, mask_head, mask_query, mask_token, mask_tokens, queries, seen,
-            MASK, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         place = (split * samples + sample) * all_rows + rows
         store_partial(partial, log_sums, out, top, total, place, valid, value_dim, BLOCK_DV)

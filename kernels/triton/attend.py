@@ -70,6 +70,8 @@ def takes(
     value_scales: Sequence[Tensor],
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> bool:
     """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads.
 
@@ -120,6 +122,8 @@ def attention(
     value_scales: Sequence[Tensor],
     key_owners: Sequence[Tensor],
     value_owners: Sequence[Tensor],
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
     weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.attention` and `ops.attention_weights`; without `weights`, the second result means nothing."""
@@ -128,8 +132,9 @@ def attention(
     while mask is not None and mask.dim() < 4:
         mask = mask.unsqueeze(0)
     key_tail, value_tail, index = key_tail.contiguous(), value_tail.contiguous(), index.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     batch, heads, queries, _ = query.shape
-    others = key_tail, value_tail, length, index, mask, scale, ragged
+    others = key_tail, value_tail, length, index, mask, scale, ragged, cap, sinks
     problem: Problem
     if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
         assert not (key_owners or value_owners), "not what `takes` let through"
@@ -188,7 +193,7 @@ def fits_fused(problem: Problem) -> bool:
 
 
 def _fused(problem: Problem, out: Tensor) -> None:
-    arguments = problem.shared_arguments() | problem.segment_arguments()
+    arguments = problem.shared_arguments() | problem.segment_arguments() | problem.sink_arguments()
     (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
     (key_basis0, key_basis1), (value_basis0, value_basis1) = problem.pair("key_basis"), problem.pair("value_basis")
     grid = (problem.query.shape[0] * problem.heads, cdiv(problem.group * problem.query.shape[2], problem.block_g))
@@ -477,6 +482,7 @@ def _combine(
         log_sums=sums,
         heads=problem.heads,
         members=members,
+        queries=query.shape[2],
         rank0=sizes["value_rank0"],
         rank1=sizes["value_rank1"],
         dim=problem.value_tail.shape[3],
@@ -492,6 +498,7 @@ def _combine(
         PRECISION=precision(query.dtype),
         num_warps=4,
         num_stages=2,
+        **problem.sink_arguments(),
     )
     return sums
 

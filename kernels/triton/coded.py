@@ -312,6 +312,7 @@ def _combine(problem: CodedProblem, out: Tensor, packed: Results, dense: Results
         log_sums=sums,
         heads=problem.heads,
         members=members,
+        queries=query.shape[2],
         splits0=splits[0],
         splits1=splits[1],
         dense_splits=dense.splits[0],
@@ -326,6 +327,7 @@ def _combine(problem: CodedProblem, out: Tensor, packed: Results, dense: Results
         PRECISION=precision(query.dtype),
         num_warps=4,
         num_stages=2,
+        **problem.sink_arguments(),
         **_named("basis", [each.basis for each in low_rank.values], problem.index),
         **_named("scale", [each.scale for each in low_rank.values], problem.index),
     )

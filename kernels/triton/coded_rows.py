@@ -54,6 +54,7 @@ def attend_coded_rows(
     VALUES: tl.constexpr,
     MIXED: tl.constexpr,  # whether of a token only the key or only the value is coded
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,7 +73,9 @@ def attend_coded_rows(
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + token, mask=there, other=0)
-        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+        scores = masked(
+            scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, CAP, RAGGED
+        )
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, all_slots)
         weights, top, total, shrink = step(scores, top, total)

@@ -10,6 +10,8 @@ zero.
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.softmax import load_sinks
+
 
 @triton.jit
 def combine_kernel(
@@ -23,14 +25,18 @@ def combine_kernel(
     log_sums,  # [B, Hq * Tq] fp32, of all tokens
     heads,
     members,  # query rows of a KV head
+    queries,
     rank0,
     rank1,
     dim,
     splits0,
     splits1,
     tail_splits,
+    sinks,  # [B or 1, Hq]
+    sink_sample,
     SEGMENTS: tl.constexpr,
     SUMS: tl.constexpr,  # whether log_sums is written
+    SINKS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -48,8 +54,12 @@ def combine_kernel(
     if SEGMENTS > 0:
         top = highest(latent_sums, splits0 + splits1, rows, valid, all_rows, top, BLOCK_S)
     top = highest(partial_sums, tail_splits, rows, valid, all_rows, top, BLOCK_S)
-    top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.full([BLOCK_G], 0.0, tl.float32)
+    if SINKS:
+        sink = load_sinks(sinks + sample * sink_sample, head * members + member, valid, queries)
+        top = tl.maximum(top, sink)
+        total = tl.exp(sink - top)
+    top = tl.where(top == float("-inf"), 0.0, top)
     acc = tl.full([BLOCK_G, BLOCK_D], 0.0, tl.float32)
     total, acc = weighted_sum(
         partial, partial_sums, 0, tail_splits, rows, valid, all_rows, columns, dim, top, total, acc, BLOCK_S

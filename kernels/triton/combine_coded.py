@@ -12,6 +12,7 @@ import triton.language as tl
 
 from attnpack_fx.kernels.triton.codes import load_levels, load_scale
 from attnpack_fx.kernels.triton.combine import highest, weighted_sum
+from attnpack_fx.kernels.triton.softmax import load_sinks
 
 
 @triton.jit
@@ -33,14 +34,18 @@ def combine_coded_kernel(
     log_sums,  # [B, Hq * Tq] fp32, of all tokens
     heads,
     members,  # query rows of a KV head
+    queries,
     splits0,
     splits1,
     dense_splits,
+    sinks,  # [B or 1, Hq]
+    sink_sample,
     VALUES: tl.constexpr,  # forms of the blocks of every segment (`blocks.py`)
     DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     VALUE_BLOCKS: tl.constexpr,
     SUMS: tl.constexpr,  # whether log_sums is written
+    SINKS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,8 +64,12 @@ def combine_coded_kernel(
     if len(VALUES) > 0:
         top = highest(latent_sums, splits0 + splits1, rows, valid, all_rows, top, BLOCK_S)
     top = highest(partial_sums, dense_splits, rows, valid, all_rows, top, BLOCK_S)
-    top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.full([BLOCK_G], 0.0, tl.float32)
+    if SINKS:
+        sink = load_sinks(sinks + sample * sink_sample, head * members + member, valid, queries)
+        top = tl.maximum(top, sink)
+        total = tl.exp(sink - top)
+    top = tl.where(top == float("-inf"), 0.0, top)
     acc = tl.full([BLOCK_G, BLOCK_D], 0.0, tl.float32)
     total, acc = weighted_sum(
         partial, partial_sums, 0, dense_splits, rows, valid, all_rows, columns, DIM, top, total, acc, BLOCK_S

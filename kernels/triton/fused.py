@@ -8,7 +8,7 @@ kernel: the way while a launch costs more than that. It is also the way for many
 import triton
 import triton.language as tl
 
-from attnpack_fx.kernels.triton.softmax import attend_rows, attend_tokens, load_query
+from attnpack_fx.kernels.triton.softmax import attend_rows, attend_tokens, load_query, load_sinks
 
 
 @triton.jit
@@ -50,9 +50,13 @@ def fused_kernel(
     mask_token,
     mask_tokens,
     scale,
+    sinks,  # [B or 1, Hq]
+    sink_sample,
     SEGMENTS: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -80,7 +84,7 @@ def fused_kernel(
             value0 + sample * tokens0 * value_rank0, value_basis0 + (sample * heads + head) * value_rank0 * value_dim,
             tokens0, key_rank0, value_rank0, dim, value_dim, scale,
             index, mask, mask_head, mask_query, mask_token, queries,
-            MASK, RAGGED, BLOCK_G, BLOCK_N, BLOCK_R, BLOCK_V, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, BLOCK_G, BLOCK_N, BLOCK_R, BLOCK_V, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     if SEGMENTS > 1:
         top, total, acc = attend_segment(
@@ -89,7 +93,7 @@ def fused_kernel(
             value1 + sample * tokens1 * value_rank1, value_basis1 + (sample * heads + head) * value_rank1 * value_dim,
             tokens1, key_rank1, value_rank1, dim, value_dim, scale,
             index + tokens0, mask, mask_head, mask_query, mask_token, queries,
-            MASK, RAGGED, BLOCK_G, BLOCK_N, BLOCK_R, BLOCK_V, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, BLOCK_G, BLOCK_N, BLOCK_R, BLOCK_V, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     top, total, acc = attend_rows(
         q, rows, valid, top, total, acc,
@@ -97,8 +101,13 @@ def fused_kernel(
         samples * heads * dim, samples * heads * value_dim, dim, value_dim,
         0, length, length, scale, index, packed, slots,
         mask, mask_head, mask_query, mask_token, mask_tokens, queries, out,
-        MASK, RAGGED, False, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+        MASK, CAP, RAGGED, False, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
+    if SINKS:
+        sink = load_sinks(sinks + sample * sink_sample, rows, valid, queries)
+        new = tl.maximum(top, sink)
+        acc *= tl.exp(top - new)[:, None]
+        total = total * tl.exp(top - new) + tl.exp(sink - new)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     columns = tl.arange(0, BLOCK_DV)
     cells = out + (sample * heads * group * queries + rows)[:, None] * value_dim + columns[None, :]
@@ -109,8 +118,9 @@ def fused_kernel(
 def attend_segment(
     q, rows, top, total, acc, key, key_basis, value, value_basis, tokens, key_rank, value_rank, dim, value_dim, scale,
     index, mask, mask_head, mask_query, mask_token, queries,
-    MASK: tl.constexpr, RAGGED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAP: tl.constexpr, RAGGED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention to one segment, added to a running softmax: returns `top, total, acc`."""
     ranks, value_ranks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
@@ -126,7 +136,7 @@ def attend_segment(
     top, total, mixed = attend_tokens(
         absorbed, rows, rows >= 0, top, total, mixed, key, value, key_rank, value_rank, 0, tokens, index, 0,
         mask, mask_head, mask_query, mask_token, queries, acc, 0,
-        MASK, RAGGED, False, BLOCK_N, BLOCK_R, BLOCK_V, PRECISION,
+        MASK, CAP, RAGGED, False, BLOCK_N, BLOCK_R, BLOCK_V, PRECISION,
     )  # fmt: skip
     basis = tl.load(
         value_basis + value_ranks[:, None] * value_dim + value_columns[None, :],

@@ -32,6 +32,8 @@ class Problem:
     mask: Tensor | None
     scale: float
     ragged: bool
+    cap: float
+    sinks: Tensor | None
 
     @property
     def heads(self) -> int:
@@ -110,8 +112,15 @@ class Problem:
             steps, kind = strides(mask), 1 if mask.dtype == torch.bool else 2
         names = ("mask_sample", "mask_head", "mask_query", "mask_token")
         # Where an argument is not read, an input of the graph stands in: anything computed would be copied for it.
-        given = {"mask": self.index if mask is None else mask, "MASK": kind, "mask_tokens": tokens}
+        given = {"mask": self.index if mask is None else mask, "MASK": kind, "CAP": self.cap, "mask_tokens": tokens}
         return given | dict(zip(names, steps, strict=True))
+
+    def sink_arguments(self) -> dict[str, Any]:
+        """What kernels take that write results."""
+        sinks = self.sinks
+        if sinks is None:
+            return {"sinks": self.index, "sink_sample": 0, "SINKS": False}
+        return {"sinks": sinks, "sink_sample": sinks.stride(0) if sinks.shape[0] > 1 else 0, "SINKS": True}
 
     def shared_arguments(self) -> dict[str, Any]:
         """What every kernel that reads queries and tail rows takes."""

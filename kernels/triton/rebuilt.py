@@ -66,6 +66,7 @@ def rebuilt_kernel(
     SEGMENTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -163,7 +164,9 @@ def rebuilt_kernel(
             column = token.to(tl.int64)
             if RAGGED or MASK != 0:
                 column = tl.load(index + first_slot + token, mask=there, other=0)
-            scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+            scores = masked(
+                scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, CAP, RAGGED
+            )
             if SCORES:
                 store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, packed + length)
             weights, top, total, shrink = step(scores, top, total)
@@ -185,7 +188,7 @@ def rebuilt_kernel(
             samples * heads * dim, samples * heads * value_dim, dim, value_dim,
             first, tl.minimum(first + rows_per_split, length), length, scale, index, packed, slots,
             mask, mask_head, mask_query, mask_token, mask_tokens, queries, scores_out,
-            MASK, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         place = ((split - splits) * samples + sample) * all_rows + rows
         store_partial(partial, partial_sums, acc, top, total, place, valid, value_dim, BLOCK_DV)

@@ -91,6 +91,7 @@ def rebuilt_coded_kernel(
     VALUE_WIDTH: tl.constexpr,
     VALUE_BLOCKS: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -128,7 +129,7 @@ def rebuilt_coded_kernel(
                 latent_sums, scores_out, index, mask, first_slot0, tokens0, split, split, tokens_per_split,
                 sample, samples, head, heads, rows, all_rows, queries, packed, length,
                 mask_head, mask_query, mask_token, scale, KEYS[0], VALUES[0], DIM, ROTATED, AXES, VALUE_WIDTH,
-                VALUE_BLOCKS, MASK, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
+                VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
             )  # fmt: skip
         elif len(KEYS) == 2:
             attend_rebuilt(
@@ -136,7 +137,7 @@ def rebuilt_coded_kernel(
                 latent_sums, scores_out, index, mask, first_slot1, tokens1, split, split - splits0, tokens_per_split,
                 sample, samples, head, heads, rows, all_rows, queries, packed, length,
                 mask_head, mask_query, mask_token, scale, KEYS[1], VALUES[1], DIM, ROTATED, AXES, VALUE_WIDTH,
-                VALUE_BLOCKS, MASK, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
+                VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
             )  # fmt: skip
     else:
         q = load_query(query, rows, valid, queries, query_head, query_token, dim, BLOCK_D)
@@ -150,7 +151,7 @@ def rebuilt_coded_kernel(
             samples * heads * dim, samples * heads * value_dim, dim, value_dim,
             first, tl.minimum(first + rows_per_split, length), length, scale, index, packed, slots,
             mask, mask_head, mask_query, mask_token, mask_tokens, queries, scores_out,
-            MASK, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         place = ((split - splits) * samples + sample) * all_rows + rows
         store_partial(partial, partial_sums, out, top, total, place, valid, value_dim, BLOCK_DV)
@@ -162,7 +163,7 @@ def attend_rebuilt(
     scores_out, index, mask, first_slot, tokens, split, inner, tokens_per_split, sample, samples, head, heads, rows,
     all_rows, queries, packed, length, mask_head, mask_query, mask_token, scale,
     KEYS: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, AXES: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, VALUE_BLOCKS: tl.constexpr, MASK: tl.constexpr, RAGGED: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_BLOCKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, RAGGED: tl.constexpr,
     SCORES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +208,9 @@ def attend_rebuilt(
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + first_slot + token, mask=there, other=0)
-        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+        scores = masked(
+            scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, CAP, RAGGED
+        )
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, packed + length)
         weights, top, total, shrink = step(scores, top, total)

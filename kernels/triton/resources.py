@@ -90,6 +90,8 @@ class Shape:
     positions: int = 0
     mask: bool = False
     weights: bool = False
+    cap: float = 0.0
+    sinks: bool = False
     blocks: tuple[tuple[int, int, bool], ...] = ()
     coded: tuple[int, tuple[RowForm, RowForm]] | None = None
 
@@ -154,6 +156,11 @@ SHAPES = {
         dim=80, tokens=(4096,), rank=32, rotated=32, blocks=((8, 8, False), (2, 2, True)), dtype=torch.float16
     ),
     "un-rotated keys, partial rotary": Shape(dim=80, tokens=(4096,), rank=32, rotated=32, interleaved=True),
+    "Gemma-2-9B, soft cap": Shape(heads=16, kv_heads=8, dim=256, tokens=(4096,), cap=50.0, mask=True),
+    "gpt-oss-20b, sinks": Shape(heads=64, kv_heads=8, dim=64, tokens=(4096,), sinks=True, mask=True),
+    "sinks, one launch": Shape(heads=64, kv_heads=8, dim=64, tokens=(64,), rank=16, sinks=True),
+    "un-rotated keys, soft cap and sinks": Shape(tokens=(9216,), rank=16, rotated=128, cap=50.0, sinks=True),
+    "4 bits, soft cap and sinks": Shape(blocks=((4, 4, False),), cap=50.0, sinks=True),
 }
 
 
@@ -261,20 +268,21 @@ def decode_step(shape: Shape) -> list[Launch]:
         angles = new(batch, rows, shape.rotated, dtype=torch.float32) if shape.rotated else None
         axes = new(batch, shape.axes, packed, dtype=torch.int64) if shape.axes else None
         query = new(batch, shape.heads, shape.queries, dim)
+        sinks = new(1, shape.heads) if shape.sinks else None
         fresh = new(batch, heads, 1, dim)
 
-        def step(query, keys, values, key_tail, value_tail, key, value, index, mask, cos, sin, axes):
+        def step(query, keys, values, key_tail, value_tail, key, value, index, mask, cos, sin, axes, sinks):
             append_([key_tail, value_tail], [key, value], [shape.tail - 1, shape.tail - 1])
             factors = *keys[:2], *values[:2]
             arguments = query, *factors, key_tail, value_tail, shape.tail, index, mask, 0.1, shape.mask
             rotary = cos, sin, shape.interleaved, axes
             blocks = _layout(shape, 0), _layout(shape, 1)
-            given: list[Any] = [*arguments, *rotary, *blocks, keys[2], values[2], [], []]
+            given: list[Any] = [*arguments, *rotary, *blocks, keys[2], values[2], [], [], shape.cap, sinks]
             assert takes(*given), "a shape that the kernels refuse"
-            return attention(*[*given, shape.weights])
+            return attention(*given, weights=shape.weights)
 
         tails = tail, tail.clone(), fresh, fresh.clone()
-        return launches(step, (query, keys, values, *tails, index, mask, angles, angles, axes))
+        return launches(step, (query, keys, values, *tails, index, mask, angles, angles, axes, sinks))
 
 
 def _packed(shape: Shape, side: int, new: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

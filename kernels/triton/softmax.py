@@ -21,9 +21,16 @@ def masked(
     mask_query,
     mask_token,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """Scores with the mask applied and -inf where there is no token. MASK: 0 none, 1 bool, 2 additive."""
+    """Scores with cap and mask applied and -inf where there is no token.
+
+    MASK: 0 none, 1 bool, 2 additive. CAP: 0 none, else scores are `CAP tanh(scores / CAP)` before.
+    """
+    if CAP != 0:
+        # As exp(2 x) is Inf where tanh is 1, the quotient is 0 there, and nothing overflows.
+        scores = CAP - 2 * CAP / (tl.exp(2 / CAP * scores) + 1)
     if RAGGED:
         seen = seen & (column >= 0)
     allowed = seen[None, :]
@@ -62,6 +69,12 @@ def load_query(query, rows, valid, queries, stride_head, stride_query, dim, BLOC
 
 
 @triton.jit
+def load_sinks(sinks, rows, valid, queries):
+    """The sink of each query row of a sample, fp32 `[M]`."""
+    return tl.load(sinks + rows // queries, mask=valid, other=0).to(tl.float32)
+
+
+@triton.jit
 def attend_tokens(
     q,  # [M, BLOCK_R] latent queries
     rows,  # [M] their numbers in the sample
@@ -85,6 +98,7 @@ def attend_tokens(
     scores_out,  # of the sample, [Hq, all_slots] fp32
     all_slots,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -106,7 +120,9 @@ def attend_tokens(
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + token, mask=there, other=0)
-        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+        scores = masked(
+            scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, CAP, RAGGED
+        )
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, all_slots)
         weights, top, total, shrink = step(scores, top, total)
@@ -148,6 +164,7 @@ def attend_rows(
     queries,
     scores_out,  # of the sample, [Hq, packed + length] fp32
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -167,7 +184,9 @@ def attend_rows(
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         column = tail_column(row, there, index, packed, slots, mask_tokens, length, MASK, RAGGED)
-        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+        scores = masked(
+            scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, CAP, RAGGED
+        )
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, packed + row, there, packed + length)
         weights, top, total, shrink = step(scores, top, total)

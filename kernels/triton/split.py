@@ -48,6 +48,7 @@ def split_kernel(
     SEGMENTS: tl.constexpr,
     AXES: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -103,7 +104,9 @@ def split_kernel(
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + token, mask=there, other=0)
-        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+        scores = masked(
+            scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, CAP, RAGGED
+        )
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, all_slots)
         weights, top, total, shrink = step(scores, top, total)

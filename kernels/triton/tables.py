@@ -55,6 +55,7 @@ def tables_kernel(
     SEGMENTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -124,7 +125,7 @@ def tables_kernel(
             first_row, tl.minimum(first_row + rows_per_split, length), length, scale, index + sample * slots, packed,
             slots, mask + sample * mask_sample, mask_head, mask_query, mask_token, mask_tokens, queries,
             scores_out + sample * heads * group * (packed + length),
-            MASK, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
         place = (split * samples + sample) * all_rows + rows
         store_partial(partial, log_sums, acc, top, total, place, valid, value_dim, BLOCK_DV)

@@ -41,6 +41,7 @@ def tokens_kernel(
     mask_token,
     SEGMENTS: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -74,7 +75,7 @@ def tokens_kernel(
     top, total, out = attend_tokens(
         q, rows, valid, top, total, out, key, value, key_rank, value_rank, begin, end, index, first_slot,
         mask, mask_head, mask_query, mask_token, queries, scores_out + sample * (all_rows // queries) * all_slots,
-        all_slots, MASK, RAGGED, SCORES, BLOCK_N, BLOCK_R, BLOCK_V, PRECISION,
+        all_slots, MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_R, BLOCK_V, PRECISION,
     )  # fmt: skip
     place = (split * samples + sample) * all_rows + rows
     store_partial(partial, log_sums, out, top, total, place, valid, BLOCK_V, BLOCK_V)

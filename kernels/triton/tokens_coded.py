@@ -61,6 +61,7 @@ def tokens_coded_kernel(
     VALUE_WIDTH: tl.constexpr,
     VALUE_BLOCKS: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     RAGGED: tl.constexpr,
     SCORES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,14 +81,14 @@ def tokens_coded_kernel(
             latent, shift, keys, values, partial, shares, log_sums, scores_out, index, mask, key_counts, value_counts,
             first_slot0, tokens0, split, split, tokens_per_split, sample, samples, rows, all_rows, queries, all_slots,
             mask_head, mask_query, mask_token, KEYS[0], VALUES[0], KEY_WIDTH, VALUE_WIDTH, VALUE_BLOCKS,
-            MASK, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     elif len(KEYS) == 2:
         attend_blocks(
             latent, shift, keys, values, partial, shares, log_sums, scores_out, index, mask, key_counts, value_counts,
             first_slot1, tokens1, split, split - splits0, tokens_per_split, sample, samples, rows, all_rows, queries,
             all_slots, mask_head, mask_query, mask_token, KEYS[1], VALUES[1], KEY_WIDTH, VALUE_WIDTH, VALUE_BLOCKS,
-            MASK, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def attend_blocks(
     latent, shift, keys, values, partial, shares, log_sums, scores_out, index, mask, key_counts, value_counts,
     first_slot, tokens, split, inner, tokens_per_split, sample, samples, rows, all_rows, queries, all_slots,
     mask_head, mask_query, mask_token, KEYS: tl.constexpr, VALUES: tl.constexpr, KEY_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, VALUE_BLOCKS: tl.constexpr, MASK: tl.constexpr, RAGGED: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_BLOCKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, RAGGED: tl.constexpr,
     SCORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention to one range of one segment's tokens: writes its partial result."""
@@ -116,7 +117,9 @@ def attend_blocks(
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + first_slot + token, mask=there, other=0)
-        scores = masked(scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, RAGGED)
+        scores = masked(
+            scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, CAP, RAGGED
+        )
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, all_slots)
         weights, top, total, shrink = step(scores, top, total)

@@ -32,11 +32,11 @@ class Expected:
 
 ALL = Expected()
 SLIDING = "sliding window"
-CAPPED = Expected((), "soft-capped")
+EVERY_OTHER = Expected((1,), SLIDING)
 LATENT = Expected((), "multi-head latent attention")
 EXPECTED = {
-    "gemma2": CAPPED,
-    "gpt-oss": Expected((), "attention sinks"),
+    "gemma2": EVERY_OTHER,
+    "gpt-oss": EVERY_OTHER,
     "bloom": ALL,
     "mpt": ALL,
     "falcon": ALL,
@@ -51,7 +51,7 @@ EXPECTED = {
     "trocr": ALL,
     "trocr-vision": Expected(reason="cross-attention"),
     "qwen3.5": Expected((1,)),  # the others are linear attention, which keeps no keys
-    "paligemma2": CAPPED,
+    "paligemma2": EVERY_OTHER,
     "glm4v": ALL,
     "ernie4.5-vl-moe": ALL,
     "qwen3.5-vl": Expected((1,)),

@@ -67,6 +67,7 @@ def exported_arguments(shape: Shapes, turned: int = 0) -> dict[str, Any]:
     """
     # Numbers are coded from at most fp32.
     given = attention_arguments(shape if shape.dtype != torch.float64 else replace(shape, dtype=torch.float32))
+    del given["cap"], given["sinks"]  # of no decoder that is exported
     length = given["length"]
     slots = shape.key_slots + length
     random = torch.Generator().manual_seed(shape.seed + 1)

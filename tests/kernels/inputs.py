@@ -58,7 +58,7 @@ class Shapes:
     key_cuts, value_cuts: of every segment; its columns are split among them as evenly as may be. shared: whether
     samples share the bases; owned: 0, or how many bases (as they are, no bits) samples choose from. axes: 0, or how
     many rotary axes: cos and sin are then sums of rows of tables. key_rows, value_rows: segments of rows behind the
-    low-rank ones.
+    low-rank ones. sinks: "none", "one" of all samples, or one of "each".
     """
 
     seed: int = 0
@@ -87,6 +87,8 @@ class Shapes:
     axes: int = 0
     key_rows: Coded = ()
     value_rows: Coded = ()
+    cap: float = 0.0
+    sinks: str = "none"
 
     @property
     def key_slots(self) -> int:
@@ -120,6 +122,8 @@ def shapes(draw: st.DrawFn, **fixed: Any) -> Shapes:
         ragged=draw(st.booleans()),
         mask=draw(st.sampled_from(["none", "bool", "additive"])),
         mask_shape=draw(st.tuples(*[st.booleans()] * 4)),
+        cap=draw(st.sampled_from([0.0, 0.0, 1.5])),
+        sinks=draw(st.sampled_from(["none", "none", "one", "each"])),
     )
     return dataclasses.replace(drawn, **fixed)
 
@@ -238,7 +242,19 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
         "value_scales": value_stored.scales,
         "key_owners": owners[0],
         "value_owners": owners[1],
+        "cap": shape.cap,
+        "sinks": _sinks(shape),
     }
+
+
+def _sinks(shape: Shapes) -> Tensor | None:
+    """Of all samples, or of each."""
+    if shape.sinks == "none":
+        return None
+    random = torch.Generator().manual_seed(shape.seed + 1)
+    return torch.randn(shape.batch if shape.sinks == "each" else 1, shape.heads * shape.group, generator=random).to(
+        shape.dtype
+    )
 
 
 def decompress_arguments(shape: Shapes) -> dict[str, Any]:

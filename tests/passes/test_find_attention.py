@@ -207,7 +207,6 @@ def test_an_addition_that_is_no_additive_mask_is_not_taken_for_one(add, mask):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda q, k, v: (torch.tanh(q @ k.transpose(2, 3) / 30.0) * 30.0).softmax(-1) @ v,  # softcap
         lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-2) @ v,
         lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-1).square() @ v,
         lambda q, k, v: q.softmax(-1) @ k.transpose(2, 3) @ v,

@@ -246,11 +246,28 @@ def test_an_unknown_consumer_gets_the_dense_form(without_inductor):
     assert_right(function, key, value, *tokens())
 
 
-def test_softcapped_attention_over_a_packed_past_is_right_and_announced(without_inductor):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_softcapped_attention_over_a_packed_past_is_packed(sinks, without_inductor):
+    more = torch.linspace(-1, 1, 4)
+
     def function(past_key, past_value, query, key, value):
         key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         scores = torch.tanh(query @ key.transpose(2, 3) / 5.0) * 5.0
-        return scores.softmax(-1) @ value, key, value
+        if not sinks:
+            return scores.softmax(-1) @ value, key, value
+        column = more[: query.shape[1]].reshape(1, -1, 1, 1).expand(*query.shape[:3], 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ value, key, value
+
+    key, value, *_ = packed_pair(VISION_ONLY)
+    _, ops, _ = rewritten(function, key, value, *tokens())
+    assert ops.count("attention") == 1 and ops.count("decompress") == 0
+    assert_right(function, key, value, *tokens())
+
+
+def test_an_unknown_attention_over_a_packed_past_is_right_and_announced(without_inductor):
+    def function(past_key, past_value, query, key, value):
+        key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+        return (query @ key.transpose(2, 3)).sin().softmax(-1) @ value, key, value
 
     key, value, *_ = packed_pair(VISION_ONLY)
     with pytest.warns(AttnpackWarning, match="decompress"):

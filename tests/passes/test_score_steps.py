@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
+from attnpack_fx.kernels.reference import attended, capped
 from attnpack_fx.passes.find_attention import find_attention, scale_of
 from tests.passes.capture import capture
 
@@ -68,7 +69,38 @@ def masked_alone(q, k, v, bias):
     return (q @ k.mT).masked_fill(~SEEN, float("-inf")).softmax(-1) @ v
 
 
-FORMS = [bloom, bloom_with_beta, mpt, gpt_neo, xglm, added_before_the_scale, bias_first, masked_alone]
+def gemma2(q, k, v, bias):
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3
+    scores = torch.tanh(scores / 1.5) * 1.5 + ADDED
+    return torch.matmul(torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+def gpt_oss(q, k, v, bias):
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3 + ADDED
+    sinks = bias[0, :, 0, 0].reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    joined = torch.cat([scores, sinks], dim=-1)
+    joined = joined - joined.max(dim=-1, keepdim=True).values
+    return torch.matmul(torch.nn.functional.softmax(joined, dim=-1)[..., :-1], v)
+
+
+def capped_beside_a_bias_and_sinks(q, k, v, bias):
+    scores = (q @ k.mT).div(2).tanh().mul(4) + bias + ADDED
+    return torch.cat([scores, bias[:, :, :, :1].expand(B, H, TQ, 1)], -1).softmax(-1)[:, :, :, :-1] @ v
+
+
+FORMS = [
+    bloom,
+    bloom_with_beta,
+    mpt,
+    gpt_neo,
+    xglm,
+    added_before_the_scale,
+    bias_first,
+    masked_alone,
+    gemma2,
+    gpt_oss,
+    capped_beside_a_bias_and_sinks,
+]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -79,9 +111,9 @@ def test_the_parts_are_those_of_what_is_computed(form):
     (site,) = state.sites
     assert site.obstacle is None and site.folded == (len(site.node.meta["example_value"].shape) == 3)
     state.graph.erase_node(state.output)
-    state.graph.output([site.query, site.key, site.value, site.mask, site.padding])
-    query, key, value, mask, padding = GraphModule({}, state.graph)(*_in_order(state, given))
-    weights = (scale_of(site) * query @ key.mT + mask).softmax(-1)
+    state.graph.output([site.query, site.key, site.value, site.mask, site.padding, site.sinks])
+    query, key, value, mask, padding, sinks = GraphModule({}, state.graph)(*_in_order(state, given))
+    weights = attended(capped(scale_of(site) * query.double() @ key.mT.double(), site.cap) + mask, sinks).float()
     expected = form(**given)
     torch.testing.assert_close((weights @ value).reshape(expected.shape), expected)
     # What hides padding is the same for all heads, or there is nothing but it.
@@ -104,15 +136,29 @@ def _in_order(state: Any, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "form",
     [
-        lambda q, k, v, bias: (torch.tanh(q @ k.mT / 30) * 30 + bias).softmax(-1) @ v,
+        lambda q, k, v, bias: (torch.tanh(q @ k.mT / 30 + bias) * 30).softmax(-1) @ v,
+        lambda q, k, v, bias: (torch.tanh(q @ k.mT) * -30).softmax(-1) @ v,
+        lambda q, k, v, bias: (torch.tanh(torch.tanh(q @ k.mT) * 2) * 30).softmax(-1) @ v,
+        lambda q, k, v, bias: torch.cat([q @ k.mT, q[:, :, :, :1]], -1).softmax(-1)[..., :-1] @ v,
+        lambda q, k, v, bias: torch.cat([q @ k.mT, bias[:, :, :, :1].expand(B, H, TQ, 1)], -1).softmax(-1)[..., 1:] @ v,
         lambda q, k, v, bias: (
-            torch.cat([q @ k.mT, bias[:, :, :, :1].expand(B, -1, TQ, -1)], -1).softmax(-1)[..., :-1] @ v
+            torch.cat([q @ k.mT, bias[:, :, :, :2].expand(B, H, TQ, 2)], -1).softmax(-1)[..., :-2] @ v
         ),
         lambda q, k, v, bias: torch.max(q @ k.mT, bias).softmax(-1) @ v,
         lambda q, k, v, bias: (q @ k.mT * bias).softmax(-1) @ v,
         lambda q, k, v, bias: torch.add(q @ k.mT, bias, alpha=2.0).softmax(-1) @ v,
     ],
-    ids=["soft-cap", "sinks", "maximum", "weighed", "add with alpha"],
+    ids=[
+        "capped with a bias",
+        "capped at less than nothing",
+        "capped twice",
+        "a sink of every query",
+        "a sink that is kept",
+        "two sinks",
+        "maximum",
+        "weighed",
+        "add with alpha",
+    ],
 )
 def test_what_is_no_scale_and_mask_is_not_taken_for_one(form):
     state = capture(form, *inputs().values())

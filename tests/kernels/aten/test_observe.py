@@ -104,6 +104,20 @@ def test_sums_and_last_rows(case, statistic, window):
     assert relative_error(actual, expected) < 1e-5
 
 
+@settings(deadline=None, max_examples=40)
+@given(case=CASES, cap=st.sampled_from([0.0, 0.5]), samples=st.sampled_from([0, 1, None]))
+def test_soft_caps_and_sinks(case, cap, samples):
+    *inputs, real = arguments(case)
+    heads, batch = case.heads * case.group, case.batch if samples is None else samples
+    sinks = torch.linspace(-1, 1, batch * heads).view(batch, heads) if batch else None
+    for statistic in ("sum", "last"):
+        actual = attnpack.observe(*inputs, statistic, 3, real, cap, sinks)
+        assert relative_error(actual, reference.observe(*inputs, statistic, 3, real, cap, sinks)) < 1e-5
+    rows = attnpack.observe_newest(*inputs, False, False, cap, sinks)
+    plain = attnpack.observe(*inputs, "sum", 0, None, cap, sinks)
+    torch.testing.assert_close(rows.sum(2), plain, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
 @settings(deadline=None, max_examples=60)
 @given(case=CASES, window=st.sampled_from([0, 1, 3, 50]))
 def test_pivotal_counts(case, window):

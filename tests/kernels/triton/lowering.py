@@ -50,7 +50,7 @@ H200 = SimpleNamespace(
 
 #: How the packed tokens are stored: layout, and what is added to a factor's dims. Rows: scales of channels and groups.
 ROWS = RowForm(4, channel=True, zero=True)
-BLOCKS = {"plain": [], "4 bits": [0, kind(Block(0, 0, 0, bits=4))], "rows": [0, ROWS.kind]}
+BLOCKS = {"plain": [], "soft cap and sinks": [], "4 bits": [0, kind(Block(0, 0, 0, bits=4))], "rows": [0, ROWS.kind]}
 
 
 class LoweredError(Exception):
@@ -59,6 +59,7 @@ class LoweredError(Exception):
 
 def step(
     blocks,
+    cap,
     query,
     key_coefficient,
     key_basis,
@@ -74,7 +75,9 @@ def step(
     length = count.shape[0] - 2
     ops.append_([key_tail, value_tail], [new, new * 2], [length - 1, length - 1])
     factors = [key_coefficient], [key_basis], [value_coefficient], [value_basis]
-    unrotated, more = (None, None, False, None), (blocks, blocks, list(scales), list(scales), [], [])
+    sinks = scales[0] if cap else None
+    scales = [] if cap else list(scales)
+    unrotated, more = (None, None, False, None), (blocks, blocks, scales, scales, [], [], cap, sinks)
     attended = ops.attention(
         query * 2, *factors, key_tail, value_tail, length, index, None, 0.1, False, *unrotated, *more
     )
@@ -142,6 +145,7 @@ def main(batch: int, tokens: int, stored: str) -> None:
 
         scales = {
             "plain": lambda: (),
+            "soft cap and sinks": lambda: (new("sinks", 1, HEADS),),
             "4 bits": lambda: (new("scale", batch, 2, RANK, dtype=torch.float32),),
             "rows": lambda: (
                 new("zero", batch, tokens // 32, HEADS, DIM, dynamic=1),
@@ -160,7 +164,7 @@ def main(batch: int, tokens: int, stored: str) -> None:
             *scales[stored](),
         )
         with contextlib.suppress(LoweredError):
-            aot_function(partial(step, BLOCKS[stored]), fw_compiler=lower)(*arguments)
+            aot_function(partial(step, BLOCKS[stored], 30.0 if "cap" in stored else 0.0), fw_compiler=lower)(*arguments)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,10 @@ def assert_no_number_fixed(guards: list[str]) -> None:
     [
         ("4 bits", ["append_kernel", "absorb_coded_kernel", "tokens_coded_kernel", "combine_coded_kernel"]),
         ("rows", ["append_kernel", "absorb_coded_kernel", "combine_coded_kernel"]),
+        ("soft cap and sinks", ["append_kernel", "absorb_kernel", "tokens_kernel", "combine_kernel"]),
     ],
 )
-def test_codes_go_to_the_kernels_as_they_are(stored, expected):
+def test_codes_and_sinks_go_to_the_kernels_as_they_are(stored, expected):
     code, guards = lowered(1, 9216, stored)
     calls = re.findall(r"(\w+?)_\d+\.run\((.*)", code)
     assert [name for name, _ in calls if name.endswith("_kernel")] == expected
