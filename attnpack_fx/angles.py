@@ -113,14 +113,16 @@ class SharedAngles:
         return self._memo.derive("dropped", (count,), derive)
 
     def taken(self, packed: Tensor, tail: Tensor) -> "SharedAngles":
-        """Of some of the first `slots` packed slots, and some tail rows, int64 `[B, n]` each, -1 for filler; for one
-        layer.
-        """
-        made = self.reordered(packed.clamp(min=0))
-        if self.tail is None:
-            return made
-        rows = (_rows(each.expand(tail.shape[0], -1, -1), tail) for each in self.tail_rows())
-        return SharedAngles(made.packed, (tuple(rows),))  # type: ignore[arg-type]
+        """Of some of the first `slots` packed slots, and some tail rows, int64 `[B, n]` each, -1 for filler."""
+
+        def derive() -> SharedAngles:
+            made = self.reordered(packed.clamp(min=0))
+            if self.tail is None:
+                return made
+            rows = (_rows(each.expand(tail.shape[0], -1, -1), tail) for each in self.tail_rows())
+            return SharedAngles(made.packed, (tuple(rows),))  # type: ignore[arg-type]
+
+        return self._memo.derive("taken", (packed, tail), derive)
 
     def apart(self, heads: int) -> "SharedAngles":
         """Of every sample's heads; one sample stands for all."""
@@ -164,6 +166,13 @@ class SharedAngles:
             known = angles.axes.expand(batch, -1, -1)
             axes = known.gather(2, axes.expand(-1, known.shape[1], -1))
         return SharedAngles(Angles(angles.cos, angles.sin, axes, angles.interleaved), self.tail)
+
+    def by_number(self) -> "SharedAngles":
+        """With a row number for every packed slot, of which some may be taken later and the form stay as it is."""
+        if self.packed.axes is not None:
+            return self
+        order = torch.arange(self.slots, device=self.packed.cos.device)[None]
+        return self._memo.derive("by number", (), lambda: self.reordered(order))
 
     def select(self, rows: Tensor) -> "SharedAngles":
         """The samples `rows` (int64 `[B']`) of the batch."""

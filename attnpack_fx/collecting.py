@@ -51,7 +51,7 @@ class Collector:
             packed = packed.turned(angles.appended(cos, sin, packed.held.heads))
         elif angles is not None and angles.tail is not None:
             packed = packed.turned(angles.untracked())
-        return packed
+        return packed if spec.window is None else packed.newest(spec.window)
 
     def _assembled(self, spec: Packed) -> PackedTensor:
         results = self._results
@@ -59,7 +59,9 @@ class Collector:
         if spec.slot not in self._placements:
             slot = results[spec.slot]
             vision = None if spec.vision is None else results[spec.vision].expand(slot.shape) & (slot >= 0)
-            placed = Placement.from_plan(indices, slot, vision, moves=moves_tokens(self._policy))
+            placed = Placement.from_plan(
+                indices, slot, vision, moves=moves_tokens(self._policy), window=spec.window is not None
+            )
             # Layers of different ranks decide for themselves whether packing pays, and mostly decide alike.
             self._placements[spec.slot] = self._alike.one(placed)
         squares = None if spec.squares is None else results[spec.squares]
@@ -93,5 +95,5 @@ class Collector:
             cos, sin = (self._results[number] for number in spec.angles)
             keep = keeps_angles(self._policy)
             made = SharedAngles.of_prompt(cos, sin, placement.index, packed, spec.interleaved, keep)
-            self._angles[known] = self._alike.one(made)
+            self._angles[known] = self._alike.one(made if spec.window is None else made.by_number())
         return self._angles[known]

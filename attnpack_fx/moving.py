@@ -5,7 +5,7 @@ So tokens are chosen between neighbouring borders of either; samples that keep f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -29,18 +29,21 @@ class Choice:
 
     order: Tensor
     ends: dict[int, int]
+    _between: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
 
     def between(self, first: int, end: int) -> Tensor:
         """Those of the old slots first .. end - 1 (both borders), counted from `first`; filler stays -1."""
-        order = self.order[:, self.ends[first] : self.ends[end]]
-        return torch.where(order < 0, order, order - first)
+        if (first, end) not in self._between:
+            order = self.order[:, self.ends[first] : self.ends[end]]
+            self._between[first, end] = torch.where(order < 0, order, order - first)
+        return self._between[first, end]
 
 
 def choose(key: PackedTensor, value: PackedTensor, keep: Tensor) -> Choice:
     """The slots where `keep`, bool `[B, slots]`, is True."""
-    borders = sorted({0, *_borders(key), *_borders(value)})
+    ordered = sorted({0, *borders(key), *borders(value)})
     pieces, ends, count = [], {0: 0}, 0
-    for first, end in pairwise(borders):
+    for first, end in pairwise(ordered):
         piece = positions(keep[:, first:end])
         pieces.append(torch.where(piece < 0, piece, piece + first))
         count += piece.shape[1]
@@ -51,7 +54,7 @@ def choose(key: PackedTensor, value: PackedTensor, keep: Tensor) -> Choice:
 def taken(key: PackedTensor, value: PackedTensor, choice: Choice) -> tuple[PackedTensor, PackedTensor]:
     """Keys and values with the chosen slots alone."""
     index = chosen_positions(key, choice)
-    placement = key.placed.moved(index)
+    placement = key.placed.derived("taken", (choice,), lambda: key.placed.moved(index))
     made = []
     for packed in (key, value):
         held, tail = packed.held, packed.held.packed
@@ -124,6 +127,7 @@ def _zeroed(found: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def _borders(packed: PackedTensor) -> Sequence[int]:
+def borders(packed: PackedTensor) -> Sequence[int]:
+    """Slot numbers where something else begins: each segment, the tail, its rows that are not pinned, the end."""
     ends = list(accumulate(packed.held.counts))
     return [*ends, packed.held.packed + packed.held.pinned, packed.slots]

@@ -230,6 +230,12 @@ class PackedTensor(Memoryless):
             importance = importance[:, : held.packed + length].clone()
         return PackedTensor(held, self.lease.buffer.lease(length), importance)
 
+    def newest(self, tokens: int) -> "PackedTensor":
+        """Only the last `tokens` tokens. The others' slots become filler, which `windows.compacted` frees."""
+        if tokens >= self.shape[2]:
+            return self
+        return PackedTensor(replace(self.held, placement=self.placed.newest(tokens)), self.lease, self.importance)
+
     def samples(self, rows: Tensor) -> "PackedTensor":
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
         length, heads = self.lease.length, self.held.heads

@@ -37,15 +37,22 @@ class Placement:
 
     @classmethod
     def from_plan(
-        cls, indices: list[Tensor], slot: Tensor, vision: Tensor | None = None, *, moves: bool = False
+        cls,
+        indices: list[Tensor],
+        slot: Tensor,
+        vision: Tensor | None = None,
+        *,
+        moves: bool = False,
+        window: bool = False,
     ) -> "Placement":
         """From the index of each segment and of the dense prompt tokens, in slot order.
 
-        moves: whether tokens may leave or change places later, and leave filler where samples differ.
+        moves: whether tokens may leave or change places later, and leave filler where samples differ. window: whether
+        the oldest will leave one by one, each leaving filler at first.
         """
         index = torch.cat(indices, dim=1) if len(indices) > 1 else indices[0]
-        differ = moves and index.shape[0] > 1
-        absent = (slot < 0).sum(1) if moves else None
+        differ = window or (moves and index.shape[0] > 1)
+        absent = (slot < 0).sum(1) if moves or window else None
         return cls(index, slot.shape[1], differ or _has_filler(index), vision, absent)
 
     @property
@@ -101,6 +108,10 @@ class Placement:
         inside = (position >= 0) & (position < known)
         return self.vision.gather(1, position.clamp(0, known - 1)) & inside
 
+    def derived(self, name: str, arguments: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What layers placed alike derive for themselves, and share as they share this."""
+        return self._memo.derive(name, arguments, make)
+
     def apart(self, heads: int) -> "Placement":
         """With every sample repeated for each of its heads."""
 
@@ -138,6 +149,18 @@ class Placement:
             return Placement(index, end, self.ragged, self.vision, self.absent)
 
         return self._memo.derive("extend", (count,), derive)
+
+    def newest(self, tokens: int) -> "Placement":
+        """Only the last `tokens` logical positions, counted anew from 0; slots of the others are filler."""
+
+        def derive() -> Placement:
+            gone = self.tokens - tokens
+            index = (self.index - gone).clamp(min=-1)
+            vision = None if self.vision is None else self.vision[:, gone:].clone()
+            absent = None if self.absent is None else (self.absent - gone).clamp(min=0)
+            return Placement(index, tokens, True, vision, absent)
+
+        return self._memo.derive("newest", (tokens,), derive)
 
     def reorder(self, order: Tensor) -> "Placement":
         """With the first slots in another order, int64 `[B, n]`; for one layer, so not remembered."""

@@ -35,8 +35,9 @@ from attnpack_fx.passes.state import (
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.regrouping import weighed
-from attnpack_fx.shared import Alike
+from attnpack_fx.shared import Alike, lasting
 from attnpack_fx.taking_back import provisional, remember
+from attnpack_fx.windows import compacted
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Runtime:
         self._feeders = [_feeder(spec) for spec in state.inputs.values()]
         self._outputs: list[OutputSpec] = state.outputs
         self._pairs = state.pairs
+        self._windows = state.windows
         self._layers = state.layers if policy.partial or policy.fold_every or policy.passes else []
         self._candidates = state.candidates
         self._shown = state.shown
@@ -64,8 +66,10 @@ class Runtime:
         for key, value in self._pairs:
             _check_pair(arguments[key], arguments[value])
             arguments[key].taken_back = arguments[value].taken_back = None  # what it holds stays
-        if self._pairs:
-            _check_mask(arguments[self._pairs[0][0]].placement)
+        for key, _ in self._pairs:
+            if arguments[key].placement.most_missing:
+                _check_mask(arguments[key].placement)
+                break
         call = Call.of(arguments)
         grown: dict[int, PackedTensor] = {}
         flat = [feed(arguments, grown, call) for feed in self._feeders]
@@ -75,7 +79,10 @@ class Runtime:
         call.reports += self._reports
         call.alike.next_graph()
         collector = Collector(results, grown, self._policy, call.alike)
-        outputs = [collector.collect(spec) for spec in self._outputs]
+        with lasting():
+            outputs = [collector.collect(spec) for spec in self._outputs]
+            for key, value in self._windows:
+                outputs[key], outputs[value] = compacted(outputs[key], outputs[value])
         self._maintain(arguments, results, outputs)
         self._unite(outputs, call.alike)
         self._pack_candidates(outputs, call)
@@ -221,8 +228,6 @@ def _check_pair(key: PackedTensor, value: PackedTensor) -> None:
 
 def _check_mask(placement: Placement) -> None:
     """Raise where a mask shows a token that was padding when the prompt was packed: none of it is kept."""
-    if not placement.most_missing:
-        return
     mask, samples = caller.attention_mask(), len(placement.index)
     if mask is None or not len(mask) or samples % len(mask) or mask.shape[1] < placement.tokens:
         return

@@ -77,13 +77,13 @@ class TailLease:
         return _alias(self.buffer.rows, self.length + SPARE_ROWS)
 
 
-def allocate(rows: Tensor, needed: int) -> TailBuffer:
+def allocate(rows: Tensor, needed: int, room: int | None = None) -> TailBuffer:
     """A new buffer that starts with `rows` and holds at least `needed`, with room to grow.
 
-    A quarter of room: each token is copied about five times in all, little beside the reads of attention, and little
-    stands empty.
+    A quarter of room, unless it is given: each token is copied about five times in all, little beside the reads of
+    attention, and little stands empty.
     """
-    capacity = needed + max(_MINIMUM_ROOM, needed // 4) + SPARE_ROWS
+    capacity = needed + (max(_MINIMUM_ROOM, needed // 4) if room is None else room) + SPARE_ROWS
     grown = rows.new_empty((capacity, *rows.shape[1:]))
     grown[: rows.shape[0]].copy_(rows)
     return TailBuffer(grown)

@@ -54,9 +54,12 @@ def compress(
 ) -> SiteReport | None:
     """Pack what this site puts into the cache."""
     results = state.results
-    if site.key not in results or site.value not in results or site.key in compressed or is_static(site.key):
+    cached_key, cached_value = site.cached
+    if cached_key not in results or cached_value not in results or is_static(site.key):
         return None
     layer = layer_of(site.node)
+    if cached_key in compressed:  # by the layer that keeps them, of which this one reads
+        return SiteReport(layer, site.kind, "compressed", causal=True)
     obstacle = site.obstacle or _uncompressible(site)
     if obstacle is not None:
         return SiteReport(layer, site.kind, "dense", obstacle)
@@ -69,9 +72,13 @@ def compress(
     plan = policy.layer(number, count, *widths, vision=modality is not None)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
     rows = planner.rows_of(number)
+    if site.window is not None and (rows is not None or policy.passes or policy.partial is not None):
+        reason = "sliding window: methods and partial reading do not know that its cache drops the oldest tokens"
+        return SiteReport(layer, site.kind, "dense", reason, causal=True)
     held = acts_on_cache(policy) and not policy.skips(number, count)
     if not stored and rows is None and not held:
-        state.candidates.append((results.index(site.key), results.index(site.value), number))
+        if site.window is None:
+            state.candidates.append((results.index(site.key), results.index(site.value), number))
         reason = "the policy leaves this layer dense"
         if modality is None:
             reason = "no vision tokens are known here and text_rank is None"
@@ -83,13 +90,15 @@ def compress(
     loss = asks_for_loss(policy, stored.values())
     graph = state.graph
     with graph.inserting_before(site.node.next):
-        *indices, slot = planner.plan(site, site.key, modality, gains, rows)
+        if modality is not None:
+            modality = planner.newest(modality, site.window)
+        *indices, slot = planner.plan(site, cached_key, modality, gains, rows)
         sources = planner.sources(indices, rows)
         index, source_of = (dict(zip((VISION, TEXT), each[:2], strict=True)) for each in (indices, sources))
         vision = flat.add(modality) if modality is not None and asks_for_modality(policy) else None
-        for node, kind in ((site.key, "key"), (site.value, "value")):
+        for node, kind in ((cached_key, "key"), (cached_value, "value")):
             angles = rotation if kind == "key" else None
-            source = graph.call_method("detach", (node if angles is None else angles.unrotated,))
+            source = graph.call_method("detach", (node if angles is None else _newest_rows(site, angles.unrotated),))
             factors, columns = [], []
             for name, how in stored.items():
                 columns.append(getattr(how, kind))
@@ -109,17 +118,18 @@ def compress(
                 slot=flat.add(slot),
                 tail=flat.add(tail),
                 squares=flat.add(planner.by_position(_squares(state, source), rows)) if loss else None,
-                angles=None if angles is None else _angles(flat, planner, angles, rows),
+                angles=None if angles is None else _angles(flat, planner, angles, site.window, rows),
                 interleaved=angles is not None and angles.interleaved,
                 vision=vision,
                 heads=heads,
+                window=site.window,
             )
         scores = _observed(state, site, bool(heads)) if held else None
         newest = _newest(state, site, bool(heads)) if held else None
     state.layers.append(
         Layer(
-            results.index(site.key),
-            results.index(site.value),
+            results.index(cached_key),
+            results.index(cached_value),
             number,
             text=plan.text,
             skipped=policy.skips(number, count),
@@ -141,10 +151,21 @@ def compress(
     )
 
 
-def _angles(flat: FlatOutputs, planner: TokenPlanner, rotation: Rotation, rows: Node | None) -> tuple[int, int]:
+def _angles(
+    flat: FlatOutputs, planner: TokenPlanner, rotation: Rotation, window: int | None, rows: Node | None
+) -> tuple[int, int]:
     """The outputs that are cos and sin of every logical position."""
-    cos, sin = (flat.add(planner.by_position(each, rows)) for each in (rotation.cos, rotation.sin))
+    of_tokens = (planner.newest(each, window) for each in (rotation.cos, rotation.sin))
+    cos, sin = (flat.add(planner.by_position(each, rows)) for each in of_tokens)
     return cos, sin
+
+
+def _newest_rows(site: Site, keys: Node) -> Node:
+    """Of keys `[B, H, T, D]` those that enter the cache."""
+    if site.window is None:
+        return keys
+    every = slice(None, None, None)
+    return keys.graph.call_function(operator.getitem, (keys, (every, every, slice(-site.window, None, None))))
 
 
 def _observed(state: GraphState, site: Site, apart: bool) -> Node | None:
@@ -216,7 +237,7 @@ def _given(state: GraphState, site: Site, number: int | None, name: Modality, ki
 def _layer_count(state: GraphState) -> int | None:
     """How many decoder layers there are; None where the graph may not show all."""
     results = set(state.results)
-    return None if state.carries else layer_count(site.node for site in state.sites if site.key in results)
+    return None if state.carries else layer_count(site.node for site in state.sites if site.cached[0] in results)
 
 
 def _rotation(rotary: RotaryFinder, site: Site) -> Rotation | None:

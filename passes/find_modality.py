@@ -40,7 +40,7 @@ def find_modality(state: GraphState) -> int:
 def _masks(state: GraphState) -> Iterator[tuple[Node, Node]]:
     """Nodes that put features among embeddings, and their masks: in front of all that keeps keys and values."""
     results = set(state.results)
-    first = next((site.node for site in state.sites if site.key in results), None)
+    first = next((site.node for site in state.sites if site.cached[0] in results), None)
     for node in state.graph.nodes:
         if node is first:
             return

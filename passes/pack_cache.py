@@ -7,10 +7,14 @@ dense or empty, the
 output becomes `attnpack::compress` and the attention of this call stays exact (`dense_past.py`).
 """
 
+from dataclasses import replace
+from typing import Any
+
 from torch.fx import Node
 
 from attnpack_fx.passes.dense_past import FlatOutputs, compress
 from attnpack_fx.passes.find_rotary import RotaryFinder
+from attnpack_fx.passes.find_windows import newest_of
 from attnpack_fx.passes.left_dense import leave, report_unknown
 from attnpack_fx.passes.packed_past import Appended, append, attend, decompress_rest
 from attnpack_fx.passes.plan_tokens import TokenPlanner
@@ -52,12 +56,25 @@ def _write_outputs(
             specs.append(compressed[result])
         elif isinstance(result, Node) and result in appended:
             specs.append(_grown(flat, appended[result]))
+        elif (grown := _slice_of(result, appended)) is not None:
+            specs.append(replace(_grown(flat, grown), window=newest_of(result)))
         else:
             specs.append(Plain(flat.add(result)))
+    for site in state.sites:
+        if site.window is not None:
+            key, value = map(state.results.index, site.cached)
+            if isinstance(specs[key], Grown) and isinstance(specs[value], Grown):
+                state.windows.append((key, value))
     if state.modality is not None:
         state.shown = flat.add(state.modality)
     state.outputs = specs
     state.output.args = (tuple(flat.nodes),)
+
+
+def _slice_of(result: Any, appended: dict[Node, Appended]) -> Appended | None:
+    """What a layer with a sliding window keeps the newest tokens of."""
+    source = result.args[0] if isinstance(result, Node) and newest_of(result) is not None else None
+    return appended.get(source) if isinstance(source, Node) else None
 
 
 def _grown(flat: FlatOutputs, appended: Appended) -> Grown:

@@ -164,7 +164,8 @@ def _mask_of_heads(state: GraphState, site: Site, mask: Node | None, heads: int)
 def _remember(state: GraphState, site: Site, key: Appended, value: Appended) -> None:
     """That this site's cache grew, where keys and values leave the graph."""
     results = state.results
-    if site.key not in results or site.value not in results:
+    cached_key, cached_value = site.cached
+    if cached_key not in results or cached_value not in results:
         return
     number = layer_number(layer_of(site.node))
     count = None if state.carries else layer_count(each.node for each in state.sites if _is_cached(state, each))
@@ -172,13 +173,13 @@ def _remember(state: GraphState, site: Site, key: Appended, value: Appended) -> 
     if state.policy.fold_every is not None:
         widths = (operand.packed.tail.shape[2] * operand.packed.tail.shape[3] for operand in (key, value))
         text = state.policy.layer(number, count, *widths, vision=False).text
-    places = results.index(site.key), results.index(site.value)
+    places = results.index(cached_key), results.index(cached_value)
     skipped = bool(state.policy.passes) and state.policy.skips(number, count)
     state.layers.append(Layer(*places, number, text, key.count, skipped))
 
 
 def _is_cached(state: GraphState, site: Site) -> bool:
-    return site.key in state.packed or site.key in state.results
+    return site.key in state.packed or site.cached[0] in state.results
 
 
 def _packed_operand(state: GraphState, node: Node, appended: dict[Node, Appended]) -> Appended | None:

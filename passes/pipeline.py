@@ -6,6 +6,7 @@ from attnpack_fx.passes.batch_compress import batch_compress
 from attnpack_fx.passes.cleanup import cleanup
 from attnpack_fx.passes.find_attention import find_attention
 from attnpack_fx.passes.find_modality import find_modality
+from attnpack_fx.passes.find_windows import find_windows
 from attnpack_fx.passes.merge_appends import merge_appends
 from attnpack_fx.passes.pack_cache import decompress_inputs, pack_cache
 from attnpack_fx.passes.prune_tokens import prune_tokens
@@ -15,6 +16,7 @@ from attnpack_fx.passes.state import GraphState
 #: Each pass is `state -> how many things it found or changed`.
 PASSES: tuple[Callable[[GraphState], int], ...] = (
     find_attention,  # before any rewrite: patterns are those of the model's source
+    find_windows,  # after find_attention, whose sites it completes
     find_modality,  # before pack_cache, which splits tokens by it
     prune_tokens,  # after both, which it asks for; before pack_cache, which places what it leaves
     pack_cache,

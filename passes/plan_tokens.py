@@ -35,6 +35,7 @@ class TokenPlanner:
         self._places: dict[Node, Node] = {}
         self._sources: dict[tuple[Node, Node], Node] = {}
         self._by_position: dict[tuple[Node, Node], Node] = {}
+        self._newest: dict[tuple[Node, int], Node] = {}
         self._modality: Node | None = None
 
     def modality(self, key: Node) -> Node | None:
@@ -104,6 +105,8 @@ class TokenPlanner:
         real, like = (None if hiding is None else self._real_tokens(hiding)), key
         if rows is not None:
             real, like = self._real_of(rows)
+        elif real is not None:
+            real = self.newest(real, site.window)
         shape = shape_of(key)
         assert shape is not None
         device = key.meta["example_value"].device
@@ -141,6 +144,18 @@ class TokenPlanner:
             made = self.state.graph.call_function(torch.ops.attnpack.gather_tokens.default, arguments)
             self._by_position[of_rows, rows] = made
         return self._by_position[of_rows, rows]
+
+    def newest(self, of_tokens: Node, window: int | None) -> Node:
+        """What a layer has for every token, `[B or 1, T, ...]`, of those that enter its cache; one node for all
+        layers.
+        """
+        if window is None:
+            return of_tokens
+        if (of_tokens, window) not in self._newest:
+            every = slice(None, None, None)
+            made = self.state.graph.call_function(operator.getitem, (of_tokens, (every, slice(-window, None, None))))
+            self._newest[of_tokens, window] = made
+        return self._newest[of_tokens, window]
 
     def _real_of(self, rows: Node) -> tuple[Node, Node]:
         """Which tokens have a row and are no padding, bool `[B, T]`, and a tensor `[B, H, T, D]` with all tokens."""

@@ -36,6 +36,9 @@ class Policy(Protocol):
     def passes(self) -> tuple[Method, ...]: ...
 
     @property
+    def partial(self) -> object | None: ...
+
+    @property
     def bases(self) -> str: ...
 
     @property
@@ -140,13 +143,15 @@ class Grown:
     """The packed argument `position` with `count` tokens appended.
 
     weights: the output that says how much this call attended to each slot; angles: `(cos, sin)` outputs of the new
-    tokens, for keys that may be packed later as they were before rotary embedding.
+    tokens, for keys that may be packed later as they were before rotary embedding; window: None, or how many of the
+    newest tokens stay.
     """
 
     position: int
     count: Size
     weights: int | None = None
     angles: tuple[int, int] | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,7 @@ class Packed:
     angles: `(cos, sin)` outputs, of keys stored before rotary embedding; interleaved: as in `Angles`.
     vision: the output that says which tokens are vision tokens, bool `[B or 1, T]`, where anything asks.
     heads: the number of KV heads where each keeps tokens of its own, else 0.
+    window: None, or how many of the newest tokens stay.
     """
 
     modalities: tuple[Modality, ...]
@@ -185,6 +191,7 @@ class Packed:
     interleaved: bool = False
     vision: int | None = None
     heads: int = 0
+    window: int | None = None
 
 
 OutputSpec = Plain | Grown | Packed
@@ -238,6 +245,8 @@ class Site:
     query, key, value: as attention reads them, key and value with KV heads repeated or not (`grouped`).
     kind: how it is written: `"sdpa"`, `"eager"`, `"flex_attention"`.
     padding: of a mask with other parts, the one that hides padding. folded: whether `node` is `[B * H, T, D]`.
+    kept, window: of a sliding window, the slices of key and value that enter the cache, and of how many of the newest
+        tokens they are; else None.
     cap: of soft-capped scores, else 0. sinks: None, or a score per query head that takes part in softmax, `[1, Hq]`.
     obstacle: why it cannot be rewritten whatever its cache, or None.
     """
@@ -253,8 +262,15 @@ class Site:
     cap: float = 0.0
     sinks: Node | None = None
     is_causal: bool = False
+    kept: tuple[Node, Node] | None = None
+    window: int | None = None
     folded: bool = False
     obstacle: str | None = None
+
+    @property
+    def cached(self) -> tuple[Node, Node]:
+        """Key and value as they enter the cache."""
+        return self.kept or (self.key, self.value)
 
 
 @dataclass
@@ -297,6 +313,7 @@ class Pruned:
 class GraphState:
     """The graph and everything known about it; passes read and update it in place.
 
+    windows: outputs that are keys and values of a layer with a sliding window, both grown.
     modality_given: whether anything is known of vision tokens beside what the graph shows. in_decoder: whether decoder
     layers of the same call stand in front of it. traced: what Dynamo's graph returns, each as it was there.
     unknown: softmax of what looks like attention -> why it is not known.
@@ -313,6 +330,7 @@ class GraphState:
     carries: bool = False
     pairs: list[tuple[int, int]] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
+    windows: list[tuple[int, int]] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     unknown: dict[Node, str] = field(default_factory=dict)
     pruned: list[Pruned] = field(default_factory=list)

@@ -15,30 +15,33 @@ LAYER_KEYS = {"layer", "tokens", "key_rank", "value_rank", "key_space", "key_err
 LAYER_KEYS |= {"bytes", "dense_bytes"}
 
 
+POLICY = PackPolicy(vision_rank=4, skip_layers=(1,))
+
+
 @pytest.fixture(scope="module")
 def decoder_report():
-    """A hand-written module with one growing and one sliding layer."""
+    """A hand-written module with one layer that is packed and one that is not, which has a sliding window."""
     from attnpack_fx import backend
 
     torch._dynamo.reset()
     model = Decoder(windows=(None, 4))
     ids, features = prompt(text=8, vision=40)
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(match="sliding window"):
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(match="the policy leaves this layer dense"):
         patch.setattr(backend, "_inductor", lambda module, examples, patches: module)
-        yield explain(model, policy=PackPolicy(vision_rank=4), ids=ids, features=features)
+        yield explain(model, policy=POLICY, ids=ids, features=features)
 
 
 def test_the_report_is_a_plain_dict(decoder_report):
     assert isinstance(decoder_report, dict)
     assert set(decoder_report) == {"policy", "graphs", "layers", "bytes_before", "bytes_after"}
     assert json.loads(json.dumps(decoder_report)) == decoder_report
-    assert decoder_report["policy"] == PackPolicy(vision_rank=4).to_dict()
+    assert decoder_report["policy"] == POLICY.to_dict()
 
 
 def test_every_site_is_listed_with_what_became_of_it(decoder_report):
     (sites,) = decoder_report["graphs"]
     assert [site["action"] for site in sites] == ["compressed", "dense"]
-    assert "sliding window" in sites[1]["reason"]
+    assert "the policy leaves" in sites[1]["reason"]
     assert [site["layer"].split(".")[-1].strip("]['") for site in sites] == ["0", "1"]
 
 
@@ -61,7 +64,7 @@ def test_bytes_are_those_of_all_layers(decoder_report):
 
 def test_the_report_prints_sites_layers_and_totals(decoder_report):
     text = str(decoder_report)
-    assert "compressed" in text and "sliding window" in text
+    assert "compressed" in text and "the policy leaves" in text
     assert "vision 40, dense 8" in text and "vision 4/4" in text
     assert f"{decoder_report['bytes_before']:,} bytes dense" in text
     assert "x smaller" in text

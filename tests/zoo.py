@@ -419,8 +419,7 @@ _add(
     transformers.Gemma3ForConditionalGeneration,
     _gemma3,
     _image_inputs(16, (3, 112, 112), _image_types),
-    packed_layers=(1,),
-    dense_reason="sliding window",
+    packed_layers=(0, 1, 2),
 )
 _add(
     "mllama",
@@ -451,8 +450,6 @@ _add(
     transformers.MistralForCausalLM,
     lambda: transformers.MistralConfig(**_DECODER, sliding_window=16),
     text_inputs,
-    packed_layers=(),
-    dense_reason="sliding window",
 )
 
 _add(

@@ -279,7 +279,7 @@ def decode_step(shape: Shape) -> list[Launch]:
             blocks = _layout(shape, 0), _layout(shape, 1)
             given: list[Any] = [*arguments, *rotary, *blocks, keys[2], values[2], [], [], shape.cap, sinks]
             assert takes(*given), "a shape that the kernels refuse"
-            return attention(*given, weights=shape.weights)
+            return attention(*[*given, shape.weights])
 
         tails = tail, tail.clone(), fresh, fresh.clone()
         return launches(step, (query, keys, values, *tails, index, mask, angles, angles, axes, sinks))

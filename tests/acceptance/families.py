@@ -5,8 +5,8 @@ keys and values 256 numbers wide (`H * D`), and three decoder layers: every grap
 and three are the fewest among which some see fewer tokens, and two are merged.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Family:
     config: what `model` is built from. inputs: keyword arguments of `generate`, by seed.
     heads, dim: of its cached keys and values. batch: samples of a prompt. vision, text: tokens of a sample's prompt,
     padding among text.
-    dense: layers that stay dense whatever the policy -> a word of the reason that is reported.
+    windows: layers with a sliding window, which stay dense where methods act or tokens are read in part.
     unpruned, unmerged: a word of the reason why no tokens can be pruned in it, or no layers be merged, else None.
     """
 
@@ -47,7 +47,7 @@ class Family:
     batch: int = 1
     vision: int = VISION_TOKENS
     text: int = TEXT_TOKENS
-    dense: Mapping[int, str] = field(default_factory=dict)
+    windows: tuple[int, ...] = ()
     unpruned: str | None = None
     unmerged: str | None = None
 
@@ -220,7 +220,7 @@ FAMILIES: dict[str, Family] = {
             transformers.Gemma3ForConditionalGeneration,
             _gemma3,
             _image_inputs(_large, types=True),
-            dense={0: "sliding window"},
+            windows=(0,),
             unpruned="layer",
         ),
         Family(

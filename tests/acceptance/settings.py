@@ -35,6 +35,8 @@ NEW_TOKENS = 10
 #: Of layers whose tokens a policy leaves as they are: in decode steps, and at prefill, which knows its vision tokens.
 PREFILL = "the policy leaves this layer dense"
 NOTHING = "no vision tokens are known here and text_rank is None"
+#: Of layers with a sliding window, beside methods.
+SLIDING = "sliding window"
 #: A calibrated policy's share of the dense bytes of the prompt.
 CALIBRATED = 1 / 8
 #: Families whose decoder is another's: what is packed is seen there, and here that tokens are found and left out.
@@ -142,14 +144,18 @@ class Setting:
 
     def dense(self, family: Family) -> dict[int, str]:
         """Layers that stay dense in a family -> a word of the reason, which must be reported."""
-        policy = self.policy(family) if self.policy is not None else None
-        if policy is None or any(not method.stages <= {Stage.TOKENS} for method in policy.passes):
-            return dict(family.dense)
+        if self.policy is None:
+            return dict.fromkeys(family.windows, PREFILL)  # plans know no windows
+        policy = self.policy(family)
+        apart = bool(policy.passes) or policy.partial is not None
+        dense = dict.fromkeys(family.windows, SLIDING) if apart else {}
+        if any(not method.stages <= {Stage.TOKENS} for method in policy.passes):
+            return dense
         if policy.text_rank is not None or (family.vision and policy.vision_rank is not None):
-            return dict(family.dense)
+            return dense
         # Nothing packs a token; layers that some tokens do not reach say which they have.
         pruned = [method.layer for method in policy.passes if not self.unpruned(family)]
-        return dict.fromkeys(range(min(pruned, default=LAYERS)), NOTHING) | dict(family.dense)
+        return dict.fromkeys(range(min(pruned, default=LAYERS)), NOTHING) | dense
 
 
 def _ranked(rank: Any, **options: Any) -> Callable[[Family], PackPolicy]:

@@ -89,6 +89,7 @@ _GOOD = Record(
         ({"setting": "H2O, off", "same": False}, "other tokens"),
         ({"setting": "H2O, off", "same": True, "error": 2e-4}, "differ by 2.0e-04"),
         ({"family": "gemma3", "packed": (1, 2)}, "'sliding window'"),
+        ({"family": "gemma3", "setting": "default options", "packed": (1, 2)}, "expected (0, 1, 2)"),
     ],
     ids=str,
 )
