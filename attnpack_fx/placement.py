@@ -52,7 +52,9 @@ class Placement:
         """
         index = torch.cat(indices, dim=1) if len(indices) > 1 else indices[0]
         differ = window or (moves and index.shape[0] > 1)
-        absent = (slot < 0).sum(1) if moves or window else None
+        absent = (slot < 0).sum(1) if moves else None
+        if window:  # what a later mask shows of them cannot be told by its first columns
+            absent = index.new_zeros(index.shape[0])
         return cls(index, slot.shape[1], differ or _has_filler(index), vision, absent)
 
     @property
@@ -157,8 +159,7 @@ class Placement:
             gone = self.tokens - tokens
             index = (self.index - gone).clamp(min=-1)
             vision = None if self.vision is None else self.vision[:, gone:].clone()
-            absent = None if self.absent is None else (self.absent - gone).clamp(min=0)
-            return Placement(index, tokens, True, vision, absent)
+            return Placement(index, tokens, True, vision, self.absent)
 
         return self._memo.derive("newest", (tokens,), derive)
 

@@ -99,7 +99,7 @@ def test_beam_search(dense: Model, packed: Model) -> None:
     assert len(actual.sequences.unique(dim=0)) == 8
 
 
-def test_prompt_lookup(dense: Model, packed: Model) -> None:
+def test_prompt_lookup(dense: Model, packed: Model, without_inductor: None) -> None:
     inputs = llava_inputs()
     # A prompt that ends as it began, so that the lookup finds candidates.
     ids = inputs["input_ids"]
@@ -112,7 +112,7 @@ def test_prompt_lookup(dense: Model, packed: Model) -> None:
     assert_same(actual, expected)
 
 
-def test_sampled_sequences(dense: Model, packed: Model) -> None:
+def test_sampled_sequences(dense: Model, packed: Model, without_inductor: None) -> None:
     results = []
     for model in (dense, packed):
         torch.manual_seed(3)
@@ -165,7 +165,7 @@ def test_one_cache_continued_two_ways(dense: Model, packed: Model, copied: bool)
     assert_packed(second)
 
 
-def test_the_same_past_twice(dense: Model, packed: Model) -> None:
+def test_the_same_past_twice(dense: Model, packed: Model, without_inductor: None) -> None:
     """Hand-made steps, each from the same packed past: earlier calls leave no trace in it."""
     logits = []
     for model in (dense, packed):
@@ -177,7 +177,7 @@ def test_the_same_past_twice(dense: Model, packed: Model) -> None:
     assert torch.equal(logits[1][0], logits[1][3])
 
 
-def test_second_turn(dense: Model, packed: Model) -> None:
+def test_second_turn(dense: Model, packed: Model, without_inductor: None) -> None:
     inputs = llava_inputs()
     expected, actual = (generate(model, inputs, tokens=6) for model in (dense, packed))
     assert_same(actual, expected)
@@ -191,14 +191,14 @@ def test_second_turn(dense: Model, packed: Model) -> None:
 
 # transformers wraps every forward in one function, so all its frames share one code object's recompile limit.
 @torch._dynamo.config.patch(recompile_limit=64)
-def test_batch_changed_between_calls(dense: Model, packed: Model) -> None:
+def test_batch_changed_between_calls(dense: Model, packed: Model, without_inductor: None) -> None:
     for batch, left_padding in ((2, 3), (1, 0), (3, 2), (2, 0)):
         inputs = llava_inputs(batch, left_padding)
         assert_same(generate(packed, inputs, tokens=4), generate(dense, inputs, tokens=4))
 
 
 @torch._dynamo.config.patch(recompile_limit=1)
-def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model) -> None:
+def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model, without_inductor: None) -> None:
     """Frames that Dynamo no longer compiles run eagerly, on whatever cache the compiled ones made."""
     for batch in (1, 2):
         expected, actual = (generate(model, llava_inputs(batch), tokens=4) for model in (dense, packed))
@@ -206,7 +206,7 @@ def test_past_the_recompile_limit_answers_stay_right(dense: Model, packed: Model
         assert_close(torch.stack(actual.logits), torch.stack(expected.logits))
 
 
-def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Model) -> None:
+def test_an_uncompiled_model_continues_a_packed_cache(dense: Model, packed: Model, without_inductor: None) -> None:
     logits = []
     for model in (dense, packed):
         cache = prefill(model, llava_inputs(2, 3))
@@ -289,7 +289,7 @@ def test_graphs_stop_growing(name: str, rank: int | str) -> None:
 # ---- models side by side -----------------------------------------------------------------------------------
 
 
-def test_two_policies_for_one_class(dense: Model) -> None:
+def test_two_policies_for_one_class(dense: Model, without_inductor: None) -> None:
     inputs = llava_inputs()
     full, low = compiled("llava-gqa"), compiled("llava-gqa", vision_rank=(6, 4), text_rank=None)
     expected = generate(dense, inputs, tokens=4)
@@ -361,7 +361,7 @@ def test_with_gradients_enabled(dense: Model, packed: Model) -> None:
     assert_packed(out.past_key_values)
 
 
-def test_without_cache(dense: Model, packed: Model) -> None:
+def test_without_cache(dense: Model, packed: Model, without_inductor: None) -> None:
     inputs = llava_inputs()
     with torch.no_grad():
         expected, actual = (model(**inputs, use_cache=False) for model in (dense, packed))

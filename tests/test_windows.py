@@ -124,7 +124,7 @@ def test_an_uncompiled_model_goes_on(without_inductor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt-oss", "aya-vision", "mistral-sliding"])
+@pytest.mark.parametrize("name", ["gpt-oss", "aya-vision"])
 def test_through_inductor(name, fresh_dynamo):
     """230 tokens behind prompts of 70 and 80, windows of 32 and 64."""
     family = FURTHER[name]
@@ -143,3 +143,24 @@ def test_methods_leave_such_layers_alone_and_say_so(without_inductor):
     with pytest.warns(attnpack_fx.AttnpackWarning, match="sliding window: methods"):
         out = generated(model, inputs, 3)
     assert not any(isinstance(key, PackedTensor) for key, _ in layers(out))
+
+
+def test_padding_behind_a_prompt_that_is_longer_than_the_window(without_inductor):
+    """Which is none of the newest tokens at any later step."""
+    family = FURTHER["mistral-sliding"]
+    model = family.build()
+    ids = torch.arange(10, 90)[None]
+    mask = torch.ones_like(ids).index_fill(1, torch.arange(74, 80), 0)
+    logits = []
+    for compiled in (False, True):
+        if compiled:
+            attnpack_fx.compile(model, **LOSSLESS)
+        with torch.no_grad():
+            cache = hf.cache_of(model(input_ids=ids, attention_mask=mask, use_cache=True))
+            longer, steps = mask, []
+            for token in range(20, 32):
+                longer = torch.cat([longer, torch.ones_like(longer[:, :1])], 1)
+                step = {"input_ids": torch.tensor([[token]]), "attention_mask": longer}
+                steps.append(model(**step, **hf.cache_argument(cache)).logits)
+        logits.append(torch.cat(steps, 1))
+    close(logits[1], logits[0])

@@ -40,17 +40,17 @@ SLIDING = "sliding window"
 #: A calibrated policy's share of the dense bytes of the prompt.
 CALIBRATED = 1 / 8
 #: Families whose decoder is another's: what is packed is seen there, and here that tokens are found and left out.
-_SAME_DECODER = ("qwen2-vl",)
+_SAME_DECODER = ("qwen2-vl", "internvl")
 OWN_DECODER = tuple(name for name in FAMILIES if name not in _SAME_DECODER)
 #: Grouped attention with padding, M-RoPE, sliding windows: where settings run of which the other families would repeat
 #: what their other cells show, and in turn methods that change nothing.
 KINDS = ("llava-gqa-padded", "qwen2.5-vl", "gemma3")
 #: Where methods that prune tokens change nothing: what they give the later layers is then all there was.
 OFF_PRUNED = ("llava-gqa-padded", "qwen2-vl", "qwen2.5-vl")
-#: Where several methods act at once. InternVL's decoder is of a kind that others have.
-COMPOSED = tuple(name for name in OWN_DECODER if name != "internvl")
-#: Where plans are made: multi-head attention, M-RoPE, sliding windows, text alone, and where they cannot be.
-CALIBRATED_FAMILIES = ("llava-mha", "qwen2.5-vl", "qwen3-vl", "gemma3", "llama")
+#: Where several methods act at once: there, where graphs are a layer each, and in the fast cells.
+COMPOSED = ("llava-mha", "qwen3-vl", *KINDS)
+#: Where plans are made: multi-head attention, sliding windows, text alone, and where they cannot be.
+CALIBRATED_FAMILIES = ("llava-mha", "qwen3-vl", "gemma3", "llama")
 
 
 @dataclass(frozen=True)
