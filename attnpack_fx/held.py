@@ -66,6 +66,7 @@ class Held:
     heads: 0, or the number of KV heads, each of which keeps tokens of its own (`Form.heads`).
     resting: what is held besides, and not read at present.
     pinned: how many of the oldest tail rows stay dense whatever else is coded or merged.
+    left: of a sliding window, how many tokens have left whose slots are not free yet.
     """
 
     segments: tuple[Segment[Tensor], ...]
@@ -78,6 +79,7 @@ class Held:
     heads: int = 0
     resting: "Resting | None" = None
     pinned: int = 0
+    left: int = 0
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -279,6 +281,7 @@ class Held:
             "heads": self.heads,
             "resting": None if self.resting is None else _fields(self.resting),
             "pinned": self.pinned,
+            "left": self.left,
         }
 
     @classmethod
@@ -294,6 +297,7 @@ class Held:
             state["heads"],
             None if state["resting"] is None else Resting(**state["resting"]),
             state["pinned"],
+            state["left"],
         )
 
 

@@ -232,9 +232,11 @@ class PackedTensor(Memoryless):
 
     def newest(self, tokens: int) -> "PackedTensor":
         """Only the last `tokens` tokens. The others' slots become filler, which `windows.compacted` frees."""
-        if tokens >= self.shape[2]:
+        gone = self.shape[2] - tokens
+        if gone <= 0:
             return self
-        return PackedTensor(replace(self.held, placement=self.placed.newest(tokens)), self.lease, self.importance)
+        held = replace(self.held, placement=self.placed.newest(tokens), left=self.held.left + gone)
+        return PackedTensor(held, self.lease, self.importance)
 
     def samples(self, rows: Tensor) -> "PackedTensor":
         """The samples `rows` (int64 `[B']`) of the batch, copied."""

@@ -52,6 +52,8 @@ class Runtime:
         self._outputs: list[OutputSpec] = state.outputs
         self._pairs = state.pairs
         self._windows = state.windows
+        #: The keys of a layer without a window, which show all the tokens that a mask is about.
+        self._whole = next((key for key, _ in state.pairs if key not in _windowed(state)), None)
         self._layers = state.layers if policy.partial or policy.fold_every or policy.passes else []
         self._candidates = state.candidates
         self._shown = state.shown
@@ -66,10 +68,8 @@ class Runtime:
         for key, value in self._pairs:
             _check_pair(arguments[key], arguments[value])
             arguments[key].taken_back = arguments[value].taken_back = None  # what it holds stays
-        for key, _ in self._pairs:
-            if arguments[key].placement.most_missing:
-                _check_mask(arguments[key].placement)
-                break
+        if self._whole is not None:
+            _check_mask(arguments[self._whole].placement)
         call = Call.of(arguments)
         grown: dict[int, PackedTensor] = {}
         flat = [feed(arguments, grown, call) for feed in self._feeders]
@@ -132,6 +132,12 @@ class Runtime:
             vision = modality.said(known, batch, tokens, outputs[key].device) > 0
             packed = pack(outputs[key], outputs[value], self._policy, modality=vision, layer=layer)
             outputs[key], outputs[value] = packed
+
+
+def _windowed(state: GraphState) -> set[int]:
+    """Arguments that are packed keys or values of a layer with a sliding window."""
+    outputs = (state.outputs[number] for pair in state.windows for number in pair)
+    return {spec.position for spec in outputs if isinstance(spec, Grown)}
 
 
 def _first_call_is_fake() -> bool:
@@ -228,6 +234,8 @@ def _check_pair(key: PackedTensor, value: PackedTensor) -> None:
 
 def _check_mask(placement: Placement) -> None:
     """Raise where a mask shows a token that was padding when the prompt was packed: none of it is kept."""
+    if not placement.most_missing:
+        return
     mask, samples = caller.attention_mask(), len(placement.index)
     if mask is None or not len(mask) or samples % len(mask) or mask.shape[1] < placement.tokens:
         return

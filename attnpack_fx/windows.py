@@ -15,7 +15,7 @@ _PART, _LEAST = 16, 8
 def compacted(key: PackedTensor, value: PackedTensor) -> tuple[PackedTensor, PackedTensor]:
     """Keys and values of a layer without the slots of tokens that have left, once these are many."""
     most = max(_LEAST, key.shape[2] // _PART)
-    if key.slots - key.shape[2] < most:
+    if key.held.left < most:
         return key, value
     placed = key.placed
 
@@ -34,7 +34,7 @@ def _stored(packed: PackedTensor, most: int, closed: bool) -> PackedTensor:
     if not all(held.counts):
         held = _without_empty(held)
     buffer = allocate(packed.lease.buffer.rows[:length], length, most)
-    return PackedTensor(replace(held, closed=closed), buffer.lease(length), packed.importance)
+    return PackedTensor(replace(held, closed=closed, left=0), buffer.lease(length), packed.importance)
 
 
 def _without_empty(held: Held) -> Held:

@@ -89,7 +89,8 @@ def compress(
     heads = key_shape[1] if held and heads_apart(policy, bool(stored)) else 0
     loss = asks_for_loss(policy, stored.values())
     graph = state.graph
-    with graph.inserting_before(site.node.next):
+    known = {site.node, *site.cached}
+    with graph.inserting_before(next(node for node in reversed(graph.nodes) if node in known).next):
         if modality is not None:
             modality = planner.newest(modality, site.window)
         *indices, slot = planner.plan(site, cached_key, modality, gains, rows)

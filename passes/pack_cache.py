@@ -63,7 +63,8 @@ def _write_outputs(
     for site in state.sites:
         if site.window is not None:
             key, value = map(state.results.index, site.cached)
-            if isinstance(specs[key], Grown) and isinstance(specs[value], Grown):
+            both = isinstance(specs[key], Grown) and isinstance(specs[value], Grown)
+            if both and (key, value) not in state.windows:
                 state.windows.append((key, value))
     if state.modality is not None:
         state.shown = flat.add(state.modality)

@@ -5,6 +5,7 @@ those of ALiBi, and sinks. Where there are several terms, they are put together 
 it would add a mask.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -226,10 +227,11 @@ def _weights_consumer(softmax: Node, sinks: bool) -> tuple[Node, Node, bool] | N
 
 
 def _leaves_out_the_last(node: Node) -> bool:
+    """Whether a node is `[..., :-1]` of another, of four dims."""
     key = node.args[1] if is_call(node, "getitem") else None
-    last = key[-1] if isinstance(key, tuple) and key else None
-    rest = key[:-1] if isinstance(key, tuple) else ()
-    return last == slice(None, -1, None) and all(each in (Ellipsis, slice(None, None, None)) for each in rest)
+    if not isinstance(key, tuple) or not (Ellipsis in key or len(key) == 4):
+        return False
+    return key[-1] == slice(None, -1, None) and all(each in (Ellipsis, slice(None, None, None)) for each in key[:-1])
 
 
 # ---- one mask of all terms ---------------------------------------------------------------------------------
@@ -239,8 +241,8 @@ def _leaves_out_the_last(node: Node) -> bool:
 class _Mask:
     """Scale, cap and mask while the steps between product and softmax are taken in turn; new nodes stand before it.
 
-    cap: None before `tanh`; behind it what the bounded scores are multiplied with, and scale goes inside. Negative or 0
-    where it is none.
+    cap: None before `tanh`; behind it what the bounded scores are multiplied with, and scale goes inside. Not above 0,
+    or NaN, where it is no cap.
     """
 
     softmax: Node
@@ -252,7 +254,7 @@ class _Mask:
 
     def bound(self) -> None:
         once = self.cap is None and self.terms is None
-        self.cap = 1.0 if once else -1.0
+        self.cap = 1.0 if once else math.nan
 
     def multiply(self, number: float) -> None:
         if self.cap is None:

@@ -183,6 +183,7 @@ def test_a_token_masked_at_prefill_and_shown_later_is_refused(passes, without_in
 # ---- what no graph ever had --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_layer_that_dynamo_skips_is_said_to_be_dense(without_inductor):
     model, inputs, expected, _ = llava()
     layer = model.model.language_model.layers[1]

@@ -52,7 +52,7 @@ def test_the_newest_tokens_are_held(seed, batch, prompt, window, vision, steps):
         for packed, expected in zip(pair, dense, strict=True):
             assert isinstance(packed, PackedTensor)
             close(packed.dense(), expected)
-            assert packed.slots - packed.shape[2] < 8 + 4
+            assert packed.held.left < 8
 
 
 GENERATE: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
@@ -104,7 +104,7 @@ def test_layers_share_where_their_tokens_are(without_inductor):
     family = FURTHER["mistral-sliding"]
     model, inputs = family.build(), family.inputs(0)
     attnpack_fx.compile(model, **LOSSLESS)
-    for tokens in (5, 15, 25):
+    for tokens in (5, 25):
         pairs = layers(generated(model, inputs, tokens))
         assert len({id(each.placement) for pair in pairs for each in pair}) == 1
         assert len({id(key.held.angles) for key, _ in pairs}) == 1
@@ -145,6 +145,7 @@ def test_methods_leave_such_layers_alone_and_say_so(without_inductor):
     assert not any(isinstance(key, PackedTensor) for key, _ in layers(out))
 
 
+@pytest.mark.slow
 def test_padding_behind_a_prompt_that_is_longer_than_the_window(without_inductor):
     """Which is none of the newest tokens at any later step."""
     family = FURTHER["mistral-sliding"]

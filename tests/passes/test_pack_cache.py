@@ -432,8 +432,13 @@ def uncached_grown(past_key, past_value, query, key, value):
     return step(past_key, past_value, query, key, value)[:1]
 
 
+def test_the_newest_tokens_of_a_sliding_window_are_packed(without_inductor):
+    """Also where the slice stands behind attention."""
+    _, ops, (report,) = rewritten(sliding, *dense_past(), *tokens())
+    assert report.action == "compressed" and ops.count("compress") == 2
+
+
 REASONS = [
-    (sliding, "dense", "sliding window"),
     (static, "dense", "static cache"),
     (static_argument, "dense", "static cache"),
     (cross, "dense", "cross-attention"),

@@ -45,6 +45,7 @@ def test_every_pass_reports_its_count():
     counts = pipeline.run(capture(step, *arguments()))
     assert list(counts) == [
         "find_attention",
+        "find_windows",
         "find_modality",
         "prune_tokens",
         "pack_cache",

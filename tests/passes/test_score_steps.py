@@ -138,7 +138,7 @@ def _in_order(state: Any, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     [
         lambda q, k, v, bias: (torch.tanh(q @ k.mT / 30 + bias) * 30).softmax(-1) @ v,
         lambda q, k, v, bias: (torch.tanh(q @ k.mT) * -30).softmax(-1) @ v,
-        lambda q, k, v, bias: (torch.tanh(torch.tanh(q @ k.mT) * 2) * 30).softmax(-1) @ v,
+        lambda q, k, v, bias: (torch.tanh(torch.tanh(q @ k.mT) * 2) * -30).softmax(-1) @ v,
         lambda q, k, v, bias: torch.cat([q @ k.mT, q[:, :, :, :1]], -1).softmax(-1)[..., :-1] @ v,
         lambda q, k, v, bias: torch.cat([q @ k.mT, bias[:, :, :, :1].expand(B, H, TQ, 1)], -1).softmax(-1)[..., 1:] @ v,
         lambda q, k, v, bias: (
