@@ -124,10 +124,9 @@ def test_an_uncompiled_model_goes_on(without_inductor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt-oss", "aya-vision"])
-def test_through_inductor(name, fresh_dynamo):
-    """230 tokens behind prompts of 70 and 80, windows of 32 and 64."""
-    family = FURTHER[name]
+def test_through_inductor(fresh_dynamo):
+    """230 tokens behind a prompt of 80, two layers of three with a window of 32, and sinks."""
+    family = FURTHER["gpt-oss"]
     model, inputs = family.build(), family.inputs(0)
     expected = generated(model, inputs, 230)
     attnpack_fx.compile(model, **LOSSLESS)
