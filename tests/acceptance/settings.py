@@ -258,7 +258,12 @@ GRID = tuple((family, name) for family in FAMILIES for name, each in SETTINGS.it
 
 
 def fast() -> tuple[tuple[str, str], ...]:
-    """A few cells of one family that shows all: default options, and what several methods do at once."""
+    """A few cells of one family that shows all: default options, and several methods at once, of every stage."""
     family = next(name for name, each in FAMILIES.items() if each.vision and each.unpruned is None)
-    together = [setting.name for setting in SETTINGS.values() if len(setting.methods) > 1]
-    return tuple((family, name) for name in ("default options", *together))
+    names, seen = ["default options"], set[Stage]()
+    for setting in SETTINGS.values():
+        stages = {stage for method in setting.methods for stage in METHODS[method].used.stages}
+        if len(setting.methods) > 1 and not stages <= seen:
+            seen |= stages
+            names.append(setting.name)
+    return tuple((family, name) for name in names)
