@@ -53,7 +53,8 @@ class Runtime:
         self._pairs = state.pairs
         self._windows = state.windows
         #: The keys of a layer without a window, which show all the tokens that a mask is about.
-        self._whole = next((key for key, _ in state.pairs if key not in _windowed(state)), None)
+        windowed = _windowed(state)
+        self._whole = next((key for key, _ in state.pairs if key not in windowed), None)
         self._layers = state.layers if policy.partial or policy.fold_every or policy.passes else []
         self._candidates = state.candidates
         self._shown = state.shown

@@ -63,6 +63,8 @@ def compress(
     obstacle = site.obstacle or _uncompressible(site)
     if obstacle is not None:
         return SiteReport(layer, site.kind, "dense", obstacle)
+    if site.window is not None and (reason := _unwindowed(state, site)) is not None:
+        return SiteReport(layer, site.kind, "dense", reason, causal=True)
     key_shape, value_shape = shape_of(site.key), shape_of(site.value)
     assert key_shape is not None and value_shape is not None
     widths = key_shape[1] * key_shape[3], value_shape[1] * value_shape[3]
@@ -72,9 +74,6 @@ def compress(
     plan = policy.layer(number, count, *widths, vision=modality is not None)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
     rows = planner.rows_of(number)
-    if site.window is not None and (rows is not None or policy.passes or policy.partial is not None):
-        reason = "sliding window: methods and partial reading do not know that its cache drops the oldest tokens"
-        return SiteReport(layer, site.kind, "dense", reason, causal=True)
     held = acts_on_cache(policy) and not policy.skips(number, count)
     if not stored and rows is None and not held:
         if site.window is None:
@@ -243,10 +242,25 @@ def _layer_count(state: GraphState) -> int | None:
 
 def _rotation(rotary: RotaryFinder, site: Site) -> Rotation | None:
     """The rotary embedding of all keys that this site keeps, where it is recognised."""
-    *past, new = cat_along_tokens(site.key) or [site.key]
-    if any(shape_of(piece) != (0,) for piece in past):
+    if _past_of(site):
         return None
-    return rotary.rotation_of(new)
+    return rotary.rotation_of((cat_along_tokens(site.key) or [site.key])[-1])
+
+
+def _unwindowed(state: GraphState, site: Site) -> str | None:
+    """Why a layer with a sliding window stays dense."""
+    if state.policy.passes or state.policy.partial is not None:
+        return "sliding window: methods and partial reading do not know that its cache drops the oldest tokens"
+    if _past_of(site):
+        # Vision tokens are known by their place in the sequence, and of that these tokens are only the newest part.
+        return "sliding window: its cache holds tokens of an earlier call that are dense"
+    return None
+
+
+def _past_of(site: Site) -> list[Node]:
+    """What of a site's keys was there before this call."""
+    *past, _ = cat_along_tokens(site.key) or [site.key]
+    return [piece for piece in past if shape_of(piece) != (0,)]
 
 
 def _squares(state: GraphState, source: Node) -> Node:

@@ -1,6 +1,7 @@
 """Layers with a sliding window: they hold the newest tokens, packed or not, and the memory of others is freed."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import attnpack_fx
 from attnpack_fx import PackedTensor, PackPolicy, cache_bytes, hf, pack
 from attnpack_fx.windows import compacted
+from tests.acceptance.families import FAMILIES
 from tests.acceptance.further import FURTHER
 
 HEADS, DIM = 2, 8
@@ -164,3 +166,27 @@ def test_padding_behind_a_prompt_that_is_longer_than_the_window(without_inductor
                 steps.append(model(**step, **hf.cache_argument(cache)).logits)
         logits.append(torch.cat(steps, 1))
     close(logits[1], logits[0])
+
+
+def test_images_of_a_second_turn_behind_a_dense_one(without_inductor):
+    """Layers with a window then have fewer tokens than others: these are packed, and what stays dense is reported."""
+    family = FAMILIES["gemma3"]
+    model, inputs = family.build(), dict(family.inputs(0))
+    text = torch.arange(10, 110)[None]
+    inputs["attention_mask"] = torch.ones((1, 100 + inputs["input_ids"].shape[1]), dtype=torch.int64)
+    logits = []
+    for compiled in (False, True):
+        if compiled:
+            attnpack_fx.compile(model, vision_rank="full", strict=True)
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cache = hf.cache_of(model(input_ids=text, token_type_ids=torch.zeros_like(text), use_cache=True))
+            steps = [model(**inputs, use_cache=True, **hf.cache_argument(cache)).logits[:, -1]]
+            for token in (20, 21, 22):
+                step = model(input_ids=torch.tensor([[token]]), use_cache=True, **hf.cache_argument(cache))
+                steps.append(step.logits[:, -1])
+        logits.append(torch.cat(steps))
+    close(logits[1], logits[0])
+    packed = [isinstance(key, PackedTensor) for key, _ in hf.keys_and_values(cache)]
+    assert packed == [number not in family.windows for number in range(len(packed))]
+    assert any("tokens of an earlier call" in str(each.message) for each in caught)

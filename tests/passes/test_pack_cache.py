@@ -434,11 +434,18 @@ def uncached_grown(past_key, past_value, query, key, value):
 
 def test_the_newest_tokens_of_a_sliding_window_are_packed(without_inductor):
     """Also where the slice stands behind attention."""
-    _, ops, (report,) = rewritten(sliding, *dense_past(), *tokens())
+
+    def prompt(query, key, value):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return out, key[:, :, -4:], value[:, :, -4:]
+
+    query, key, value = (torch.randn(2, 4, 9, 8) for _ in range(3))
+    _, ops, (report,) = rewritten(prompt, query, key, value)
     assert report.action == "compressed" and ops.count("compress") == 2
 
 
 REASONS = [
+    (sliding, "dense", "sliding window: its cache holds tokens of an earlier call"),
     (static, "dense", "static cache"),
     (static_argument, "dense", "static cache"),
     (cross, "dense", "cross-attention"),
