@@ -63,16 +63,23 @@ def compress(
     obstacle = site.obstacle or _uncompressible(site)
     if obstacle is not None:
         return SiteReport(layer, site.kind, "dense", obstacle)
-    if site.window is not None and (reason := _unwindowed(state, site)) is not None:
+    if site.window is not None and (state.policy.passes or state.policy.partial is not None):
+        reason = "sliding window: methods and partial reading do not know that its cache drops the oldest tokens"
         return SiteReport(layer, site.kind, "dense", reason, causal=True)
     key_shape, value_shape = shape_of(site.key), shape_of(site.value)
     assert key_shape is not None and value_shape is not None
     widths = key_shape[1] * key_shape[3], value_shape[1] * value_shape[3]
     policy, number = state.policy, layer_number(layer)
     count = _layer_count(state)
-    modality = planner.modality(site.key)
-    plan = policy.layer(number, count, *widths, vision=modality is not None)
+    # Vision tokens are known by their place among all tokens, of which a window's are the newest after an earlier call.
+    late = site.window is not None and bool(_past_of(site))
+    modality = None if late else planner.modality(site.key)
+    vision = modality is not None or (late and planner.may_know)
+    plan = policy.layer(number, count, *widths, vision=vision)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
+    if late and stored:
+        reason = "sliding window: its cache holds tokens of an earlier call that are dense"
+        return SiteReport(layer, site.kind, "dense", reason, causal=True)
     rows = planner.rows_of(number)
     held = acts_on_cache(policy) and not policy.skips(number, count)
     if not stored and rows is None and not held:
@@ -95,7 +102,7 @@ def compress(
         *indices, slot = planner.plan(site, cached_key, modality, gains, rows)
         sources = planner.sources(indices, rows)
         index, source_of = (dict(zip((VISION, TEXT), each[:2], strict=True)) for each in (indices, sources))
-        vision = flat.add(modality) if modality is not None and asks_for_modality(policy) else None
+        shown = flat.add(modality) if modality is not None and asks_for_modality(policy) else None
         for node, kind in ((cached_key, "key"), (cached_value, "value")):
             angles = rotation if kind == "key" else None
             source = graph.call_method("detach", (node if angles is None else _newest_rows(site, angles.unrotated),))
@@ -120,7 +127,7 @@ def compress(
                 squares=flat.add(planner.by_position(_squares(state, source), rows)) if loss else None,
                 angles=None if angles is None else _angles(flat, planner, angles, site.window, rows),
                 interleaved=angles is not None and angles.interleaved,
-                vision=vision,
+                vision=shown,
                 heads=heads,
                 window=site.window,
             )
@@ -245,16 +252,6 @@ def _rotation(rotary: RotaryFinder, site: Site) -> Rotation | None:
     if _past_of(site):
         return None
     return rotary.rotation_of((cat_along_tokens(site.key) or [site.key])[-1])
-
-
-def _unwindowed(state: GraphState, site: Site) -> str | None:
-    """Why a layer with a sliding window stays dense."""
-    if state.policy.passes or state.policy.partial is not None:
-        return "sliding window: methods and partial reading do not know that its cache drops the oldest tokens"
-    if _past_of(site):
-        # Vision tokens are known by their place in the sequence, and of that these tokens are only the newest part.
-        return "sliding window: its cache holds tokens of an earlier call that are dense"
-    return None
 
 
 def _past_of(site: Site) -> list[Node]:

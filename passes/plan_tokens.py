@@ -38,6 +38,11 @@ class TokenPlanner:
         self._newest: dict[tuple[Node, int], Node] = {}
         self._modality: Node | None = None
 
+    @property
+    def may_know(self) -> bool:
+        """Whether a modality is known, or may be said beside the call."""
+        return self.state.modality is not None or self.state.modality_given
+
     def modality(self, key: Node) -> Node | None:
         """Bool `[B, T]` over all of `key`'s tokens, or None where no modality is known."""
         if self._modality is None:
@@ -65,7 +70,7 @@ class TokenPlanner:
         """What is said beside it, where anything may be: a caller may state a mask at any call."""
         state, shape = self.state, shape_of(key)
         assert shape is not None
-        if state.modality is None and not state.modality_given:
+        if not self.may_know:
             return None
         batch, tokens = state.size(shape[0]), state.size(shape[2])
         if batch is None or tokens is None:
