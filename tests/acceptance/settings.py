@@ -3,6 +3,7 @@
 `METHODS` is the one table of what has to be known of a method; where it changes nothing, tests/compositions.py says.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -255,6 +256,19 @@ def _settings() -> Iterator[Setting]:
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _settings()}
 #: Every cell of the grid, family by family, so that what one family shares is made once.
 GRID = tuple((family, name) for family in FAMILIES for name, each in SETTINGS.items() if family in each.families)
+
+
+def tested() -> tuple[tuple[str, str], ...]:
+    """The cells that run in the tests: what acts alone on half of its families in turn, what acts together on the
+    first and two more in turn; all else on all. `python -m tests.acceptance` has the others."""
+    alone = [name for name, each in SETTINGS.items() if len(each.methods) == 1 and not each.exact]
+    together = [name for name, each in SETTINGS.items() if len(each.methods) > 1]
+    first, *others = COMPOSED
+    pairs = list(itertools.combinations(others, 2))
+    chosen = {name: each.families for name, each in SETTINGS.items()}
+    chosen |= {name: chosen[name][turn % 2 :: 2] for turn, name in enumerate(alone)}
+    chosen |= {name: (first, *pairs[turn % len(pairs)]) for turn, name in enumerate(together)}
+    return tuple((family, name) for family, name in GRID if family in chosen[name])
 
 
 def fast() -> tuple[tuple[str, str], ...]:

@@ -20,6 +20,7 @@ from tests.acceptance.settings import (
     OWN_DECODER,
     SETTINGS,
     fast,
+    tested,
 )
 
 
@@ -39,9 +40,22 @@ def test_every_family_has_every_setting_but_where_that_is_said() -> None:
         assert {family for family, name in GRID if name == setting.name} == set(setting.families)
 
 
+def test_every_setting_and_family_is_tested() -> None:
+    cells = tested()
+    assert set(cells) <= set(GRID)
+    for name, setting in SETTINGS.items():
+        families = {family for family, each in cells if each == name}
+        assert len(families) >= min(3, len(setting.families)), name
+    for method in METHODS:
+        seen = {family for family, name in cells if method in SETTINGS[name].methods}
+        assert len(seen) >= 3, method
+    for family in FAMILIES:
+        assert sum(family == each for each, _ in cells) >= 6
+
+
 def test_fast_cells_have_every_stage() -> None:
     cells = fast()
-    assert set(cells) <= set(GRID)
+    assert set(cells) <= set(tested())
     methods = [METHODS[method].used for _, name in cells for method in SETTINGS[name].methods]
     assert {stage for method in methods for stage in method.stages} == set(Stage)
     assert len(cells) <= 8

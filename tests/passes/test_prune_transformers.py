@@ -68,7 +68,7 @@ def oracle(name: str, inputs: dict[str, Tensor], number: int, ratio: float) -> t
         ("llava-mha", 1, 0, "sdpa", False),
         ("llava-gqa", 2, 3, "sdpa", False),
         ("llava-gqa", 2, 3, "eager", True),
-        ("qwen2.5-vl", 2, 3, "sdpa", True),
+        ("qwen2.5-vl", 2, 3, "sdpa", False),
         ("qwen2-vl", 1, 0, "sdpa", False),
         ("internvl", 2, 0, "sdpa", False),
     ],
