@@ -9,14 +9,26 @@ from torch import Tensor
 def select_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x `[B, H, T, D]` at `index` `[B, N]`, head-concatenable: `[B, N, H, D]`, zero at filler (-1).
 
-    Tokens that are not selected are never part of any arithmetic, so that NaN among them cannot spread.
+    Tokens that are not selected are never part of any arithmetic, so that NaN among them cannot spread. Not to be
+    written to: tokens that follow each other, the same in all samples, are a view of x.
     """
     batch, _, tokens, _ = x.shape
     if tokens == 0:
         return x.new_zeros((batch, index.shape[1], x.shape[1], x.shape[3]))
+    if (start := _start_of_run(index)) is not None:
+        return x.narrow(2, start, index.shape[1]).transpose(1, 2)
     sample = torch.arange(batch, device=x.device)[:, None]
     chosen = x.transpose(1, 2)[sample, index.clamp(min=0)]
     return chosen.masked_fill_((index < 0)[:, :, None, None], 0)
+
+
+def _start_of_run(index: Tensor) -> int | None:
+    """Where all of `[B, N]` is that token and those after it; None elsewhere, and where to look would wait for a GPU."""
+    if index.is_cuda or index.numel() == 0:
+        return None
+    start = int(index[0, 0])
+    run = torch.arange(start, start + index.shape[1], dtype=index.dtype)
+    return start if start >= 0 and bool((index == run).all()) else None
 
 
 def take_rows(x: Tensor, index: Tensor, spare: int) -> Tensor:

@@ -141,7 +141,7 @@ def test_outliers_are_the_outermost_of_every_vector(seed, batch, n, share, chann
     for b in range(batch):
         vectors, marks = x[b, real[b]], found[b, real[b]]
         for vector, mark in zip(*((vectors.T, marks.T) if channel else (vectors, marks)), strict=True):
-            side = math.floor(len(vector) * share / 2 + 0.5)
+            side = math.floor(len(vector) * (share / 2) + 0.5)
             order = vector.argsort().tolist()
             expected = {*order[:side], *order[len(order) - side :]}
             assert set(mark.nonzero().flatten().tolist()) == expected

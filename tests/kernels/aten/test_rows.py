@@ -30,6 +30,23 @@ def test_take_rows_matches_the_reference(seed, dtype, size, chosen, spare):
     assert torch.equal(select_tokens(x, index), rows[:chosen].transpose(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("index", "view"),
+    [
+        ([[1, 2, 3], [1, 2, 3]], True),
+        ([[0, 1, 2], [1, 2, 3]], False),
+        ([[1, 3, 4], [1, 3, 4]], False),
+        ([[3, 2, 1], [3, 2, 1]], False),
+        ([[-1, 0, 1], [-1, 0, 1]], False),
+    ],
+)
+def test_tokens_that_follow_each_other_are_not_copied(index, view):
+    x, chosen = torch.randn(2, 2, 5, 4), torch.tensor(index)
+    found = select_tokens(x, chosen)
+    assert (found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == view
+    assert torch.equal(found.transpose(0, 1), reference.take_rows(x, chosen, 0))
+
+
 def test_take_rows_ignores_nan_in_tokens_not_chosen():
     x = torch.randn(2, 2, 5, 4)
     x[:, :, 0] = float("nan")
