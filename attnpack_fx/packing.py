@@ -54,7 +54,7 @@ def fresh_layer(
             "compile the model with the policy, or use StreamingLLM or RandomEviction"
         )
     widths = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
-    plan = policy.layer(layer, policy.layer_count, *widths, vision=modality is not None)
+    plan = policy.layer(layer, policy.layer_count, *widths, vision=modality is not None, rotary=False)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
     gains = {name: gain(policy, name, how, widths) for name, how in stored.items()}
     known = modality if VISION in stored else None

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from attnpack_fx.checks import PolicyError, checked_int, checked_keys, is_number
-from attnpack_fx.passes.storage import Columns, Stored
+from attnpack_fx.passes.storage import Columns, KeySpace, Stored
 
 #: A number of columns, or `"full"` for as many as the matrix has.
 Rank = int | Literal["full"]
 Modality = Literal["vision", "text"]
 
-DEFAULT_VISION_RANK = 64
+#: AttentionPack's rank. Of vision tokens it is clipped where `H * D` is less.
+PUBLISHED = 64
+#: Of keys before rotary embedding: so many columns keep more of them than `PUBLISHED` keep of rotated ones, on all
+#: trained models (`benchmarks/default.py`); 16 do so with multi-head attention alone.
+UNROTATED = 32
 
 _EXPECTED = (
     "an int >= 1, 'full' (lossless), Linear, PerLayer or Energy, a (key, value) pair of such ranks, "
@@ -94,14 +98,16 @@ class Energy:
 
 #: The rank of keys, or of values: the same in every layer, or a schedule.
 Spec = Rank | Linear | PerLayer | Energy
-#: A spec for keys and values alike, a `(key, value)` pair of specs, or `None` for "leave dense".
-RankSpec = Spec | tuple[Spec, Spec] | None
+#: A spec for keys and values alike, a `(key, value)` pair of specs, `"auto"`, or `None` for "leave dense".
+RankSpec = Spec | tuple[Spec, Spec] | Literal["auto"] | None
 
 
 def checked_rank(name: str, spec: Any) -> RankSpec:
     """`spec` with a pair as a tuple and JSON forms as schedules; a list is a pair too: JSON makes one of a tuple."""
     if spec is None:
         return None
+    if name == "vision_rank" and isinstance(spec, str) and spec == "auto":
+        return "auto"
     if isinstance(spec, (tuple, list)):
         if len(spec) != 2:
             raise PolicyError(
@@ -161,10 +167,12 @@ def to_json(spec: RankSpec) -> Any:
     return spec
 
 
-def parts(spec: RankSpec) -> tuple[Spec, ...]:
-    """The key's spec and the value's, or none of them for tokens left dense."""
+def parts(spec: RankSpec, key_space: KeySpace = "unrotated") -> tuple[Spec, ...]:
+    """The key's spec and the value's, or none of them for tokens left dense. key_space: where `"auto"` is packed."""
     if spec is None:
         return ()
+    if spec == "auto":
+        return (UNROTATED if key_space == "unrotated" else PUBLISHED), PUBLISHED
     return spec if isinstance(spec, tuple) else (spec, spec)
 
 
@@ -185,17 +193,23 @@ def known_place(name: str, number: int | None, count: int | None) -> tuple[int, 
 
 
 def resolve(
-    modality: Modality, spec: RankSpec, number: int | None, count: int | None, key_width: int, value_width: int
+    modality: Modality,
+    spec: RankSpec,
+    number: int | None,
+    count: int | None,
+    key_width: int,
+    value_width: int,
+    key_space: KeySpace = "unrotated",
 ) -> Stored | None:
     """How `spec` stores tokens of `modality` in layer `number` of `count`, or None if they stay dense.
 
-    key_width, value_width: `H * D` of the cached keys and values. Raises PolicyError if a rank exceeds its width (only
-    the default vision rank is clipped), or if a schedule needs a number that is None.
+    key_width, value_width: `H * D` of the cached keys and values. Raises PolicyError if a rank exceeds its width
+    (`"auto"`, and a vision rank of `PUBLISHED`, are clipped), or if a schedule needs a number that is None.
     """
     if spec is None:
         return None
-    key, value = parts(spec)
-    name, clip = f"{modality}_rank", modality == "vision" and spec == DEFAULT_VISION_RANK
+    key, value = parts(spec, key_space)
+    name, clip = f"{modality}_rank", modality == "vision" and spec in ("auto", PUBLISHED)
     return Stored(
         _columns(name, "key", key, number, count, key_width, clip),
         _columns(name, "value", value, number, count, value_width, clip),

@@ -75,7 +75,8 @@ def compress(
     late = site.window is not None and bool(_past_of(site))
     modality = None if late else planner.modality(site.key)
     vision = modality is not None or (late and planner.may_know)
-    plan = policy.layer(number, count, *widths, vision=vision)
+    rotation = _rotation(rotary, site)
+    plan = policy.layer(number, count, *widths, vision=vision, rotary=rotation is not None)
     stored = {name: how for name in (VISION, TEXT) if (how := plan.of(name)) is not None}
     if late and stored:
         reason = "sliding window: its cache holds tokens of an earlier call that are dense"
@@ -90,8 +91,8 @@ def compress(
             reason = "no vision tokens are known here and text_rank is None"
         return SiteReport(layer, site.kind, "dense", reason, causal=True)
     gains = {name: gain(policy, name, how, widths) for name, how in stored.items()}
-    unrotated = plan.key_space == "unrotated" and (stored or (held and codes_unrotated(policy)))
-    rotation = _rotation(rotary, site) if unrotated else None
+    if plan.key_space == "rotated" or not (stored or (held and codes_unrotated(policy))):
+        rotation = None
     heads = key_shape[1] if held and heads_apart(policy, bool(stored)) else 0
     loss = asks_for_loss(policy, stored.values())
     graph = state.graph

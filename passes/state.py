@@ -45,7 +45,14 @@ class Policy(Protocol):
     def basis_tolerance(self) -> float: ...
 
     def layer(
-        self, number: int | None, count: int | None, key_width: int, value_width: int, *, vision: bool = True
+        self,
+        number: int | None,
+        count: int | None,
+        key_width: int,
+        value_width: int,
+        *,
+        vision: bool = True,
+        rotary: bool = True,
     ) -> LayerPlan: ...
 
     def skips(self, number: int | None, count: int | None) -> bool: ...

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from attnpack_fx import Columns, Energy, LayerPlan, Linear, Partial, PerLayer, Stored
 from attnpack_fx.policy import PackPolicy, PolicyError
+from attnpack_fx.ranks import UNROTATED
 
 LAYERS = 3
 RANKS = st.one_of(st.integers(min_value=1), st.just("full"))
@@ -93,9 +94,9 @@ SMALL = Stored(Columns(((4, 0),)), Columns(((2, 8), (3, 4))))
 PLAN = LayerPlan(vision=SMALL, text=None, key_space="rotated")
 
 
-def test_defaults_are_the_papers_setting():
+def test_defaults():
     assert PackPolicy().to_dict() == {
-        "vision_rank": 64,
+        "vision_rank": "auto",
         "text_rank": None,
         "skip_layers": [],
         "key_space": "auto",
@@ -219,7 +220,7 @@ def test_bad_field_is_refused(given, message):
             },
             "bases: got 'batch' with an energy",
         ),
-        ({"layers": [PLAN], "vision_rank": 8}, "vision_rank: got 8 beside layers, expected its default, 64"),
+        ({"layers": [PLAN], "vision_rank": 8}, "vision_rank: got 8 beside layers, expected its default, 'auto'"),
         ({"layers": [PLAN], "text_rank": 8}, "text_rank: got 8 beside layers, expected its default, None"),
         ({"layers": [PLAN], "skip_layers": (0,)}, r"skip_layers: got \(0,\) beside layers, expected its default, \(\)"),
         (
@@ -343,7 +344,8 @@ def uniform(rank, energy=None, value=None):
 class TestLayer:
     @pytest.mark.parametrize("place", [(None, None), (0, None), (3, 4)])
     def test_what_is_the_same_in_every_layer_needs_no_place(self, place):
-        assert PackPolicy().layer(*place, 128, 48) == LayerPlan(uniform(64, value=48), None, "unrotated")
+        assert PackPolicy().layer(*place, 128, 48) == LayerPlan(uniform(UNROTATED, value=48), None, "unrotated")
+        assert PackPolicy().layer(*place, 128, 48, rotary=False) == LayerPlan(uniform(64, value=48), None, "rotated")
         policy = PackPolicy(vision_rank=None, text_rank=("full", Energy(0.9, at_most=40)), key_space="rotated")
         expected = Stored(Columns(((128, 0),)), Columns(((40, 0),), 0.9))
         assert policy.layer(*place, 128, 48) == LayerPlan(None, expected, "rotated")
@@ -381,7 +383,7 @@ class TestLayer:
         dense = [policy.layer(number, 4, 64, 64) == LayerPlan(None, None, "unrotated") for number in range(4)]
         assert dense == [True, False, False, True]
         assert PackPolicy(skip_layers=(1,)).layer(1, None, 64, 64).vision is None
-        assert PackPolicy(skip_layers=(1,)).layer(0, None, 64, 64).vision == uniform(64)
+        assert PackPolicy(skip_layers=(1,)).layer(0, None, 64, 64).vision == uniform(UNROTATED, value=64)
 
     @pytest.mark.parametrize("skipped", [2, -3])
     def test_a_skipped_layer_the_model_has_not(self, skipped):
@@ -502,9 +504,10 @@ def test_rank_above_the_width_is_refused():
         ranks(PackPolicy(text_rank=9), "text", 16, 8)
 
 
-def test_only_the_default_is_clipped():
-    assert ranks(PackPolicy(), "vision", 48, 512) == (48, 64)
-    assert ranks(PackPolicy(), "vision", 512, 48) == (64, 48)
+def test_what_is_clipped():
+    assert ranks(PackPolicy(), "vision", 8, 512) == (8, 64)
+    assert ranks(PackPolicy(key_space="rotated"), "vision", 48, 512) == (48, 64)
+    assert ranks(PackPolicy(vision_rank=64), "vision", 512, 48) == (64, 48)
     for policy, modality in [
         (PackPolicy(vision_rank=65), "vision"),
         (PackPolicy(vision_rank=(64, 64)), "vision"),

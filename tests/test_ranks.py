@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from attnpack_fx.passes.storage import Columns, Stored
 from attnpack_fx.policy import PolicyError
-from attnpack_fx.ranks import Energy, Linear, PerLayer, checked_rank, known_place, parts, resolve, to_json
+from attnpack_fx.ranks import UNROTATED, Energy, Linear, PerLayer, checked_rank, known_place, parts, resolve, to_json
 
 
 class TestLinear:
@@ -158,8 +158,13 @@ class TestResolve:
         found = resolve(modality, spec, 1, 3, 32, 16)
         assert found == (None if expected is None else Stored(*expected))
 
-    def test_only_the_default_is_clipped(self):
+    def test_auto_is_by_where_keys_are_packed(self):
+        assert resolve("vision", "auto", None, None, 128, 128) == Stored(columns(UNROTATED), columns(64))
+        assert resolve("vision", "auto", None, None, 128, 128, "rotated") == Stored(columns(64), columns(64))
+
+    def test_what_is_clipped(self):
         assert resolve("vision", 64, None, None, 128, 48) == Stored(columns(64), columns(48))
+        assert resolve("vision", "auto", None, None, 8, 48) == Stored(columns(8), columns(48))
         for modality, spec in [("text", 64), ("vision", (64, 64)), ("vision", 65), ("vision", PerLayer((64,)))]:
             with pytest.raises(PolicyError, match=rf"{modality}_rank=6. exceeds H \* D = 48"):
                 resolve(modality, spec, 0, 1, 128, 48)

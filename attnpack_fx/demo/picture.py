@@ -8,7 +8,9 @@ from attnpack_fx.demo.errors import UserError
 from attnpack_fx.demo.generation import DENSE, PACKED
 from attnpack_fx.demo.spectra import Spectrum
 from attnpack_fx.demo.tables import Speed, ratio
+from attnpack_fx.passes.storage import KeySpace
 from attnpack_fx.policy import PackPolicy
+from attnpack_fx.ranks import parts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,6 +80,7 @@ def _spectra(figure: Any, spectra: Sequence[Spectrum], policy: PackPolicy) -> No
     colours = colormaps["viridis"].resampled(layers)
     shade = ScalarMappable(Normalize(-0.5, layers - 0.5), colours)
     panels = figure.subplots(1, 2, sharey=True)
+    space: KeySpace = "rotated" if policy.key_space == "rotated" else "unrotated"
     for place, (panel, part) in enumerate(zip(panels, ("keys", "values"), strict=True)):
         shown = {}
         for spectrum in spectra:
@@ -91,7 +94,7 @@ def _spectra(figure: Any, spectra: Sequence[Spectrum], policy: PackPolicy) -> No
             for name, count in shown.items()
         ]
         for modality, spec in (("vision", policy.vision_rank), ("text", policy.text_rank)):
-            rank = spec[place] if isinstance(spec, tuple) else spec
+            rank = parts(spec, space)[place] if spec is not None else None
             if isinstance(rank, int) and modality in shown:
                 colour = "tab:red" if modality == "vision" else "tab:orange"
                 marks.append(

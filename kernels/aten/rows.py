@@ -23,7 +23,7 @@ def select_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _start_of_run(index: Tensor) -> int | None:
-    """Where all of `[B, N]` is that token and those after it; None elsewhere, and where to look would wait for a GPU."""
+    """Where each sample of `[B, N]` is that token and those after it; None elsewhere, and on a GPU, not to wait."""
     if index.is_cuda or index.numel() == 0:
         return None
     start = int(index[0, 0])

@@ -9,10 +9,9 @@ sparse sketch, with b columns, somewhat more than R:
     Z_0 = (S A)^T,  Y = orth(A orth(Z_0)),  Z = A^T Y          A ~ Y Z^T
 
 and the leading left singular vectors of the thin Z, from the eigenvectors of Z^T Z, are the basis; coefficient is
-`A basis^T`. S sums every b-th row with random weights, which reads A once, where a dense sketch costs a product with it;
-it needs no second step where that needs one. All else is matrix products and factorisations of small matrices:
-Householder QR of the tall factors costs more than the products, on CPU and on GPU. In float64 every matrix is factored
-exactly: who computes in it wants its digits.
+`A basis^T`. S sums every b-th row with random weights, which reads A once, where a dense sketch costs a product with
+it. All else is matrix products and factorisations of small matrices: Householder QR of the tall factors costs more than
+the products, on CPU and on GPU. In float64 every matrix is factored exactly: who computes in it wants its digits.
 """
 
 import torch
@@ -34,8 +33,8 @@ def truncated_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _columns(rank: int) -> int:
-    """How many are iterated: these leave 1.5 % of error above the optimum at rank 64 on a spectrum as slow as k^-0.5, 2 %
-    where there are few others, less on faster ones and at lower ranks."""
+    """How many are iterated: these leave at most 2 % of error above the optimum at rank 64 on a spectrum as slow as
+    k^-0.5, less on faster ones and at lower ranks."""
     return rank + rank // 2 + 16
 
 

@@ -96,14 +96,14 @@ def _pairs(x: Tensor, turning: int, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 def _query_matrix(a: Tensor, b: Tensor, basis: Tensor, interleaved: bool) -> Tensor:
     """`[W_cos | W_sin]`, `[B, R * Hq * Tq, E]`; a and b: pairs of the queries `[B, H, g * Tq, E / 2]`."""
-    basis_a, basis_b = _pairs(basis.to(a.dtype).transpose(1, 2).unsqueeze(3), 2 * a.shape[-1], interleaved)
+    batch, heads, queries, pairs = a.shape
+    basis_a, basis_b = _pairs(basis.to(a.dtype).transpose(1, 2).unsqueeze(3), 2 * pairs, interleaved)
     a, b = a.unsqueeze(1), b.unsqueeze(1)
-    size = torch.broadcast_shapes(a.shape, basis_a.shape)
-    matrix = a.new_empty((*size[:-1], 2, size[-1]))
+    matrix = a.new_empty((batch, basis_a.shape[1], heads, queries, 2, pairs))
     cosine, sine = matrix.unbind(-2)
     torch.mul(a, basis_a, out=cosine).addcmul_(b, basis_b)
     torch.mul(b, basis_a, out=sine).addcmul_(a, basis_b, value=-1)
-    return matrix.view(size[0], -1, 2 * size[-1])
+    return matrix.view(batch, -1, 2 * pairs)
 
 
 def _angles(cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
@@ -130,11 +130,12 @@ def _turned_queries(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: 
     for number, (coefficient, basis) in enumerate(blocks):
         rank, tokens = coefficient.shape[2], coefficient.shape[1]
         matrix = _query_matrix(a, b, basis, rotary.interleaved)
+        angles = _angles(*per_slot(rotary, first, first + tokens), rotary.interleaved, a.dtype).mT
+        weights = coefficient.to(a.dtype).mT.unsqueeze(2).contiguous()
         for samples, start, end in _tiles(batch, tokens, 4 * rank * queries):
-            angles = _angles(*per_slot(rotary, first + start, first + end), rotary.interleaved, a.dtype)
             w = matrix[samples]
-            g = torch.matmul(w, _of(angles, samples).mT).view(w.shape[0], rank, queries, -1)
-            g *= coefficient[samples, start:end].to(a.dtype).mT.unsqueeze(2).contiguous()
+            g = torch.matmul(w, _of(angles, samples)[..., start:end]).view(w.shape[0], rank, queries, -1)
+            g *= weights[samples, ..., start:end]
             into = out[samples, :, start:end]
             if number:
                 into += g.sum(1)

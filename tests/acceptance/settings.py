@@ -26,6 +26,7 @@ from attnpack_fx.passes.random_eviction import RandomEviction
 from attnpack_fx.passes.random_prune import RandomPrune
 from attnpack_fx.passes.scissorhands import Scissorhands
 from attnpack_fx.passes.streaming_llm import StreamingLLM
+from attnpack_fx.ranks import PUBLISHED, UNROTATED
 from tests.acceptance import promises
 from tests.acceptance.families import FAMILIES, LAYERS, Family
 from tests.acceptance.promises import OUTLIER, SCALES, Shape, Step
@@ -38,6 +39,8 @@ PREFILL = "the policy leaves this layer dense"
 NOTHING = "no vision tokens are known here and text_rank is None"
 #: Of layers with a sliding window, beside methods.
 SLIDING = "sliding window"
+#: Of vision tokens at default options, the mean of what keys and values have: no family here is narrower than either.
+DEFAULT = (UNROTATED + PUBLISHED) // 2
 #: A calibrated policy's share of the dense bytes of the prompt.
 CALIBRATED = 1 / 8
 #: Families whose decoder is another's: what is packed is seen there, and here that tokens are found and left out.
@@ -101,7 +104,7 @@ _METHODS = (
     Knowledge(RandomEviction(0.5), promises.budget(lambda tokens: math.ceil(0.5 * tokens))),
     Knowledge(AVL(), promises.prune(lambda vision: math.ceil(0.5 * vision), 0)),
     # Of three layers the default, the third on, would leave one; 128 tokens are the other of ASAP's published budgets.
-    # Beside the default rank, as they are used.
+    # Beside the published rank.
     Knowledge(FastV(1), promises.prune(lambda vision: round(0.5 * vision), 1), rank=64),
     Knowledge(ASAP(1, keep=128), promises.prune(lambda vision: 128, 1), rank=64),
     Knowledge(RandomPrune(1), promises.prune(lambda vision: round(0.5 * vision), 1), rank=64),
@@ -212,13 +215,13 @@ def _together(rank: int | None, *methods: Method) -> Setting:
 
 def _general() -> Iterator[Setting]:
     def default(shape: Shape) -> float:
-        return promises.promised(shape, promises.ranks(64), [])
+        return promises.promised(shape, promises.ranks(DEFAULT), [])
 
     def full(shape: Shape) -> float:
         return promises.promised(shape, promises.ranks(shape.width, shape.width), [])
 
     def folding(shape: Shape) -> float:
-        return promises.promised(shape, promises.ranks(64, 16), [promises.fold(4, 2)])
+        return promises.promised(shape, promises.ranks(DEFAULT, 16), [promises.fold(4, 2)])
 
     def calibrated(shape: Shape) -> float:
         packed = promises.dense(shape) * (shape.vision + shape.text) / shape.tokens * CALIBRATED
