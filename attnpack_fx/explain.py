@@ -15,6 +15,7 @@ from attnpack_fx.compiling import called_through
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT, SiteReport
 from attnpack_fx.policy import PackPolicy
+from attnpack_fx.step_cost import Layer, Step, dense_step, fastest, packed_step
 from attnpack_fx.taking_back import settle
 
 _DECODE_STEPS = 2
@@ -28,6 +29,11 @@ class Report(dict[str, Any]):
     layers: for every layer of the cache: where its tokens are, ranks, whether keys are stored before or after rotary
         embedding, bytes, the relative Frobenius error of keys and values against the dense prefill (None where dense),
         and the bound on the relative error of folded text (None where nothing is folded).
+        dense_step, packed_step: milliseconds that attention of one decode step takes with either, `predicted` and
+        `measured` (None where the layer is dense, and no packed keys are there to compare).
+    fastest: settings that lose no more of the keys than the policy does: it itself, dense keys and values (policy None)
+        and rotated keys at a rank that is enough, with `milliseconds` of all packed layers, the fastest first; empty
+        where none is packed.
     bytes_before, bytes_after: what the dense and the packed cache hold after the same tokens.
     policy: the policy, as a dict.
     """
@@ -39,7 +45,7 @@ class Report(dict[str, Any]):
         lines.append("")
         lines.append(
             f"  {'layer':>5}  {'tokens':<34} {'rank k/v':<22} {'keys':<10} "
-            f"{'error k':>9} {'error v':>9} {'fold':>9} {'bytes':>11} {'dense':>11}"
+            f"{'error k':>9} {'error v':>9} {'fold':>9} {'bytes':>11} {'dense':>11} {'step, ms':>17} {'dense':>17}"
         )
         for layer in self["layers"]:
             tokens = ", ".join(f"{name} {count}" for name, count in layer["tokens"].items())
@@ -51,22 +57,34 @@ class Report(dict[str, Any]):
             lines.append(
                 f"  {layer['layer']:>5}  {tokens:<34} {ranks:<22} {layer['key_space']:<10} "
                 f"{errors[0]:>9} {errors[1]:>9} {errors[2]:>9} "
-                f"{layer['bytes']:>11,} {layer['dense_bytes']:>11,}"
+                f"{layer['bytes']:>11,} {layer['dense_bytes']:>11,} "
+                f"{_milliseconds(layer['packed_step']):>17} {_milliseconds(layer['dense_step']):>17}"
             )
         before, after = self["bytes_before"], self["bytes_after"]
         ratio = "no cache"
         if after:
             ratio = f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x larger"
         lines.append(f"  cache: {before:,} bytes dense, {after:,} bytes packed, {ratio}")
+        if self["fastest"]:
+            lines += ["", "attention of a decode step in all packed layers, as measured, with no more error of keys"]
+            lines += [f"  {each['milliseconds']:9.3f} ms  {self._named(each['policy'])}" for each in self["fastest"]]
         return "\n".join(lines)
+
+    def _named(self, policy: dict[str, Any] | None) -> str:
+        if policy is None:
+            return "dense keys and values"
+        if policy == self["policy"]:
+            return "this policy"
+        return ", ".join(f"{name}={_shown(value)}" for name, value in policy.items() if value != self["policy"][name])
 
 
 def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **inputs: Any) -> Report:
     """Run one prefill and two decode steps, dense and packed, and report every attention site and cache layer.
 
+    Then measure the attention of a decode step in every packed layer, on random queries, and look for a faster setting.
+
     model: left as it was found, compiled or not. A model with `generate` (transformers) is run through it; any other
-    module is called
-    once with `inputs`, and the packed tensors among its results are reported.
+        module is called once with `inputs`, and the packed tensors among its results are reported.
     policy: default `PackPolicy()`. inputs: what the model or its processor would be given.
     """
     policy = policy or PackPolicy()
@@ -80,12 +98,21 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
         backend = partial(attnpack_backend, options={"policy": policy}, observer=graphs.append)
         with called_through(model, backend):
             packed = _run(model, inputs)
-    pairs = zip(dense, packed, strict=True)
-    layers = [_layer(number, before, after, _steps(model)) for number, (before, after) in enumerate(pairs)]
+        pairs = list(zip(dense, packed, strict=True))
+        layers = [_layer(number, before, after, _steps(model)) for number, (before, after) in enumerate(pairs)]
+        timed = {
+            number: layer for number, (before, after) in enumerate(pairs) if (layer := _timed(model, before, after))
+        }
+        for number, each in timed.items():
+            layers[number] |= {"dense_step": _step(dense_step(each)), "packed_step": _step(packed_step(each))}
+        settings = fastest(policy, list(timed.values()))
     return Report(
         policy=policy.to_dict(),
         graphs=[[asdict(site) for site in sites] for sites in graphs],
         layers=layers,
+        fastest=[
+            {"policy": each.policy and each.policy.to_dict(), "milliseconds": 1e3 * each.seconds} for each in settings
+        ],
         bytes_before=cache_bytes(dense),
         bytes_after=cache_bytes(packed),
     )
@@ -109,6 +136,27 @@ def _run(model: torch.nn.Module, inputs: dict[str, Any]) -> list[tuple[Tensor, T
     return list(zip(leaves[0::2], leaves[1::2], strict=True))
 
 
+def _timed(model: torch.nn.Module, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tensor]) -> Layer | None:
+    """What is measured of a layer; None where it is dense."""
+    key, value = packed
+    if not (isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
+        return None
+    return Layer(dense, (key, value), hf.query_heads(model) or key.shape[1])
+
+
+def _step(step: Step) -> dict[str, float]:
+    return {name: 1e3 * seconds for name, seconds in asdict(step).items()}
+
+
+def _milliseconds(step: dict[str, float] | None) -> str:
+    """Measured, and in brackets predicted."""
+    return "-" if step is None else f"{step['measured']:.3f} ({step['predicted']:.3f})"
+
+
+def _shown(value: Any) -> str:
+    return repr(tuple(value) if isinstance(value, list) else value)
+
+
 def _steps(model: torch.nn.Module) -> int:
     """Decode steps of a run."""
     return _DECODE_STEPS if callable(getattr(model, "generate", None)) else 0
@@ -125,6 +173,8 @@ def _layer(number: int, dense: tuple[Tensor, Tensor], packed: tuple[Tensor, Tens
         "value_error": None,
         "key_space": "-",
         "fold_error": None,
+        "dense_step": None,
+        "packed_step": None,
         "bytes": cache_bytes([packed]),
         "dense_bytes": cache_bytes([dense]),
     }

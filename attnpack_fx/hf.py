@@ -112,7 +112,16 @@ def image_positions(model: Any, input_ids: Tensor) -> Tensor:
 
 def layer_count(model: Any) -> int | None:
     """How many decoder layers a model has, where its configuration says so."""
+    return _number(model, "num_hidden_layers")
+
+
+def query_heads(model: Any) -> int | None:
+    """How many heads the queries of a decoder layer have, where the model's configuration says so."""
+    return _number(model, "num_attention_heads")
+
+
+def _number(model: Any, name: str) -> int | None:
     config: Any = getattr(getattr(model, "module", model), "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    count = getattr(text, "num_hidden_layers", None)
+    count = getattr(text, name, None)
     return count if isinstance(count, int) else None

@@ -31,8 +31,7 @@ from benchmarks.trained import MODELS, load_trained
 SETTINGS = {
     "default options": PackPolicy(),
     "vision_rank=64": PackPolicy(vision_rank=64),
-    "vision_rank=(32, 64)": PackPolicy(vision_rank=(32, 64)),
-    "vision_rank=16": PackPolicy(vision_rank=16),
+    "vision_rank=(16, 64)": PackPolicy(vision_rank=(16, 64)),
     'vision_rank=64, key_space="rotated"': PackPolicy(vision_rank=64, key_space="rotated"),
 }
 EAGER, INDUCTOR = "eager", "Inductor, dense cache"

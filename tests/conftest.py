@@ -1,11 +1,12 @@
 """Fixtures shared by the tests of the backend, and how tests share a machine."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from attnpack_fx import backend
+from attnpack_fx import backend, step_cost
 
 
 def pytest_configure() -> None:
@@ -45,3 +46,12 @@ def without_inductor(fresh_dynamo, monkeypatch: pytest.MonkeyPatch) -> None:
 def either_way(request: pytest.FixtureRequest) -> None:
     """Op by op, which fails soonest, in the fast suite; and as users run it, through Inductor, in the slow one."""
     request.getfixturevalue("without_inductor" if request.param == "op by op" else "fresh_dynamo")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_steps() -> Iterator[None]:
+    """`explain` measures in next to no time, and not well: no test asserts how long something takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_cost, "_EVICTING", 4096)
+        patch.setattr(step_cost, "_CALLS", 1)
+        yield

@@ -12,7 +12,7 @@ from tests.decoder import Decoder, prompt
 from tests.packing_inputs import FULL
 
 LAYER_KEYS = {"layer", "tokens", "key_rank", "value_rank", "key_space", "key_error", "value_error", "fold_error"}
-LAYER_KEYS |= {"bytes", "dense_bytes"}
+LAYER_KEYS |= {"bytes", "dense_bytes", "dense_step", "packed_step"}
 
 
 POLICY = PackPolicy(vision_rank=4, skip_layers=(1,))
@@ -33,7 +33,7 @@ def decoder_report():
 
 def test_the_report_is_a_plain_dict(decoder_report):
     assert isinstance(decoder_report, dict)
-    assert set(decoder_report) == {"policy", "graphs", "layers", "bytes_before", "bytes_after"}
+    assert set(decoder_report) == {"policy", "graphs", "layers", "fastest", "bytes_before", "bytes_after"}
     assert json.loads(json.dumps(decoder_report)) == decoder_report
     assert decoder_report["policy"] == POLICY.to_dict()
 
@@ -68,6 +68,16 @@ def test_the_report_prints_sites_layers_and_totals(decoder_report):
     assert "vision 40, dense 8" in text and "vision 4/4" in text
     assert f"{decoder_report['bytes_before']:,} bytes dense" in text
     assert "x smaller" in text
+    assert "attention of a decode step" in text and "this policy" in text and "dense keys and values" in text
+
+
+def test_steps_are_predicted_and_measured_where_a_layer_is_packed(decoder_report):
+    packed, sliding = decoder_report["layers"]
+    for name in ("dense_step", "packed_step"):
+        assert set(packed[name]) == {"predicted", "measured"} and min(packed[name].values()) > 0
+        assert sliding[name] is None
+    times = [each["milliseconds"] for each in decoder_report["fastest"]]
+    assert times == sorted(times) and len(times) >= 2
 
 
 def test_the_error_is_that_of_the_stored_tokens(without_inductor):
