@@ -81,7 +81,7 @@ def report(
         (
             "Speed (tokens/s of the whole batch after the first token; compiling and warm-up not counted; "
             f"CPU threads: {torch.get_num_threads()})",
-            speed_table(speeds),
+            f"{speed_table(speeds)}\n\n{ahead(speeds)}",
         ),
         (
             f"Error per layer against the dense cache (vision rank {vision}, text rank {text}; attnpack_fx.explain)",
@@ -176,6 +176,16 @@ def speed_table(speeds: Sequence[Speed]) -> str:
         "smaller",
     ]
     return table(header, rows)
+
+
+def ahead(speeds: Sequence[Speed]) -> str:
+    """Which variant has the most tokens per second, by the number of images."""
+    first: dict[str, list[str]] = {}
+    for speed in speeds:
+        rates = speed.tokens_per_second
+        first.setdefault(max(rates, key=lambda variant: rates[variant]), []).append(str(speed.images))
+    found = "; ".join(f"{variant}, at {', '.join(images)}" for variant, images in first.items())
+    return f"  Ahead, by images in a prompt: {found}."
 
 
 def examples_text(examples: Sequence[Example]) -> str:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 #: Directions below this share of the largest singular value are fp32 rounding.
 NEGLIGIBLE = 1e-6
+#: Squares from this share of the largest on have digits in fp32.
+SURE = 1e-4
 
 
 def truncated_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -66,8 +68,10 @@ def _sketched(a: Tensor, columns: int, generator: torch.Generator) -> Tensor:
 
 def _leading_directions(z: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     """The first left singular vectors of z `[B, M, k]`: `[B, M, rank]`."""
-    wide = z.double()
-    squared, vectors = torch.linalg.eigh(wide.mT @ wide)
+    squared, vectors = torch.linalg.eigh(z.mT @ z)
+    if z.is_cuda or bool((squared[:, -rank] < SURE * squared[:, -1]).any()):
+        wide = z.double()
+        squared, vectors = torch.linalg.eigh(wide.mT @ wide)
     singular = squared.flip(-1)[:, :rank].clamp(min=0).sqrt()
     missing = singular <= NEGLIGIBLE * singular[:, :1]
     turn = vectors.flip(-1)[..., :rank] / singular.masked_fill(missing, 1)[:, None]
@@ -80,11 +84,17 @@ def _leading_directions(z: Tensor, rank: int, generator: torch.Generator) -> Ten
 
 
 def orthonormal(z: Tensor) -> Tensor:
-    """Columns of z `[B, n, k]` made orthonormal by Cholesky QR with the Gram matrix in float64; zero stays zero.
+    """Columns of fp32 z `[B, n, k]` made orthonormal by Cholesky QR; zero stays zero.
 
-    A shift keeps the Gram matrix of dependent columns positive definite (Fukaya et al. 2020): for those, a second call
-    is needed.
+    With the Gram matrix in fp32 where that has digits enough, else in float64, where a shift keeps that of dependent
+    columns positive definite (Fukaya et al. 2020): for those, a second call is needed. On a GPU always in float64, not
+    to wait for what was found.
     """
+    if not z.is_cuda:
+        lower, failed = torch.linalg.cholesky_ex(z.mT @ z)
+        diagonal = lower.diagonal(dim1=-2, dim2=-1)
+        if not failed.any() and bool((diagonal.amin(-1).square() >= SURE * diagonal.amax(-1).square()).all()):
+            return z @ inverse_of_triangle(lower).mT
     return z @ whitening(z.double()).to(z.dtype)
 
 

@@ -1,5 +1,6 @@
 """What is printed holds the numbers it was made from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from attnpack_fx.demo.tables import (
     Example,
     Score,
     Speed,
+    ahead,
     examples_text,
     layers_table,
     rate,
@@ -78,6 +80,13 @@ def test_speeds():
     assert dense == [DENSE, "4", "2", "276", "3", "1.50 s", "4.0", "6 kB", "1.00x"]
     assert inductor[6] == "8.0"
     assert packed == [PACKED, "4", "2", "276", "3", "1.50 s", "20", "1.5 kB", "4.00x"]
+
+
+def test_what_is_ahead_is_said_for_every_number_of_images():
+    slower = replace(speed(), images=1, tokens_per_second={DENSE: 4.0, INDUCTOR: 8.0, PACKED: 7.9})
+    assert ahead([slower, speed(), replace(speed(), images=16)]) == (
+        f"  Ahead, by images in a prompt: {INDUCTOR}, at 1; {PACKED}, at 4, 16."
+    )
 
 
 def test_scores_stand_beside_the_speed_at_their_number_of_images():
