@@ -19,8 +19,8 @@ from torch import Tensor
 
 #: Directions below this share of the largest singular value are fp32 rounding.
 NEGLIGIBLE = 1e-6
-#: Squares from this share of the largest on have digits in fp32.
-SURE = 1e-4
+#: Squares from this share of the largest on have digits in fp32, and from this number on.
+SURE, TINY = 1e-4, 1e-30
 
 
 def truncated_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,8 @@ def sketch_size(rank: int) -> int:
 def _subspace_iteration(a: Tensor, rank: int, columns: int) -> tuple[Tensor, Tensor]:
     # A generator of its own: the same matrix gives the same factors, and the global random state stays untouched.
     generator = torch.Generator(device=a.device).manual_seed(0)
-    start = orthonormal(_sketched(a, columns, generator).mT)
-    z = (orthonormal(a @ start).mT @ a).mT
+    start = _orthonormal(_sketched(a, columns, generator).mT)
+    z = (_orthonormal(a @ start).mT @ a).mT
     basis = _leading_directions(z, rank, generator)
     return a @ basis, basis.mT
 
@@ -68,10 +68,7 @@ def _sketched(a: Tensor, columns: int, generator: torch.Generator) -> Tensor:
 
 def _leading_directions(z: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     """The first left singular vectors of z `[B, M, k]`: `[B, M, rank]`."""
-    squared, vectors = torch.linalg.eigh(z.mT @ z)
-    if z.is_cuda or bool((squared[:, -rank] < SURE * squared[:, -1]).any()):
-        wide = z.double()
-        squared, vectors = torch.linalg.eigh(wide.mT @ wide)
+    squared, vectors = _eigen(z, rank)
     singular = squared.flip(-1)[:, :rank].clamp(min=0).sqrt()
     missing = singular <= NEGLIGIBLE * singular[:, :1]
     turn = vectors.flip(-1)[..., :rank] / singular.masked_fill(missing, 1)[:, None]
@@ -80,21 +77,35 @@ def _leading_directions(z: Tensor, rank: int, generator: torch.Generator) -> Ten
         # Where the matrix has no more directions, random ones complete the basis, with coefficients that are rounding.
         random = torch.randn(directions.shape[1:], generator=generator, device=z.device)
         directions = torch.where(missing[:, None], random, directions)
-    return orthonormal(directions)
+    return _orthonormal(directions)
+
+
+def _eigen(z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of the Gram matrix of z, in fp32 where the last `rank` have digits."""
+    if not z.is_cuda and (gram := z.mT @ z).isfinite().all():
+        squared, vectors = torch.linalg.eigh(gram)
+        if bool((squared[:, -rank] > (SURE * squared[:, -1]).clamp(min=TINY)).all()):
+            return squared, vectors
+    wide = z.double()
+    return torch.linalg.eigh(wide.mT @ wide)
+
+
+def _orthonormal(z: Tensor) -> Tensor:
+    """As `orthonormal`, of fp32 columns, with their Gram matrix in fp32 where that has digits enough."""
+    if not z.is_cuda:
+        lower, failed = torch.linalg.cholesky_ex(z.mT @ z)
+        squares = lower.diagonal(dim1=-2, dim2=-1).square()
+        if not failed.any() and bool((squares.amin(-1) > (SURE * squares.amax(-1)).clamp(min=TINY)).all()):
+            return z @ inverse_of_triangle(lower).mT
+    return orthonormal(z)
 
 
 def orthonormal(z: Tensor) -> Tensor:
-    """Columns of fp32 z `[B, n, k]` made orthonormal by Cholesky QR; zero stays zero.
+    """Columns of z `[B, n, k]` made orthonormal by Cholesky QR with the Gram matrix in float64; zero stays zero.
 
-    With the Gram matrix in fp32 where that has digits enough, else in float64, where a shift keeps that of dependent
-    columns positive definite (Fukaya et al. 2020): for those, a second call is needed. On a GPU always in float64, not
-    to wait for what was found.
+    A shift keeps the Gram matrix of dependent columns positive definite (Fukaya et al. 2020): for those, a second call
+    is needed. No number is read, for which a GPU would be waited for.
     """
-    if not z.is_cuda:
-        lower, failed = torch.linalg.cholesky_ex(z.mT @ z)
-        diagonal = lower.diagonal(dim1=-2, dim2=-1)
-        if not failed.any() and bool((diagonal.amin(-1).square() >= SURE * diagonal.amax(-1).square()).all()):
-            return z @ inverse_of_triangle(lower).mT
     return z @ whitening(z.double()).to(z.dtype)
 
 

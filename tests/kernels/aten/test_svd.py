@@ -96,7 +96,7 @@ def test_columns_carry_the_singular_values_in_order(rank):
     assert torch.allclose(norms[: rank // 2], singular[: rank // 2], rtol=0.02)
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("factor", [1e-18, 1e-6, 1.0, 1e6, 1e18])
 def test_scale_of_the_matrix_does_not_matter(factor):
     a = with_spectrum(220, 300, torch.arange(1, 221, dtype=torch.float64) ** -1.0)
     coefficient, basis = truncated_svd(a * factor, 20)
