@@ -103,7 +103,6 @@ def rebuilt_coded_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    scale = tl.cast(scale, tl.float32)  # Inductor passes it as Python has it, in float64
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     samples = tl.num_programs(0) // heads
     member = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)

@@ -234,7 +234,7 @@ def _launch(call: dict[str, Any]) -> Launch:
             signature[parameter.name] = _TYPES[value.dtype]
             aligned.append(parameter.name)
         elif isinstance(value, float):
-            signature[parameter.name] = "fp64"  # as Inductor passes it
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
