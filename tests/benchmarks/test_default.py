@@ -33,15 +33,13 @@ def test_every_contender_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(default, "SETTINGS", {"default options": PackPolicy()})
     monkeypatch.setattr(default, "_WARMUP", 1)
     out = tmp_path / "default.json"
-    default.main(["--quick", "--batches", "1", "--out", str(out)])
+    default.main(["--quick", "--only", "speed", "--batches", "1", "--out", str(out)])
     record = json.loads(out.read_text())
     assert record["versions"]["torch"] == torch.__version__
     rows = record["speed"]["1"]
     assert list(rows) == [default.EAGER, default.INDUCTOR, "default options"]
     assert rows[default.EAGER]["bytes"] == rows[default.INDUCTOR]["bytes"]
     assert rows["default options"]["bytes"]["median"] < rows[default.EAGER]["bytes"]["median"]
-    (found,) = record["fidelity"].values()
-    assert 0 < found["default options"]["kl"] < 0.1 and found["default options"]["prompt_ratio"] > 1
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in rows)
     with pytest.raises(ValueError, match="got results of"):
