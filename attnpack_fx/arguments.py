@@ -25,7 +25,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
 def add_ranks(parser: argparse.ArgumentParser) -> None:
     """`--dtype`, `--vision-rank` and `--text-rank`; `ranks_of` reads the latter two."""
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (float32)")
-    told = "R, or KEYS,VALUES; 'full' is lossless, 'none' leaves it dense"
+    told = "R, or KEYS,VALUES; 'full' is lossless, 'none' leaves it dense, 'auto' is the package's default"
     parser.add_argument(
         "--vision-rank",
         type=rank,
@@ -63,10 +63,12 @@ def positive(text: str) -> int:
 def rank(text: str) -> "RankSpec":
     if text == "none":
         return None
+    if text == "auto":
+        return "auto"
     parts = [part.strip() for part in text.split(",")]
     if len(parts) > 2 or not all(part == "full" or (part.isdecimal() and int(part) >= 1) for part in parts):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected a rank such as 64, KEYS,VALUES such as 64,16, 'full' or 'none'"
+            f"got {text!r}, expected a rank such as 64, KEYS,VALUES such as 64,16, 'full', 'none' or 'auto'"
         )
     ranks: list[Rank] = ["full" if part == "full" else int(part) for part in parts]
     return ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])

@@ -15,7 +15,7 @@ from attnpack_fx.compiling import called_through
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT, SiteReport
 from attnpack_fx.policy import PackPolicy
-from attnpack_fx.step_cost import Layer, Step, dense_step, fastest, packed_step
+from attnpack_fx.step_cost import Layer, Step, step_costs
 from attnpack_fx.taking_back import settle
 
 _DECODE_STEPS = 2
@@ -103,9 +103,9 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
         timed = {
             number: layer for number, (before, after) in enumerate(pairs) if (layer := _timed(model, before, after))
         }
-        for number, each in timed.items():
-            layers[number] |= {"dense_step": _step(dense_step(each)), "packed_step": _step(packed_step(each))}
-        settings = fastest(policy, list(timed.values()))
+        steps, settings = step_costs(policy, list(timed.values()))
+        for number, (of_dense, of_packed) in zip(timed, steps, strict=True):
+            layers[number] |= {"dense_step": _step(of_dense), "packed_step": _step(of_packed)}
     return Report(
         policy=policy.to_dict(),
         graphs=[[asdict(site) for site in sites] for sites in graphs],

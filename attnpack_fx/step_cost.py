@@ -177,7 +177,7 @@ def _products(layer: Layer, parts: PackedParts[Tensor]) -> float:
 def attention_arguments(
     query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor], ragged: bool
 ) -> tuple[Any, ...]:
-    """Of `torch.ops.attnpack.attention`, without a mask, at the usual scale. query: `[B, Hq, Tq, D]`."""
+    """Of `ops.attention`, without a mask, at the usual scale. query: `[B, Hq, Tq, D]`."""
     return (
         query,
         keys.coefficients,
@@ -201,17 +201,26 @@ def attention_arguments(
     )
 
 
-def fastest(policy: PackPolicy, layers: Sequence[Layer]) -> list[Setting]:
+def step_costs(policy: PackPolicy, layers: Sequence[Layer]) -> tuple[list[tuple[Step, Step]], list[Setting]]:
+    """Every layer's step, dense and packed, and what `fastest` finds with them."""
+    try:
+        steps = [(dense_step(layer), packed_step(layer)) for layer in layers]
+        return steps, fastest(policy, layers, steps)
+    finally:
+        _others.cache_clear()
+
+
+def fastest(policy: PackPolicy, layers: Sequence[Layer], steps: Sequence[tuple[Step, Step]]) -> list[Setting]:
     """The policy, dense keys and values, and rotated keys at a rank that loses no more: the fastest first.
 
     Without the last where keys are rotated already, where no rank is enough, and where the policy says more than ranks:
-    a calibrated plan, methods, energies, shared bases.
+    a calibrated plan, methods, energies, shared bases. steps: of every layer, dense and packed.
     """
     if not layers:
         return []
     found = [
-        Setting(policy, sum(packed_step(layer).measured for layer in layers)),
-        Setting(None, sum(dense_step(layer).measured for layer in layers)),
+        Setting(policy, sum(packed.measured for _, packed in steps)),
+        Setting(None, sum(dense.measured for dense, _ in steps)),
     ]
     plain = not (policy.layers or policy.passes or policy.partial or policy.varies) and policy.bases == "sample"
     if plain and all(each.packed[0].parts.angles is not None and _plain(each.packed[0].parts) for each in layers):

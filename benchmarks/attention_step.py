@@ -1,6 +1,5 @@
 """One layer's attention at one decode step: on the dense cache, on the packed one, and decompressed."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnpack_fx import PackedTensor, PackPolicy, cache_bytes, pack
+from attnpack_fx.step_cost import attention_arguments
 from benchmarks import measure
 
 #: Tokens appended since the cache was packed; they are dense.
@@ -51,34 +51,13 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     dense_key, dense_value = key.dense(), value.dense()
     query = torch.randn(case.batch, case.heads, 1, case.head_dim, generator=generator).to(case.dtype)
     grouped = case.heads != case.kv_heads
-    scale = 1 / math.sqrt(case.head_dim)
-    keys, values, ragged = key.parts, value.parts, key.placement.ragged
+    arguments = attention_arguments(query, key.parts, value.parts, key.placement.ragged)
 
     def dense() -> Tensor:
         return F.scaled_dot_product_attention(query, dense_key, dense_value, enable_gqa=grouped)
 
     def packed() -> Tensor:
-        return torch.ops.attnpack.attention(
-            query,
-            keys.coefficients,
-            keys.bases,
-            values.coefficients,
-            values.bases,
-            keys.tail,
-            values.tail,
-            keys.length,
-            keys.index,
-            None,
-            scale,
-            ragged,
-            *keys.rotary,
-            keys.layout,
-            values.layout,
-            keys.scales,
-            values.scales,
-            keys.owners,
-            values.owners,
-        )
+        return torch.ops.attnpack.attention(*arguments)
 
     def decompressed() -> Tensor:
         return F.scaled_dot_product_attention(query, key.dense(), value.dense(), enable_gqa=grouped)

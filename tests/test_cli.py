@@ -57,6 +57,7 @@ def test_version(capsys):
         (("demo", "--images", "4,17"), "expected numbers from 1 to 16"),
         (("demo", "--images", "4,,"), "got '', expected a whole number"),
         (("demo", "--vision-rank", "0"), "got '0', expected a rank such as 64"),
+        (("explain", "some/model", "--vision-rank", "automatic"), "'full', 'none' or 'auto'"),
         (("demo", "--text-rank", "8,4,2"), "expected a rank such as 64"),
         (("demo", "--prompt", "what?"), "--prompt needs --model"),
         (("demo", "--image", "a.png"), "--image needs --model"),

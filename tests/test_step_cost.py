@@ -7,7 +7,7 @@ import torch
 
 from attnpack_fx import PackedTensor, PackPolicy, Quantize, hf, pack, step_cost
 from attnpack_fx.kernels import reference
-from attnpack_fx.step_cost import Layer, _repacked, attention_arguments, dense_step, fastest, packed_step
+from attnpack_fx.step_cost import Layer, _repacked, attention_arguments, dense_step, packed_step, step_costs
 from tests.acceptance.families import FAMILIES
 from tests.acceptance.families import LAYERS as COUNT
 
@@ -60,7 +60,7 @@ def test_a_step_is_predicted_and_measured(name: str) -> None:
 
 def test_rotated_keys_at_the_rank_that_is_named_lose_no_more(name: str) -> None:
     policy, layers = POLICY, layers_of(name, POLICY)
-    settings = fastest(policy, layers)
+    settings = step_costs(policy, layers)[1]
     assert [each.seconds for each in settings] == sorted(each.seconds for each in settings)
     others = [each.policy for each in settings if each.policy not in (policy, None)]
     assert {each.policy for each in settings} >= {policy, None} and len(others) == 1
@@ -93,15 +93,15 @@ def _lost(layer: Layer, rank: int) -> float:
 )
 def test_where_no_other_key_space_is_offered(policy: PackPolicy) -> None:
     dense = torch.randn(2, 2, 2, 64, 16).unbind()
-    found = fastest(policy, [Layer(dense, pack(*dense, policy), 4)])
+    found = step_costs(policy, [Layer(dense, pack(*dense, policy), 4)])[1]
     assert {each.policy for each in found} == {policy, None}
 
 
 def test_no_rank_is_offered_that_would_stay_dense(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_cost, "_SLACK", 0.0)
-    found = fastest(POLICY, layers_of(name, POLICY))
+    found = step_costs(POLICY, layers_of(name, POLICY))[1]
     assert {each.policy for each in found} == {POLICY, None}
 
 
 def test_nothing_packed() -> None:
-    assert fastest(PackPolicy(), []) == []
+    assert step_costs(PackPolicy(), []) == ([], [])
