@@ -67,8 +67,13 @@ class Report(dict[str, Any]):
         lines.append(f"  cache: {before:,} bytes dense, {after:,} bytes packed, {ratio}")
         if self["fastest"]:
             lines += ["", "attention of a decode step in all packed layers, as measured, with no more error of keys"]
-            lines += [f"  {each['milliseconds']:9.3f} ms  {self._named(each['policy'])}" for each in self["fastest"]]
+            lines += self.settings
         return "\n".join(lines)
+
+    @property
+    def settings(self) -> list[str]:
+        """A line for each of the `fastest`."""
+        return [f"  {each['milliseconds']:9.3f} ms  {self._named(each['policy'])}" for each in self["fastest"]]
 
     def _named(self, policy: dict[str, Any] | None) -> str:
         if policy is None:

@@ -37,7 +37,7 @@ def layers_of(name: str, policy: PackPolicy) -> list[Layer]:
     return layers
 
 
-@pytest.fixture(params=["llava-gqa-padded", "qwen2.5-vl"])
+@pytest.fixture(params=["llava-gqa-padded", pytest.param("qwen2.5-vl", marks=pytest.mark.slow)])
 def name(request: pytest.FixtureRequest, without_inductor: None) -> str:
     return str(request.param)
 

@@ -101,6 +101,7 @@ def test_a_prompt_that_grows_into_its_window(without_inductor):
     assert all(isinstance(key, PackedTensor) and key.shape[2] == 63 for key, _ in layers(actual))
 
 
+@pytest.mark.slow
 def test_layers_share_where_their_tokens_are(without_inductor):
     """After tokens have left, and their memory with them."""
     family = FURTHER["mistral-sliding"]

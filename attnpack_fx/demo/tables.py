@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attnpack_fx.demo.generation import DENSE, PACKED, Run
+from attnpack_fx.explain import Report
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def report(
     examples: Sequence[Example],
     scores: Sequence[Score],
     speeds: Sequence[Speed],
-    found: dict[str, Any],
+    found: Report,
     picture: Path,
 ) -> str:
     """Everything the demo prints."""
@@ -88,6 +89,9 @@ def report(
             layers_table(found),
         ),
     ]
+    if found.settings:
+        title = "Attention alone, in all layers of one step of the batch, by setting, with no more error of keys"
+        sections.append((title, "\n".join(found.settings)))
     return "\n\n".join(f"{title}\n\n{body}" for title, body in sections) + f"\n\nPicture: {picture}"
 
 

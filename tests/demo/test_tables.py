@@ -22,33 +22,41 @@ from attnpack_fx.demo.tables import (
     speed_table,
     table,
 )
+from attnpack_fx.explain import Report
 
 SCORE = Score("read", 4, 8, dense=0.875, packed=0.75, dense_bytes=3_000_000, packed_bytes=500_000)
-FOUND = {
-    "policy": {"vision_rank": [32, 16], "text_rank": None},
-    "layers": [
-        {
-            "layer": 0,
-            "tokens": {"vision": 256, "dense": 20},
-            "key_rank": {"vision": 32},
-            "value_rank": {"vision": 16},
-            "key_error": 0.1234,
-            "value_error": 0.01,
-            "bytes": 1000,
-            "dense_bytes": 4000,
-        },
-        {
-            "layer": 1,
-            "tokens": {"dense": 20},
-            "key_rank": {},
-            "value_rank": {},
-            "key_error": None,
-            "value_error": None,
-            "bytes": 4000,
-            "dense_bytes": 4000,
-        },
-    ],
-}
+FOUND = Report(
+    {
+        "policy": {"vision_rank": [32, 16], "text_rank": None},
+        "layers": [
+            {
+                "layer": 0,
+                "tokens": {"vision": 256, "dense": 20},
+                "key_rank": {"vision": 32},
+                "value_rank": {"vision": 16},
+                "key_error": 0.1234,
+                "value_error": 0.01,
+                "bytes": 1000,
+                "dense_bytes": 4000,
+            },
+            {
+                "layer": 1,
+                "tokens": {"dense": 20},
+                "key_rank": {},
+                "value_rank": {},
+                "key_error": None,
+                "value_error": None,
+                "bytes": 4000,
+                "dense_bytes": 4000,
+            },
+        ],
+        "fastest": [
+            {"policy": {"vision_rank": [40, 16], "text_rank": None}, "milliseconds": 1.5},
+            {"policy": {"vision_rank": [32, 16], "text_rank": None}, "milliseconds": 2.0},
+            {"policy": None, "milliseconds": 2.5},
+        ],
+    }
+)
 
 
 def speed() -> Speed:
@@ -116,6 +124,10 @@ def test_the_report_holds_every_section():
     text = report([Example("what?", "a", "b")], [SCORE], [speed()], FOUND, Path("picture.png"))
     for part in ("Answers", "Accuracy", "Speed", "vision rank 32 for keys and 16 for values", "picture.png"):
         assert part in text
+    assert "1.500 ms  vision_rank=(40, 16)" in text and "2.000 ms  this policy" in text
+    assert "2.500 ms  dense keys and values" in text
+    nothing = Report({**FOUND, "fastest": []})
+    assert "Attention alone" not in report([Example("what?", "a", "b")], [SCORE], [speed()], nothing, Path("p"))
     assert "Accuracy" not in report([Example("what?", "a", "b")], [], [speed()], FOUND, Path("picture.png"))
 
 
