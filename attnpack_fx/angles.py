@@ -22,7 +22,7 @@ class SharedAngles:
     """cos and sin of a packed cache's tokens.
 
     packed: of the slots in segments.
-    tail: `(cos, sin)` pieces `[B or 1, k, E]` of the tail's rows, in order, kept where they may be folded; else None.
+    tail: `(cos, sin)` pieces `[B or 1, k, E / 2]` of the tail's rows in order, where they may be folded; else None.
     """
 
     packed: Angles[Tensor]
@@ -33,13 +33,13 @@ class SharedAngles:
     def of_prompt(
         cls, cos: Tensor, sin: Tensor, index: Tensor, packed: int, interleaved: bool, keep_tail: bool
     ) -> "SharedAngles":
-        """From those of the prompt, `[B or 1, P, E]`, and where tokens went: `packed` slots of `index`, the tail."""
+        """From those of the prompt, `[B or 1, P, E / 2]`, and where tokens went: `packed` slots of `index`, or tail."""
         if cos.shape[0] == 1 and bool((index == index[:1]).all()):
             index = index[:1]
         rows = _one_for_all(*(_rows(each, index) for each in (cos, sin)))
         # Copies: of one sample, a slice is contiguous, and would keep the rows of the tail alive.
         held = rows[0][:, :packed].clone(), rows[1][:, :packed].clone()
-        table = tabulate(*held, interleaved) if cos.element_size() <= 4 else None
+        table = tabulate(*held) if cos.element_size() <= 4 else None
         angles = Angles(*held, None, interleaved) if table is None else Angles(*table, interleaved)
         tail = ((rows[0][:, packed:].clone(), rows[1][:, packed:].clone()),) if keep_tail else None
         return cls(angles, tail)
@@ -59,7 +59,9 @@ class SharedAngles:
         tail = self.tail
 
         def derive() -> SharedAngles:
-            new = (each.repeat_interleave(heads, 0) if heads and each.shape[0] > 1 else each for each in (cos, sin))
+            apart = heads and cos.shape[0] > 1
+            # Copies, for they may be half of what the graph gave.
+            new = (each.repeat_interleave(heads, 0) if apart else each.clone() for each in (cos, sin))
             return SharedAngles(self.packed, (*tail, tuple(new)))  # type: ignore[arg-type]
 
         return self._memo.derive("appended", (cos, sin, heads), derive)
@@ -82,7 +84,7 @@ class SharedAngles:
         return self._memo.derive("cropped", (length,), derive)
 
     def tail_rows(self) -> tuple[Tensor, Tensor]:
-        """cos and sin `[B or 1, length, E]` of the tail."""
+        """cos and sin `[B or 1, length, E / 2]` of the tail."""
         assert self.tail is not None
         batch = max(piece[0].shape[0] for piece in self.tail)
         cos, sin = (
@@ -142,7 +144,7 @@ class SharedAngles:
         """Of packed slots with resting ones behind those of each segment, and of more tail rows.
 
         axes: of the resting ones, in turn; counts, more: slots, and resting ones, of each of the first segments; turns:
-        cos and sin `[B, n, E]`.
+        cos and sin `[B, n, E / 2]`.
         """
         own = self.packed.axes
         assert own is not None and axes is not None
@@ -251,7 +253,7 @@ def _one_for_all(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(each: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` `[B, n]` (-1: any) of each `[B or 1, P, E]`."""
+    """Rows `index` `[B, n]` (-1: any) of each `[B or 1, P, E / 2]`."""
     sample = torch.arange(index.shape[0], device=each.device)[:, None]
     return each.expand(index.shape[0], -1, -1)[sample, index.clamp(min=0)]
 
@@ -266,7 +268,7 @@ def _stack(alike: Sequence[Tensor]) -> Tensor:
 
 
 def _extended(angles: Angles[Tensor], cos: Tensor, sin: Tensor) -> Angles[Tensor]:
-    """With a row for every new slot, `[B or 1, k, E]`."""
+    """With a row for every new slot, `[B or 1, k, E / 2]`."""
     batch = max(cos.shape[0], angles.cos.shape[0])
     old, count = angles.cos.shape[1], cos.shape[1]
     every = [each.expand(batch, -1, -1) for each in (angles.cos, cos, angles.sin, sin)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from attnpack_fx import windows
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.held import Held
 from attnpack_fx.packed_tensor import PackedTensor
@@ -85,7 +86,8 @@ class Collector:
         rows: Tensor = results[spec.tail]
         if spec.heads:
             made, rows = made.apart(spec.heads), rows.flatten(1, 2)[:, :, None]
-        return PackedTensor(made, TailBuffer(rows).lease(rows.shape[0]))
+        room = None if spec.window is None else windows.room(made.placement.tokens, spec.window)
+        return PackedTensor(made, TailBuffer(rows, room).lease(rows.shape[0]))
 
     def _angles_of(self, spec: Packed, packed: int) -> SharedAngles:
         assert spec.angles is not None

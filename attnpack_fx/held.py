@@ -112,8 +112,8 @@ class Held:
         if self.angles is not None:
             held = self.angles.packed
             axes, own_axes = (0, False) if held.axes is None else (held.axes.shape[1], held.axes.shape[0] > 1)
-            own_rows, width = held.cos.shape[0] > 1, held.cos.shape[2]
-            angles = AnglesForm(width, axes, own_rows, own_axes, held.interleaved, held.cos.dtype)
+            own_rows, pairs = held.cos.shape[0] > 1, held.cos.shape[2]
+            angles = AnglesForm(pairs, axes, own_rows, own_axes, held.interleaved, held.cos.dtype)
         plain = Form(
             self.modalities,
             tuple(tuple(map(kind, segment.blocks)) for segment in self.segments),
@@ -402,7 +402,7 @@ def fake_parts(
     angles = None
     if form.angles is not None:
         own, size = form.angles, next(remaining)
-        shape = batch if own.own_rows else 1, size, own.width
+        shape = batch if own.own_rows else 1, size, own.pairs
         cos, sin = (rows.new_empty(shape, dtype=own.dtype) for _ in range(2))
         axes = None
         if own.axes:

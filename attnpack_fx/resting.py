@@ -16,7 +16,7 @@ class Resting:
     index: int64 `[B, N]`, logical positions: of every segment's resting tokens in turn, then of the tail's; -1 filler.
     counts: n_s of every low-rank segment, then n.
     axes: int64 `[B, A, n_s of all]`, the rows of packed tokens in tables of angles; importance: of keys, fp32 `[B, N]`.
-    turns: cos and sin `[B, n, E]` of the tail, where those of tail rows are kept.
+    turns: cos and sin `[B, n, E / 2]` of the tail, where those of tail rows are kept.
     started: how many logical tokens the prompt had.
     """
 

@@ -169,7 +169,7 @@ def _products(layer: Layer, parts: PackedParts[Tensor]) -> float:
             # Keys before rotary embedding: for each token and component the query is turned, or along each axis, and
             # the products with it are summed, which takes the time of so many more.
             cos, axes = parts.angles.cos, parts.angles.axes
-            each = _SUMMING + (cos.shape[-1] if axes is None else axes.shape[1])
+            each = _SUMMING + (2 * cos.shape[-1] if axes is None else axes.shape[1])
         found += rank * (tokens * each + dim)
     return float(batch * layer.heads * found)
 

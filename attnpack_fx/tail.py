@@ -1,11 +1,9 @@
 """Growable storage for the dense tail of a packed key or value, shared safely by every handle that can read it.
 
 Appending in place is what makes a decode step cheap, but a cache can fork: beam search, two continuations of one
-prompt, a kept
-copy. So each handle holds a `TailLease`, the promise that the first `length` rows of a buffer are its own to read. A
-lease may be
-extended in place only while no other live lease reads beyond its end; otherwise the rows are copied to a new buffer
-first.
+prompt, a kept copy. So each handle holds a `TailLease`, the promise that the first `length` rows of a buffer are its
+own to read. A lease may be extended in place only while no other live lease reads beyond its end; otherwise the rows
+are copied to a new buffer first.
 """
 
 import threading
@@ -23,12 +21,13 @@ _MINIMUM_ROOM = 16
 class TailBuffer:
     """Rows `[capacity, B, H, D]`; the leases alive on it decide which of them may be written.
 
+    room: rows that the next buffer has room for when these are full; see `allocate`.
     template: no rows, the same dims: what Dynamo sees of the buffer, so that its capacity never matters to a compiled
     graph.
     """
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, rows: Tensor, room: int | None = None) -> None:
+        self.rows, self.room = rows, room
         self._leases: weakref.WeakSet[TailLease] = weakref.WeakSet()
         self._lock = threading.Lock()
 
@@ -58,7 +57,7 @@ class TailBuffer:
                 longer = TailLease(self, needed)
                 self._leases.add(longer)
                 return longer
-        return allocate(self.rows[: lease.length], needed).lease(needed)
+        return allocate(self.rows[: lease.length], needed, self.room).lease(needed)
 
 
 class TailLease:

@@ -12,6 +12,14 @@ from attnpack_fx.tail import allocate
 _PART, _LEAST = 16, 8
 
 
+def room(tokens: int, window: int) -> int | None:
+    """Rows of room that a tail needs once `tokens` of the prompt fill the window; None while they do not.
+
+    As many come until what stays is stored anew.
+    """
+    return max(_LEAST, window // _PART) if tokens >= window else None
+
+
 def compacted(key: PackedTensor, value: PackedTensor) -> tuple[PackedTensor, PackedTensor]:
     """Keys and values of a layer without the slots of tokens that have left, once these are many."""
     most = max(_LEAST, key.shape[2] // _PART)

@@ -157,7 +157,7 @@ def tables(s: Shape) -> Cost:
 
 
 def _unrotated(s: Shape, keys: float) -> Cost:
-    """With absorbed values; angles are `2 b T D` bytes, or `2 b P D + 8 A T` as tables."""
+    """With absorbed values; angles are `b T D` bytes, or `b P D + 8 A T` as tables."""
     angles = sum(each.nbytes for each in _angles(s) if each is not None)
     values = s.value_rank or s.rank
     numbers = (s.rank + values) * (s.tokens + s.width)
@@ -346,9 +346,8 @@ def _angles(s: Shape) -> tuple[Tensor, Tensor, Tensor | None]:
     width = 1 if s.grid is None else s.grid[1]
     positions = torch.stack([place] * 3 if s.grid is None else [place * 0, place // width, place % width])
     angle = positions[torch.arange(pairs) % 3].T * 1e6 ** (-torch.arange(pairs) / pairs)
-    angle = torch.cat([angle, angle], -1)[None]
-    cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
-    found = None if s.grid is None else tabulate(cos, sin, False)
+    cos, sin = angle[None].cos().to(DTYPE), angle[None].sin().to(DTYPE)
+    found = None if s.grid is None else tabulate(cos, sin)
     return (cos, sin, None) if found is None else found
 
 

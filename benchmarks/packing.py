@@ -9,6 +9,7 @@ from torch import Tensor
 from attnpack_fx import PackedTensor, PackPolicy, hf, pack
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.kernels import ops
+from attnpack_fx.kernels.aten.rotary import pairs as pairs_of_dims
 from attnpack_fx.tail import TailBuffer
 
 Pair = tuple[PackedTensor, PackedTensor]
@@ -50,7 +51,8 @@ def packed(batch: Prompt, policy: PackPolicy) -> list[Pair]:
         if unrotated:
             if angles is None and key.segments:
                 index = key.placement.index
-                angles = SharedAngles.of_prompt(batch.cos, batch.sin, index, key.held.packed, False, False)
+                cos, sin = (pairs_of_dims(each, interleaved=False)[0] for each in (batch.cos, batch.sin))
+                angles = SharedAngles.of_prompt(cos, sin, index, key.held.packed, False, False)
             key = _turned(key, layer, angles if key.segments else None)
         pairs.append((key, value))
     return pairs

@@ -123,11 +123,10 @@ def _rotary(tokens: int, width: int, dim: int, dtype: torch.dtype, one_axis: boo
     owner = torch.cat([owner, owner.new_full((pairs - owner.shape[0],), 2)])
     frequency = _THETA ** (-torch.arange(pairs) / pairs)
     angles = (torch.stack(coordinates)[owner] + 16).T * frequency
-    angles = torch.cat([angles, angles], -1)[None]
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles[None].cos().to(dtype), angles[None].sin().to(dtype)
     if one_axis:
         return Rotary(cos, sin, False)
-    found = tabulate(cos, sin, False)
+    found = tabulate(cos, sin)
     if found is None:
         raise RuntimeError(f"{tokens} tokens of an image {width} wide: no axes, the image is too small")
     return Rotary(found[0], found[1], False, found[2])

@@ -60,7 +60,7 @@ def attention(
             rows = segment[0] if len(segment) == 1 else segment[0][:, None] @ segment[1]
             whole = statically_known_true(start == 0) and statically_known_true(cos.shape[1] == end)
             turns = (cos, sin) if whole else (cos[:, start:end], sin[:, start:end])
-            scores.append(q @ rotated(rows, *turns).mT)
+            scores.append(q @ rotated(rows, *(torch.cat([each, each], -1) for each in turns)).mT)
         start = end
     together = torch.cat(scores, -1).reshape(batch, heads, queries, -1)
     weights = torch.softmax((together + mask).float(), -1).to(query.dtype)
@@ -144,7 +144,7 @@ def _scores(q: Tensor, *segment: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x `[B, H, N, D]` with the pairs `(i, i + E / 2)` turned by `[B, N, E]`; dims from E on stay."""
+    """x `[B, H, N, D]` with the pairs `(i, i + E / 2)` turned by cos and sin `[B, N, E]`; dims from E on stay."""
     size = cos.shape[-1]
     turning, rest = x[..., :size], x[..., size:]
     # Written as transformers does, which PyTorch's exporter knows as ONNX's RotaryEmbedding: one pass instead of six.

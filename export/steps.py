@@ -25,6 +25,7 @@ from attnpack_fx.export.portable import turned_back
 from attnpack_fx.export.signature import TensorSpec
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.aten.balance import balanced
+from attnpack_fx.kernels.aten.rotary import pairs
 from attnpack_fx.kernels.parts import Block, PackedParts, RowForm, Rows, Segment
 
 #: How many matrices are factorised together, at most: copies in fp32 live as long.
@@ -181,7 +182,8 @@ class DecodeStep(Step):
         sees = (place[None] <= newest[:, None])[None] & held[:, None]
         embedded = parts.embedding(ids)
         angles = {name: parts.angles(embedded, given[f"{name}_position_ids"]) for name in layout.turns}
-        cache = _Cache(layout, given, angles)
+        halves = {name: (pairs(cos, False)[0], pairs(sin, False)[0]) for name, (cos, sin) in angles.items()}
+        cache = _Cache(layout, given, halves)
         positions = given["position_ids"] + given["position_offset"]
         if layout.axes > 1:
             positions = positions[None].expand(layout.axes, -1, -1)
@@ -226,7 +228,7 @@ class _Prompt:
 class _Cache:
     """Attention of new tokens to a packed cache and to one another; keeps what has grown.
 
-    angles: cos and sin of the tokens of a modality.
+    angles: cos and sin of the tokens of a modality, one entry per pair of dims.
     """
 
     def __init__(

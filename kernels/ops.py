@@ -44,14 +44,12 @@ def plan(
     real: bool `[B or 1, T]`, False for padding, which gets no slot; None means no padding.
     like: any tensor `[B, H, T, D]`; only its shape and device are read.
     text: whether text tokens are packed (a second segment) or kept as they are.
-    *_gain: `[key rank, value rank, key width, value width]`, width = H * D: the segment is packed only if that takes
-    less
-        memory than its dense rows; empty means always. Vision tokens that are not worth packing go where text tokens
-        go.
+    *_gain: `[key rank, value rank, key width, value width, turning]`, width = H * D, turning the numbers of cos and sin
+        that a packed token takes besides: the segment is packed only if that takes less memory than its dense rows;
+        empty means always. Vision tokens that are not worth packing go where text tokens go.
 
     Returns `(vision, text, dense, slot)`: int64 indices `[B, Nv]`, `[B, Nt]`, `[B, m]` of logical positions, in order,
-    with
-    filler -1 at the end of a row, and `slot` `[B, T]`. Sizes depend on the data.
+    with filler -1 at the end of a row, and `slot` `[B, T]`. Sizes depend on the data.
     """
     return aten.plan(modality, real, like, text, vision_gain, text_gain)
 

@@ -185,9 +185,9 @@ class Angles(Generic[T]):
 
     Of the first slots alone where segments behind them hold keys as they are attended: whole segments either way.
 
-    cos, sin: `[B or 1, P, E]`, one entry per rotated dim, E <= D.
+    cos, sin: `[B or 1, P, E / 2]`, one entry per pair of the E <= D rotated dims.
     axes: None: row n belongs to slot n. Else int64 `[B or 1, A, N]`: cos and sin of slot n are the sums of rows
-        `axes[:, n]`, one per rotary axis (time, height, width), each zero in the dims of the others.
+        `axes[:, n]`, one per rotary axis (time, height, width), each zero in the pairs of the others.
     interleaved: pairs of dims are `(2 i, 2 i + 1)`, not `(i, i + E / 2)`.
     """
 
@@ -292,9 +292,13 @@ def first_blocks(count: int, blocks: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class AnglesForm:
-    """What is fixed about `Angles`: E, how many axes (0: a row per slot), what samples have of their own, dtype."""
+    """What is fixed about `Angles`.
 
-    width: int
+    pairs: of rotated dims; axes: how many, 0 for a row of cos and sin per slot; own_rows, own_axes: whether samples
+    have their own; dtype: of cos and sin.
+    """
+
+    pairs: int
     axes: int
     own_rows: bool
     own_axes: bool

@@ -62,14 +62,14 @@ def plan(
 
 
 def worth_packing(positions: list[list[int]], gain: Sequence[int]) -> bool:
-    """Whether factors of a key and a value segment take less room than its rows."""
+    """Whether factors of a key and a value segment, with cos and sin, take less room than its rows."""
     tokens = max(map(len, positions), default=0)
     if tokens == 0 or not gain:
         return tokens > 0
-    key_rank, value_rank, key_width, value_width = gain
+    key_rank, value_rank, key_width, value_width, turning = gain
     key_factors = min(key_rank, tokens, key_width) * (tokens + key_width)
     value_factors = min(value_rank, tokens, value_width) * (tokens + value_width)
-    return key_factors + value_factors < tokens * (key_width + value_width)
+    return key_factors + value_factors + tokens * turning < tokens * (key_width + value_width)
 
 
 def _filled_up(positions: list[list[int]]) -> Tensor:
@@ -256,15 +256,15 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn pairs of dims of x `[B, H, N, D]` by the angles of their token; cos and sin `[B or 1, N, E]`.
+    """Turn pairs of dims of x `[B, H, N, D]` by the angles of their token; cos and sin `[B or 1, N, E / 2]`.
 
     The pairs are `(i, i + E / 2)`, or `(2 i, 2 i + 1)` when interleaved; dims from E on stay.
     """
-    out, size = x.clone(), cos.shape[-1]
-    for pair in range(size // 2):
-        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + size // 2)
-        out[..., a] = x[..., a] * cos[:, None, :, a] - x[..., b] * sin[:, None, :, a]
-        out[..., b] = x[..., b] * cos[:, None, :, b] + x[..., a] * sin[:, None, :, b]
+    out, pairs = x.clone(), cos.shape[-1]
+    for pair in range(pairs):
+        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + pairs)
+        out[..., a] = x[..., a] * cos[:, None, :, pair] - x[..., b] * sin[:, None, :, pair]
+        out[..., b] = x[..., b] * cos[:, None, :, pair] + x[..., a] * sin[:, None, :, pair]
     return out
 
 

@@ -19,30 +19,29 @@ _TABLE = 1 << 20
 _PROBES = 512
 
 
-def tabulate(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Tables of cos and sin per axis `[B or 1, P, E]`, and the row of every slot per axis, int64 `[B or 1, A, N]`.
+def tabulate(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Tables of cos and sin per axis `[B or 1, P, E / 2]`, and the row of every slot per axis, int64 `[B or 1, A, N]`.
 
-    cos, sin: `[B or 1, N, E]`, one entry per dim and slot, E even; interleaved: whether pairs of dims are neighbours.
+    cos, sin: `[B or 1, N, E / 2]`, one entry per pair of dims and slot.
 
     `sum over a of table[axes[a, n]]` is the given row n, bit for bit: see `aten.rotary.Rotary`. Samples may differ in
     their grids; shorter tables are padded. None where the tables would be longer than half of N: 1-D rotary embedding,
     or text. Reads the data, so on a GPU it waits.
     """
-    batch, tokens, dims = cos.shape
-    if tokens == 0 or dims == 0:
+    batch, tokens, pairs = cos.shape
+    if tokens == 0 or pairs == 0:
         return None
-    found = _axes(_columns(cos, sin, interleaved), batch)
+    found = _axes(_columns(cos, sin), batch)
     if found is None:
         return None
     labels, owner = found
-    of_dim = torch.stack([owner, owner], 1).flatten() if interleaved else torch.cat([owner, owner])
     rows: list[list[Tensor]] = [[] for _ in range(batch)]
     axes = torch.empty((batch, len(labels), tokens), dtype=torch.int64, device=cos.device)
     both = torch.stack([cos, sin])
     for axis, label in enumerate(labels):
         first_token = _representatives(label)
         # -0.0 is what adds nothing to anything, +0.0 included.
-        table = both.flatten(1, 2)[:, first_token].masked_fill(of_dim != axis, -0.0)
+        table = both.flatten(1, 2)[:, first_token].masked_fill(owner != axis, -0.0)
         counts = torch.bincount(first_token // tokens, minlength=batch)
         starts = counts.cumsum(0) - counts
         axes[:, axis] = label.view(batch, tokens) - starts[:, None]
@@ -53,25 +52,24 @@ def tabulate(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tenso
     longest = max(lengths)
     if 2 * longest > tokens:
         return None
-    tables = both.new_zeros((2, batch, longest, dims))
+    tables = both.new_zeros((2, batch, longest, pairs))
     for sample, parts in enumerate(rows):
         tables[:, sample, : lengths[sample]] = torch.cat(parts, 1)
     return tables[0], tables[1], axes
 
 
-def _columns(cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The bits of every pair's `(cos, sin)` at every token: int64 `[E / 2, 2, B * N]`."""
+def _columns(cos: Tensor, sin: Tensor) -> Tensor:
+    """The bits of every pair's `(cos, sin)` at every token: int64 `[E / 2, B * N]`."""
     kind = {2: torch.int16, 4: torch.int32}.get(cos.element_size())
     if kind is None or sin.dtype != cos.dtype:
         raise ValueError(f"cos and sin: got {cos.dtype} and {sin.dtype}, expected one dtype of 16 or 32 bits")
     high, low = (x.contiguous().view(kind).flatten(0, 1).T.long() for x in (cos, sin))
-    bits = high * 2**32 + low
-    return bits.unflatten(0, (-1, 2)) if interleaved else bits.unflatten(0, (2, -1)).transpose(0, 1)
+    return high * 2**32 + low
 
 
 def _axes(columns: Tensor, batch: int) -> tuple[list[Tensor], Tensor] | None:
     """Labels `[B * N]` of the tokens along each axis, and the axis of every pair. None: too many positions."""
-    pairs, _, slots = columns.shape
+    pairs, slots = columns.shape
     sample = torch.arange(batch, device=columns.device).repeat_interleave(slots // batch)
     labels: list[Tensor] = []
     owner = torch.full((pairs,), -1, device=columns.device)
@@ -79,9 +77,8 @@ def _axes(columns: Tensor, batch: int) -> tuple[list[Tensor], Tensor] | None:
         if owner[pair] >= 0:
             continue
         label = sample
-        for column in columns[pair]:
-            if not _follows(column[None], label)[0]:
-                label = _joined(label, torch.unique(column, return_inverse=True)[1])
+        if not _follows(columns[pair : pair + 1], label)[0]:
+            label = _joined(label, torch.unique(columns[pair], return_inverse=True)[1])
         best, axis = None, len(labels)
         for number, other in enumerate(labels):
             both = _joined(label, other)
@@ -96,8 +93,7 @@ def _axes(columns: Tensor, batch: int) -> tuple[list[Tensor], Tensor] | None:
         if 2 * sum(map(_count, labels)) > slots:
             return None
         free = (owner < 0).nonzero()[:, 0]
-        same = _follows(columns[free].flatten(0, 1), label).view(-1, 2).all(1)
-        owner[free[same]] = axis
+        owner[free[_follows(columns[free], label)]] = axis
     return labels, owner
 
 

@@ -1,5 +1,6 @@
 """What enters the cache dense leaves the graph packed: compress what a site keeps."""
 
+import math
 import operator
 from typing import Any
 
@@ -90,9 +91,10 @@ def compress(
         if modality is None:
             reason = "no vision tokens are known here and text_rank is None"
         return SiteReport(layer, site.kind, "dense", reason, causal=True)
-    gains = {name: gain(policy, name, how, widths) for name, how in stored.items()}
     if plan.key_space == "rotated" or not (stored or (held and codes_unrotated(policy))):
         rotation = None
+    turning = 0 if rotation is None or not count else _turning(site, rotation, count)
+    gains = {name: gain(policy, name, how, widths, turning) for name, how in stored.items()}
     heads = key_shape[1] if held and heads_apart(policy, bool(stored)) else 0
     loss = asks_for_loss(policy, stored.values())
     graph = state.graph
@@ -166,6 +168,12 @@ def _angles(
     of_tokens = (planner.newest(each, window) for each in (rotation.cos, rotation.sin))
     cos, sin = (flat.add(planner.by_position(each, rows)) for each in of_tokens)
     return cos, sin
+
+
+def _turning(site: Site, rotation: Rotation, layers: int) -> int:
+    """Numbers of the cache's dtype that cos and sin of a token take, a layer's share of the copy that all read."""
+    key, cos = (node.meta["example_value"] for node in (site.key, rotation.cos))
+    return math.ceil(2 * cos.shape[-1] * cos.element_size() / (key.element_size() * layers))
 
 
 def _newest_rows(site: Site, keys: Node) -> Node:

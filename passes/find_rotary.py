@@ -40,7 +40,7 @@ class Rotation:
     `kernels.aten.rotary`, computed as the model does.
 
     unrotated: `[B, H, k, D]`, the keys before it, in their dtype.
-    cos, sin: `[B or 1, k, E]`, one entry per rotated dim; the first E <= D dims are rotated. Any scaling is in them:
+    cos, sin: `[B or 1, k, E / 2]`, one entry per pair; the first E <= D dims are rotated. Any scaling is in them:
     `cos^2 + sin^2` need not be 1. Layers that compute the same cos get the same node.
     interleaved: whether pairs are `(2i, 2i + 1)` rather than `(i, i + E / 2)`.
     """
@@ -65,7 +65,7 @@ class _Turn:
 
 class RotaryFinder:
     """Rotary embeddings of one graph. The nodes it inserts to bring operands into the form of `Rotation` (views, casts,
-    half-width cos repeated) stand right after what they read, once for all layers.
+    the first half of cos, whose second is the same) stand right after what they read, once for all layers.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -252,7 +252,7 @@ class RotaryFinder:
     # ---- the form in which it is handed on
 
     def _angle(self, node: Node, turn: _Turn, kept: torch.dtype, heads_first: bool) -> Node:
-        """Cos or sin as `[B or 1, k, E]`, of a dtype that makes `rotate` compute as the model does."""
+        """Cos or sin as `[B or 1, k, E / 2]`, of a dtype that makes `rotate` compute as the model does."""
         node = self._values.first(node)
         value, inserted = value_of(node), inserted_axis(node)
         assert value is not None
@@ -265,9 +265,10 @@ class RotaryFinder:
             node = self._insert(node, "unsqueeze", 0)
         elif not heads_first:
             node = self._insert(node, "transpose", 0, 1)
-        if turn.halved:
-            each_twice = ("repeat_interleave", 2, -1) if turn.interleaved else ("repeat", 1, 1, 2)
-            node = self._insert(node, *each_twice)
+        if not turn.halved and turn.interleaved:
+            node = self._insert(self._insert(node, "unflatten", -1, (-1, 2)), "select", -1, 0)
+        elif not turn.halved:
+            node = self._insert(node, "narrow", -1, 0, value.shape[-1] // 2)
         if torch.promote_types(value.dtype, kept) != turn.dtype:
             node = self._insert(node, "to", turn.dtype)
         return node

@@ -215,16 +215,16 @@ def _follows(state: GraphState, later: Node, earlier: Node) -> bool:
     return False
 
 
-def gain(policy: Policy, name: Modality, how: Stored, widths: tuple[int, int]) -> list[int]:
+def gain(policy: Policy, name: Modality, how: Stored, widths: tuple[int, int], turning: int = 0) -> list[int]:
     """When to pack tokens of a modality, as `attnpack::plan` takes it; empty means always.
 
-    widths: `H * D` of keys and of values.
+    widths: `H * D` of keys and of values; turning: numbers of cos and sin a token, this layer's share of them.
     """
     if policy.lossless(name) or (name == TEXT and policy.fold_every is not None):
         return []  # folds need a segment to fold into
     if policy.bases not in ("sample", "batch"):
         return []  # the model's bases take no memory of their own
-    return [_words(how.key), _words(how.value), *widths]
+    return [_words(how.key), _words(how.value), *widths, turning]
 
 
 def _words(columns: Columns) -> int:

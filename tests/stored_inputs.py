@@ -94,7 +94,7 @@ def spectral(way: Way, tokens: int, random: torch.Generator) -> Tensor:
 
 
 def rotary(way: Way, tokens: int) -> tuple[Tensor, Tensor]:
-    """cos and sin float64 `[B or 1, tokens, D]` of the prompt and what follows."""
+    """cos and sin float64 `[B or 1, tokens, D / 2]` of the prompt and what follows."""
     place = torch.arange(tokens).expand(3, -1).clone()
     if way.angles == "tables":
         side, start = round(way.vision**0.5), way.padding + 2
@@ -109,8 +109,7 @@ def rotary(way: Way, tokens: int) -> tuple[Tensor, Tensor]:
         positions = positions[:1]
     pairs = torch.arange(DIM // 2)
     angle = positions[:, pairs % 3].transpose(1, 2) * 3.0 ** -pairs.double()
-    both = torch.stack([angle, angle], -1).flatten(-2) if way.interleaved else torch.cat([angle, angle], -1)
-    return both.cos() * way.scale, both.sin() * way.scale
+    return angle.cos() * way.scale, angle.sin() * way.scale
 
 
 def stored_pair(way: Way) -> Pair:

@@ -132,7 +132,7 @@ def test_reordered(way, whole):
     before = per_slot(Rotary(angles.packed.cos, angles.packed.sin, False, angles.packed.axes), 0, way.vision)
     after = per_slot(Rotary(chosen.packed.cos, chosen.packed.sin, False, chosen.packed.axes), 0, slots)
     for old, new in zip(before, after, strict=True):
-        expected = old.expand(way.batch, -1, -1).gather(1, order[:, :, None].expand(-1, -1, DIM))
+        expected = old.expand(way.batch, -1, -1).gather(1, order[:, :, None].expand(-1, -1, DIM // 2))
         assert torch.equal(new.expand(way.batch, -1, -1), expected)
 
 

@@ -36,7 +36,7 @@ UNNUMBERED = "the number of the layer is not known from the graph"
 
 @dataclass(frozen=True)
 class Angles:
-    """Rotary embedding of a prompt: cos, sin `[B or 1, P, E]`; interleaved as in `kernels.parts.Angles`."""
+    """Rotary embedding of a prompt: cos, sin `[B or 1, P, E / 2]`; interleaved as in `kernels.parts.Angles`."""
 
     cos: Tensor
     sin: Tensor

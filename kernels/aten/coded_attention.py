@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnpack_fx.kernels.aten.coded_exceptions import add_scores, add_values
 from attnpack_fx.kernels.aten.coded_rows import Decoder, codebook_table, levels
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.aten.rotary import Rotary, pairs, per_slot
 from attnpack_fx.kernels.parts import Rows
 
 #: Bytes of decoded numbers of one tile: on a CPU the L2 caches of two cores; elsewhere launches cost more than memory.
@@ -69,18 +69,14 @@ def weighted(p: Tensor, rows: Rows[Tensor], dim: int) -> Tensor:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """`rotate` with no copies but the result; x `[B, k, H, D]`, cos and sin `[B or 1, k, 1, E]`."""
-    out, turning = torch.empty_like(x), cos.shape[-1]
-    halves = (slice(0, turning, 2), slice(1, turning, 2)) if interleaved else _halves(turning)
-    a, b = (x[..., half] for half in halves)
-    for half, one, other, sign in ((halves[0], a, b, -1), (halves[1], b, a, 1)):
-        torch.mul(one, cos[..., half], out=out[..., half]).addcmul_(other, sin[..., half], value=sign)
+    """`rotate` with no copies but the result; x `[B, k, H, D]`, cos and sin `[B or 1, k, 1, E / 2]`."""
+    out, turning = torch.empty_like(x), 2 * cos.shape[-1]
+    a, b = pairs(x[..., :turning], interleaved)
+    into_a, into_b = pairs(out[..., :turning], interleaved)
+    torch.mul(a, cos, out=into_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=into_b).addcmul_(a, sin)
     out[..., turning:] = x[..., turning:]
     return out
-
-
-def _halves(turning: int) -> tuple[slice, slice]:
-    return slice(0, turning // 2), slice(turning // 2, turning)
 
 
 def _tiles(rows: Rows[Tensor], dim: int, copies: int = 1) -> Iterator[tuple[int, int]]:

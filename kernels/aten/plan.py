@@ -52,13 +52,13 @@ def slots(index: Tensor, tokens: int) -> Tensor:
 
 
 def saves_memory(tokens: int, gain: Sequence[int]) -> bool:
-    """Whether a key and a value segment of that many tokens are smaller than their dense rows."""
+    """Whether a key and a value segment of that many tokens, with cos and sin, are smaller than their dense rows."""
     if tokens == 0:
         return False
     if not gain:
         return True
-    *ranks, key_width, value_width = gain
-    packed = 0
-    for rank, width in zip(ranks, (key_width, value_width), strict=True):
+    ranks, widths, turning = gain[:2], gain[2:4], gain[4]
+    packed = turning * tokens
+    for rank, width in zip(ranks, widths, strict=True):
         packed += min(rank, tokens, width) * (tokens + width)
-    return packed < tokens * (key_width + value_width)
+    return packed < tokens * sum(widths)

@@ -1,6 +1,6 @@
-"""Rotary embedding of key rows: `x * cos + turn(x) * sin` on the first E dims, the others as they are.
+"""Rotary embedding of key rows: pairs of the first E dims turn by one angle each, the others stay as they are.
 
-`turn` maps halves `(a, b)` to `(-b, a)`, or, interleaved, every pair `(x[2i], x[2i + 1])` to `(-x[2i + 1], x[2i])`.
+A pair `(a, b)` becomes `(a cos - b sin, b cos + a sin)`. Pairs are `(i, i + E / 2)` or, interleaved, `(2i, 2i + 1)`.
 """
 
 import functools
@@ -14,11 +14,11 @@ from torch import Tensor
 class Rotary(NamedTuple):
     """The rotary embedding of packed slots, for keys kept before it.
 
-    cos, sin: `[B or 1, P, E]`, one entry per dim, E even and at most the head dim. Both dims of a pair have the same.
+    cos, sin: `[B or 1, P, E / 2]`, one entry per pair; E is at most the head dim.
     interleaved: whether pairs are neighbours rather than halves.
     axes: None, and row n belongs to slot n (P = N); or int64 `[B or 1, A, N]`: cos of slot n is the sum over a of
         `cos[axes[a, n]]`, sin likewise. Rows are then tables of positions along the axes of multimodal rotary embedding
-        (temporal, height, width), each row zero but for the dims of its axis; see `rotary_axes.py`.
+        (temporal, height, width), each row zero but for the pairs of its axis; see `rotary_axes.py`.
     """
 
     cos: Tensor
@@ -33,7 +33,7 @@ class Rotary(NamedTuple):
 
 
 def per_slot(rotary: Rotary, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of slots first .. end - 1, `[B or 1, end - first, E]` each."""
+    """cos and sin of slots first .. end - 1, `[B or 1, end - first, E / 2]` each."""
     if rotary.axes is None:
         return rotary.cos[:, first:end], rotary.sin[:, first:end]
     axes = rotary.axes[:, :, first:end]
@@ -51,15 +51,20 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x `[..., D]`; cos and sin `[..., E]`, broadcastable to it, one entry per dim. Keeps x's dtype."""
-    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    rotated = (turning * cos + turn(turning, interleaved) * sin).to(x.dtype)
-    return torch.cat((rotated, still), -1) if still.shape[-1] else rotated
-
-
-def turn(x: Tensor, interleaved: bool) -> Tensor:
-    """Every pair `(a, b)` of the last dim of x as `(-b, a)`."""
+    """x `[..., D]`; cos and sin `[..., E / 2]`, broadcastable to the pairs of x. Keeps x's dtype."""
+    turning = 2 * cos.shape[-1]
+    a, b = pairs(x[..., :turning], interleaved)
+    one, other = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+    still = x[..., turning:]
     if interleaved:
-        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        rotated = torch.stack((one, other), -1).flatten(-2)
+        return torch.cat((rotated, still), -1) if still.shape[-1] else rotated
+    return torch.cat((one, other, still), -1) if still.shape[-1] else torch.cat((one, other), -1)
+
+
+def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second dims of the pairs of x `[..., E]`: views `[..., E / 2]`."""
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
     first, second = x.chunk(2, -1)
-    return torch.cat((-second, first), -1)
+    return first, second

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.factorize import working
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.aten.rotary import Rotary, pairs, per_slot
 
 #: Most bytes of the intermediate numbers of one tile: about the L2 caches of two cores.
 TILE_BYTES = 2 << 20
@@ -48,14 +48,14 @@ def scores(q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], rotary: Rotary
     segments = list(_segments(keys, heads))
     slots = sum(blocks[0][0].shape[1] for blocks in segments)
     out = rows.new_empty((batch, heads * q.shape[1], slots))
-    turning = rotary.cos.shape[-1]
+    turning = 2 * rotary.cos.shape[-1]
     start = 0
     for blocks in segments:
         tokens = blocks[0][0].shape[1]
         part = out[:, :, start : start + tokens]
         if turning:
             form = _form(rows, blocks, rotary)
-            form(part, *_pairs(rows, turning, rotary.interleaved), blocks, rotary, first + start)
+            form(part, *pairs(rows[..., :turning], rotary.interleaved), blocks, rotary, first + start)
         else:
             part.zero_()
         if turning < q.shape[2]:
@@ -73,7 +73,7 @@ def _segments(keys: Sequence[tuple[int, Tensor, Tensor]], heads: int) -> Iterato
 
 def _form(rows: Tensor, blocks: _Blocks, rotary: Rotary) -> Callable[..., None]:
     """The cheapest form for one segment."""
-    heads, dims = rows.shape[1], rotary.cos.shape[-1]
+    heads, dims = rows.shape[1], 2 * rotary.cos.shape[-1]
     queries = heads * rows.shape[2]
     rank = sum(coefficient.shape[2] for coefficient, _ in blocks)
     costs = {
@@ -86,30 +86,17 @@ def _form(rows: Tensor, blocks: _Blocks, rotary: Rotary) -> Callable[..., None]:
     return min(costs, key=lambda form: costs[form])
 
 
-def _pairs(x: Tensor, turning: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The first and the second of every pair of dims that turn together, `[..., E / 2]` each."""
-    x = x[..., :turning]
-    if interleaved:
-        return x[..., ::2], x[..., 1::2]
-    return x[..., : turning // 2], x[..., turning // 2 :]
-
-
 def _query_matrix(a: Tensor, b: Tensor, basis: Tensor, interleaved: bool) -> Tensor:
     """`[W_cos | W_sin]`, `[B, R * Hq * Tq, E]`; a and b: pairs of the queries `[B, H, g * Tq, E / 2]`."""
-    batch, heads, queries, pairs = a.shape
-    basis_a, basis_b = _pairs(basis.to(a.dtype).transpose(1, 2).unsqueeze(3), 2 * pairs, interleaved)
+    batch, heads, queries, half = a.shape
+    turning = basis.to(a.dtype).transpose(1, 2).unsqueeze(3)[..., : 2 * half]
+    basis_a, basis_b = pairs(turning, interleaved)
     a, b = a.unsqueeze(1), b.unsqueeze(1)
-    matrix = a.new_empty((batch, basis_a.shape[1], heads, queries, 2, pairs))
+    matrix = a.new_empty((batch, basis_a.shape[1], heads, queries, 2, half))
     cosine, sine = matrix.unbind(-2)
     torch.mul(a, basis_a, out=cosine).addcmul_(b, basis_b)
     torch.mul(b, basis_a, out=sine).addcmul_(a, basis_b, value=-1)
-    return matrix.view(batch, -1, 2 * pairs)
-
-
-def _angles(cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
-    """`[cos | sin]` of the pairs, `[B or 1, n, E]`."""
-    dims = cos.shape[-1]
-    return torch.cat([_pairs(cos, dims, interleaved)[0], _pairs(sin, dims, interleaved)[0]], -1).to(dtype)
+    return matrix.view(batch, -1, 2 * half)
 
 
 def _tiles(batch: int, tokens: int, bytes_per_token: int) -> Iterator[tuple[slice, int, int]]:
@@ -130,7 +117,7 @@ def _turned_queries(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: 
     for number, (coefficient, basis) in enumerate(blocks):
         rank, tokens = coefficient.shape[2], coefficient.shape[1]
         matrix = _query_matrix(a, b, basis, rotary.interleaved)
-        angles = _angles(*per_slot(rotary, first, first + tokens), rotary.interleaved, a.dtype).mT
+        angles = torch.cat(per_slot(rotary, first, first + tokens), -1).to(a.dtype).mT
         weights = coefficient.to(a.dtype).mT.unsqueeze(2).contiguous()
         for samples, start, end in _tiles(batch, tokens, 4 * rank * queries):
             w = matrix[samples]
@@ -147,7 +134,7 @@ def _tables(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, 
     assert rotary.axes is not None
     batch, queries, _ = out.shape
     length, count = rotary.cos.shape[1], rotary.axes.shape[1]
-    angles = _angles(rotary.cos, rotary.sin, rotary.interleaved, a.dtype)
+    angles = torch.cat([rotary.cos, rotary.sin], -1).to(a.dtype)
     sample = torch.arange(batch, device=out.device)[:, None, None]
     for number, (coefficient, basis) in enumerate(blocks):
         tokens, rank = coefficient.shape[1:]
@@ -171,13 +158,13 @@ def _tables(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, 
 
 
 def _turned_keys(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, first: int) -> None:
-    batch, heads, _, pairs = a.shape
-    tokens, dims = out.shape[2], 2 * pairs
+    batch, heads, _, half = a.shape
+    tokens, dims = out.shape[2], 2 * half
     out = out.unflatten(1, (heads, -1))
     # Pairs as neighbours: the real and imaginary parts of complex numbers.
     query = torch.stack([a, b], -1).flatten(-2)
     flat = [
-        torch.stack(_pairs(basis.to(a.dtype), dims, rotary.interleaved), -1).transpose(1, 2).flatten(2)
+        torch.stack(pairs(basis[..., :dims].to(a.dtype), rotary.interleaved), -1).transpose(1, 2).flatten(2)
         for _, basis in blocks
     ]
     for samples, start, end in _tiles(batch, tokens, 4 * heads * dims):
@@ -190,11 +177,8 @@ def _turned_keys(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rot
             else:
                 keys[:, : part.shape[1]] += product
         assert keys is not None
-        cos, sin = (
-            _pairs(_of(x, samples), dims, rotary.interleaved)[0].to(a.dtype)
-            for x in per_slot(rotary, first + start, first + end)
-        )
-        turning = torch.view_as_complex(keys.view(*keys.shape[:2], heads, pairs, 2))
+        cos, sin = (_of(x, samples).to(a.dtype) for x in per_slot(rotary, first + start, first + end))
+        turning = torch.view_as_complex(keys.view(*keys.shape[:2], heads, half, 2))
         turning *= torch.complex(cos, sin).unsqueeze(2)
         rows = keys.view(*keys.shape[:2], heads, dims).permute(0, 2, 3, 1)
         out[samples, ..., start:end] = torch.matmul(query[samples], rows)

@@ -304,7 +304,7 @@ def _rebuilt(
     splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in problem.segments]
     latent, latent_sums = problem.partials(sum(splits), problem.block_v)
     cos, sin = cos.contiguous(), sin.contiguous()
-    rotated = cos.shape[2]
+    rotated = 2 * cos.shape[2]
     rest = query.shape[3] - rotated
     basis_rows = min(problem.block_r, BASIS_ROWS)
     (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
@@ -352,7 +352,7 @@ def _fits_split(problem: Problem, cos: Tensor, axes: Tensor) -> bool:
     offsets = cos.shape[1] * problem.rows * problem.block_r
     return bool(
         axes.shape[1] <= SPLIT_AXES
-        and cos.shape[2] == query.shape[3]
+        and 2 * cos.shape[2] == query.shape[3]
         and problem.group * query.shape[2] <= SPLIT_ROWS
         and problem.block_r <= SPLIT_RANK
         and offsets < 2**31

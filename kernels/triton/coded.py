@@ -100,7 +100,7 @@ class Results:
 def takes_rotary(keys: Sequence[Part], rotary: Rotary) -> bool:
     """Whether keys in blocks are taken before rotary embedding: low rank, halves of dims in whole bytes, few axes."""
     few = rotary.axes is None or rotary.axes.shape[1] <= MOST_AXES
-    return few and len(low_rank(keys)) == len(keys) and rotary.cos.shape[2] % 8 == 0 and not rotary.interleaved
+    return few and len(low_rank(keys)) == len(keys) and rotary.cos.shape[2] % 4 == 0 and not rotary.interleaved
 
 
 def attend_coded(problem: CodedProblem, out: Tensor, scores: Tensor, weights: bool, rotary: Rotary | None) -> Tensor:
@@ -189,7 +189,7 @@ def _rebuild(problem: CodedProblem, scores: Tensor, weights: bool, rotary: Rotar
     packed = _room(problem, [cdiv(tokens, tokens_per_split) for tokens in low_rank.tokens])
     cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
     axes = problem.index if rotary.axes is None else rotary.axes.contiguous()
-    rotated = int(cos.shape[2])
+    rotated = 2 * int(cos.shape[2])
     arguments = problem.shared_arguments()
     del arguments["SEGMENTS"]
     wrap_triton(rebuilt_coded_kernel)[(batch * problem.heads, blocks, sum(packed.splits) + tail_splits)](

@@ -1,7 +1,7 @@
 """Attention to keys kept before rotary embedding: key tiles are rebuilt, rotated, scored and thrown away on chip.
 
     K = C_k B_k,h                  tensor cores, `[tokens, E / 2]` per half of the rotated dims
-    K' = rotated by cos, sin       of each token: a' = a cos_a - b sin_a,  b' = b cos_b + a sin_b
+    K' = rotated by cos, sin       of each token: a' = a cos - b sin,  b' = b cos + a sin
     partial[split] = softmax(scale q K'^T) C_v           latent, see `combine.py`
 
 The pairs `(a, b)` are dims `(i, i + E / 2)`, or `(2 i, 2 i + 1)` when interleaved; dims from E on are not rotated. One
@@ -23,7 +23,7 @@ def rebuilt_kernel(
     basis1,
     value0,
     value1,
-    cos,  # [B or 1, N of all segments, E]
+    cos,  # [B or 1, N of all segments, E / 2]
     sin,
     key_tail,  # [rows, B, H, D]
     value_tail,
@@ -148,14 +148,11 @@ def rebuilt_kernel(
                     within = (rank < key_rank)[:, None] & (dims_rest < dim)[None, :]
                     b_rest = tl.load(basis + rank[:, None] * dim + dims_rest[None, :], mask=within, other=0)
                     k_rest += tl.dot(c, b_rest, input_precision=PRECISION)
-            angle = (first_slot + token)[:, None] * rotated
+            angle = (first_slot + token)[:, None] * (rotated // 2) + half[None, :]
             cells = there[:, None] & turning[None, :]
-            cos_a = tl.load(cos + angle + dims_a[None, :], mask=cells, other=0).to(tl.float32)
-            sin_a = tl.load(sin + angle + dims_a[None, :], mask=cells, other=0).to(tl.float32)
-            turned_a = k_a * cos_a - k_b * sin_a
-            cos_b = tl.load(cos + angle + dims_b[None, :], mask=cells, other=0).to(tl.float32)
-            sin_b = tl.load(sin + angle + dims_b[None, :], mask=cells, other=0).to(tl.float32)
-            turned_b = k_b * cos_b + k_a * sin_b
+            c = tl.load(cos + angle, mask=cells, other=0).to(tl.float32)
+            s = tl.load(sin + angle, mask=cells, other=0).to(tl.float32)
+            turned_a, turned_b = k_a * c - k_b * s, k_b * c + k_a * s
             scores = tl.dot(q_a, tl.trans(turned_a.to(q_a.dtype)), input_precision=PRECISION)
             scores += tl.dot(q_b, tl.trans(turned_b.to(q_b.dtype)), input_precision=PRECISION)
             if BLOCK_REST > 0:

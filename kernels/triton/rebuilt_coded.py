@@ -35,7 +35,7 @@ def rebuilt_coded_kernel(
     value1,
     value2,
     value3,
-    cos,  # [B or 1, P, E]
+    cos,  # [B or 1, P, E / 2]
     sin,
     axes,  # [B or 1, A, N] int64, with AXES
     key_tail,  # [rows, B, H, D]
@@ -192,9 +192,8 @@ def attend_rebuilt(
             BLOCK_E, PRECISION,
         )  # fmt: skip
         k_a, k_b = k_a + shift[:, None], k_b + shift[:, None]
-        cos_a, sin_a = turns(angles, first_slot + token, there, packed, 0, ROTATED, AXES, BLOCK_N, BLOCK_E)
-        cos_b, sin_b = turns(angles, first_slot + token, there, packed, HALF, ROTATED, AXES, BLOCK_N, BLOCK_E)
-        turned_a, turned_b = k_a * cos_a - k_b * sin_a, k_b * cos_b + k_a * sin_b
+        cos, sin = turns(angles, first_slot + token, there, packed, HALF, AXES, BLOCK_N, BLOCK_E)
+        turned_a, turned_b = k_a * cos - k_b * sin, k_b * cos + k_a * sin
         scores = tl.dot(q_a, tl.trans(turned_a.to(q_a.dtype)), input_precision=PRECISION)
         scores += tl.dot(q_b, tl.trans(turned_b.to(q_b.dtype)), input_precision=PRECISION)
         if BLOCK_REST > 0:
@@ -278,22 +277,21 @@ def add_part(
 
 @triton.jit
 def turns(
-    angles, slot, there, packed, FIRST: tl.constexpr, ROTATED: tl.constexpr, AXES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    angles, slot, there, packed, HALF: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
-    """cos and sin `[N, BLOCK_E]` of half the rotated dims: of every slot, or summed over its rows of every axis."""
+    """cos and sin `[N, BLOCK_E]` of the pairs of rotated dims: of every slot, or summed over its rows of every axis."""
     cos, sin, axes = angles
     dims = tl.arange(0, BLOCK_E)
-    inside = there[:, None] & (dims < ROTATED // 2)[None, :]
+    inside = there[:, None] & (dims < HALF)[None, :]
     if AXES == 0:
-        cells = slot[:, None] * ROTATED + FIRST + dims[None, :]
+        cells = slot[:, None] * HALF + dims[None, :]
         c = tl.load(cos + cells, mask=inside, other=0).to(tl.float32)
         s = tl.load(sin + cells, mask=inside, other=0).to(tl.float32)
     else:
         c, s = tl.full([BLOCK_N, BLOCK_E], 0.0, tl.float32), tl.full([BLOCK_N, BLOCK_E], 0.0, tl.float32)
         for axis in tl.static_range(AXES):
             row = tl.load(axes + axis * packed + slot, mask=there, other=0)
-            cells = row[:, None] * ROTATED + FIRST + dims[None, :]
+            cells = row[:, None] * HALF + dims[None, :]
             c += tl.load(cos + cells, mask=inside, other=0).to(tl.float32)
             s += tl.load(sin + cells, mask=inside, other=0).to(tl.float32)
     return c, s

@@ -265,7 +265,7 @@ def decode_step(shape: Shape) -> list[Launch]:
         slots = packed + shape.tail
         mask = new(batch, 1, 1, slots, dtype=torch.bool) if shape.mask else None
         rows = shape.positions if shape.axes else packed
-        angles = new(batch, rows, shape.rotated, dtype=torch.float32) if shape.rotated else None
+        angles = new(batch, rows, shape.rotated // 2, dtype=torch.float32) if shape.rotated else None
         axes = new(batch, shape.axes, packed, dtype=torch.int64) if shape.axes else None
         query = new(batch, shape.heads, shape.queries, dim)
         sinks = new(1, shape.heads) if shape.sinks else None

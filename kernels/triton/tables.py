@@ -1,6 +1,6 @@
 """Queries turned and absorbed for every position of the rotary axes, and attention to the dense tail.
 
-    turned[p, m] = q[m] rotated back by row p of the tables:   a' = a cos_a + b sin_b,  b' = b cos_b - a sin_a
+    turned[p, m] = q[m] rotated back by row p of the tables:   a' = a cos + b sin,  b' = b cos - a sin
     tables[s, b, p, m] = scale * turned[p, m] B_k[s, b, h]^T      `[S, B, P, Hq * Tq, BLOCK_R]`, zero from the rank on
     tail:  attention of q to tail rows of its KV head             partial results, see `combine.py`
 
@@ -20,7 +20,7 @@ def tables_kernel(
     query,
     basis0,  # [B, H, R, D]
     basis1,
-    cos,  # [B or 1, P, D]
+    cos,  # [B or 1, P, D / 2]
     sin,
     tables,  # [S, B, P, Hq * Tq, BLOCK_R]
     key_tail,  # [rows, B, H, D]
@@ -89,7 +89,7 @@ def tables_kernel(
         within = (number < rank)[:, None] & turning[None, :]
         b_a = tl.load(basis + number[:, None] * dim + dims_a[None, :], mask=within, other=0)
         b_b = tl.load(basis + number[:, None] * dim + dims_b[None, :], mask=within, other=0)
-        angle, cells = position[:, None] * dim, there[:, None] & turning[None, :]
+        angle, cells = position[:, None] * (dim // 2) + half[None, :], there[:, None] & turning[None, :]
         cos += sample * angle_sample
         sin += sample * angle_sample
         place = (segment * samples + sample) * positions + position
@@ -98,13 +98,11 @@ def tables_kernel(
             q = query + (row // queries).to(tl.int64) * query_head + (row % queries).to(tl.int64) * query_token
             q_a = tl.load(q + dims_a, mask=turning, other=0).to(tl.float32)[None, :]
             q_b = tl.load(q + dims_b, mask=turning, other=0).to(tl.float32)[None, :]
-            cos_a = tl.load(cos + angle + dims_a[None, :], mask=cells, other=0).to(tl.float32)
-            sin_b = tl.load(sin + angle + dims_b[None, :], mask=cells, other=0).to(tl.float32)
-            turned = (q_a * cos_a + q_b * sin_b).to(b_a.dtype)
+            c = tl.load(cos + angle, mask=cells, other=0).to(tl.float32)
+            s = tl.load(sin + angle, mask=cells, other=0).to(tl.float32)
+            turned = (q_a * c + q_b * s).to(b_a.dtype)
             absorbed = tl.dot(turned, tl.trans(b_a), input_precision=PRECISION)
-            cos_b = tl.load(cos + angle + dims_b[None, :], mask=cells, other=0).to(tl.float32)
-            sin_a = tl.load(sin + angle + dims_a[None, :], mask=cells, other=0).to(tl.float32)
-            turned = (q_b * cos_b - q_a * sin_a).to(b_b.dtype)
+            turned = (q_b * c - q_a * s).to(b_b.dtype)
             absorbed += tl.dot(turned, tl.trans(b_b), input_precision=PRECISION)
             out = tables + (place[:, None] * all_rows + row) * BLOCK_R + number[None, :]
             tl.store(out, (absorbed * scale).to(tables.dtype.element_ty), mask=there[:, None])

@@ -91,8 +91,9 @@ def promised(shape: Shape, start: Callable[[Shape], Held], steps: Sequence[Step]
         total += _bytes(held, shape)
         if held.cosines:
             turned.add(held.turned or held.vision + held.text + held.new)
-    # One copy for all layers that saw the same tokens: cos and sin of every token whose key is un-rotated.
-    return total + 2 * shape.dim * sum(turned) * NUMBER
+    # One copy for all layers that saw the same tokens: cos and sin, one entry a pair of dims, of every token whose key
+    # is un-rotated.
+    return total + shape.dim * sum(turned) * NUMBER
 
 
 def dense(shape: Shape) -> float:

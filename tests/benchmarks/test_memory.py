@@ -67,10 +67,10 @@ def test_the_closed_form_and_what_is_besides_make_every_byte(without_inductor, r
 
 def test_what_is_besides_has_the_size_it_must_have(without_inductor):
     one, axes = (memory.run(row)["besides"] for row in ROWS if row.unrotated)
-    assert one["cos, sin"] == 2 * 24 * 16 * 2
+    assert one["cos, sin"] == 2 * 24 * 8 * 2
     assert one["placement"] == 8 * 30
     # Tables as long as the axes, and the row of every token on each of the two that vary.
-    assert axes["cos, sin"] == 2 * (6 + 8) * 16 * 2 + 2 * 48 * 8
+    assert axes["cos, sin"] == 2 * (6 + 8) * 8 * 2 + 2 * 48 * 8
     bits = memory.run(ROWS[4])["besides"]
     assert bits["scales"] == 5 * 8 * (4 + 6 + 2 * 6) and bits["text coefficients"] == 5 * 2 * 6 * 3
 

@@ -34,7 +34,7 @@ def layers(draw: st.DrawFn) -> Observed:
         own = mask[..., : prompt + step + 1]
         reads.append(Read(query, prompt + step + 1, own == 0 if boolean else own))
     width = draw(st.sampled_from([4, 8]))
-    phase = torch.randn((1, prompt, width // 2), generator=generator).repeat(1, 1, 2)
+    phase = torch.randn((1, prompt, width // 2), generator=generator)
     angles = Angles(1.1 * phase.cos(), 1.1 * phase.sin(), False)
     out = torch.randn((heads * group * dim, 6), generator=generator) if draw(st.booleans()) else None
     key, value = matrix(prompt + steps), matrix(prompt + steps)
@@ -113,8 +113,7 @@ def test_turning_back_is_the_inverse_of_rotary_embedding():
     generator = torch.Generator().manual_seed(0)
     key, phase = torch.randn((2, 3, 5, 8), generator=generator), torch.randn((1, 5, 2), generator=generator)
     for interleaved in (False, True):
-        twice = phase.repeat_interleave(2, -1) if interleaved else phase.repeat(1, 1, 2)
-        angles = Angles(0.7 * twice.cos(), 0.7 * twice.sin(), interleaved)
+        angles = Angles(0.7 * phase.cos(), 0.7 * phase.sin(), interleaved)
         rotated = rotate(key, angles.cos[:, None], angles.sin[:, None], interleaved)
         torch.testing.assert_close(angles.unrotated(rotated), key)
 

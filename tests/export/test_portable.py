@@ -12,6 +12,7 @@ from torch import Tensor
 from attnpack_fx.export.portable import attention, numbers, rotated, segments, turned_back
 from attnpack_fx.kernels import ops, reference
 from attnpack_fx.kernels.aten.quantize import dequantize_basis, dequantize_coefficient
+from attnpack_fx.kernels.aten.rotary import pairs
 from attnpack_fx.kernels.parts import ASYMMETRIC, ROWS, RowForm, formats
 from tests.kernels.inputs import ATTENTION_FLOOR, SEEDS, Cuts, Shapes, attention_arguments, relative_error
 
@@ -202,7 +203,7 @@ def test_turned_back_inverts_rotated(seed, batch, heads, tokens, dim, turning, s
     x = torch.randn((batch, heads, tokens, dim), generator=torch.Generator().manual_seed(seed))
     cos, sin = angles(seed, batch, tokens, turning, scale)
     turned = rotated(x, cos, sin)
-    expected = reference.rotate(x.double(), cos.double(), sin.double(), False)
+    expected = reference.rotate(x.double(), *(pairs(each.double(), False)[0] for each in (cos, sin)), False)
     assert relative_error(turned, expected, floor=0.1) < 1e-6
     assert torch.equal(turned[..., turning:], x[..., turning:])
     assert relative_error(turned_back(turned, cos, sin), x, floor=0.1) < 1e-6
@@ -212,7 +213,7 @@ def test_turned_back_inverts_rotated(seed, batch, heads, tokens, dim, turning, s
 def test_keys_of_half_precision_are_turned_back_in_fp32(dtype):
     x = torch.randn((2, 2, 50, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
     cos, sin = (each.to(dtype) for each in angles(0, 2, 50, 16))
-    turned = reference.rotate(x.double(), cos.double(), sin.double(), False).to(dtype)
+    turned = reference.rotate(x.double(), *(pairs(each.double(), False)[0] for each in (cos, sin)), False).to(dtype)
     # Two roundings of the dtype, and no more.
     back = turned_back(turned, cos, sin)
     assert back.dtype == dtype and relative_error(back, x) < torch.finfo(dtype).eps

@@ -383,19 +383,15 @@ def make_rows(form: RowForm, shape: Shapes, tokens: int, dim: int, random: torch
 
 
 def _angles(shape: Shapes, random: torch.Generator) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """cos, sin and axes of the packed slots; both dims of a pair have the same."""
+    """cos, sin and axes of the packed slots."""
     slots, axes = shape.key_slots, None
     if shape.axes:
-        # A few positions along each axis; tables of every axis fill all dims, as a sum does not care.
+        # A few positions along each axis; tables of every axis fill all pairs, as a sum does not care.
         axes = torch.randint(4 * shape.axes, (shape.batch, shape.axes, slots), generator=random)
     rows = 4 * shape.axes if shape.axes else slots
-    angles = torch.rand((shape.batch, rows, shape.rotary), generator=random) * 6.28
+    angles = torch.rand((shape.batch, rows, shape.rotary // 2), generator=random) * 6.28
     if not shape.rotary:
         return None, None, None
-    if shape.interleaved:
-        angles[..., 1::2] = angles[..., ::2]
-    else:
-        angles[..., shape.rotary // 2 :] = angles[..., : shape.rotary // 2]
     share = max(shape.axes, 1) ** 0.5
     return angles.cos() / share, angles.sin() / share, axes
 

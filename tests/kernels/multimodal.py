@@ -41,7 +41,7 @@ LAYOUTS = {
 
 
 def cos_and_sin(layout: str, samples: list[list[Media]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`[B, N, 128]` each, of the vision tokens of prompts; every sample has as many."""
+    """`[B, N, 64]` each, of the vision tokens of prompts; every sample has as many."""
     made = LAYOUTS[layout]
     config = made.config(text_config={"hidden_size": 512, "num_attention_heads": 4, "rope_parameters": made.rope})
     rows = []
@@ -50,7 +50,7 @@ def cos_and_sin(layout: str, samples: list[list[Media]], dtype: torch.dtype) -> 
         rotary = made.rotary(config.text_config)
         cos, sin = rotary(torch.empty((), dtype=dtype), positions)
         assert cos.shape[-1] == 128
-        rows.append((cos[0, vision], sin[0, vision]))
+        rows.append((cos[0, vision, :64], sin[0, vision, :64]))
     cos, sin = zip(*rows, strict=True)
     return torch.stack(cos), torch.stack(sin)
 

@@ -64,7 +64,7 @@ def test_decompress(shape):
 
 @pytest.mark.parametrize("modality", [None, torch.arange(20)[None] < 12, torch.rand(2, 20) < 0.5])
 @pytest.mark.parametrize("text", [False, True])
-@pytest.mark.parametrize("gain", [[], [4, 4, 32, 32], [64, 64, 1, 1]])
+@pytest.mark.parametrize("gain", [[], [4, 4, 32, 32, 0], [64, 64, 1, 1, 0]])
 def test_plan(modality, text, gain):
     opcheck(
         attnpack.plan.default,

@@ -36,7 +36,6 @@ def test_attention_over_lossless_parts_is_attention_over_the_dense_cache():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_makes_scores_depend_on_distance_alone(interleaved):
     frequency = 10 ** -torch.linspace(0, 2, 4, dtype=torch.float64)
-    frequency = frequency.repeat_interleave(2) if interleaved else frequency.repeat(2)
     angle = torch.arange(30)[None, :, None] * frequency
     query, key = torch.randn(2, 8, dtype=torch.float64)
 

@@ -15,12 +15,12 @@ from .multimodal import LAYOUTS, Media, cos_and_sin
 IMAGE, VIDEO = Media("image", (1, 24, 20)), Media("video", (6, 12, 16))
 
 
-def check(cos, sin, interleaved, rows, axes):
+def check(cos, sin, rows, axes):
     """`tabulate` finds this many axes and at most this many rows, which sum to what was given."""
-    found = tabulate(cos, sin, interleaved)
+    found = tabulate(cos, sin)
     assert found is not None
     assert found[2].shape[1] == axes and found[0].shape[1] <= rows
-    rebuilt = per_slot(Rotary(found[0], found[1], interleaved, found[2]), 0, cos.shape[1])
+    rebuilt = per_slot(Rotary(found[0], found[1], False, found[2]), 0, cos.shape[1])
     for actual, expected in zip(rebuilt, (cos, sin), strict=True):
         assert actual.dtype == expected.dtype
         assert torch.equal(actual.view(torch.int16), expected.contiguous().view(torch.int16))
@@ -31,14 +31,14 @@ def check(cos, sin, interleaved, rows, axes):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_vision_tokens_of_real_models(layout, dtype):
     cos, sin = cos_and_sin(layout, [[IMAGE]], dtype)
-    check(cos, sin, False, rows=44, axes=2)  # time stands still in an image: its rows are those of another axis
+    check(cos, sin, rows=44, axes=2)  # time stands still in an image: its rows are those of another axis
     cos, sin = cos_and_sin(layout, [[VIDEO]], dtype)
     if layout == "qwen3_vl":  # its frames are images with text between them: later ones lie further down and right
-        check(cos, sin, False, rows=6 * 28, axes=2)
+        check(cos, sin, rows=6 * 28, axes=2)
     else:
-        check(cos, sin, False, rows=34, axes=3)
+        check(cos, sin, rows=34, axes=3)
     cos, sin = cos_and_sin(layout, [[IMAGE, Media("image", (1, 30, 40))]], dtype)
-    check(cos, sin, False, rows=44 + 70, axes=2)
+    check(cos, sin, rows=44 + 70, axes=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,7 +46,7 @@ def test_vision_tokens_of_real_models(layout, dtype):
 def test_samples_with_different_grids(layout, dtype):
     wide = [Media("image", (1, 12, 40))]
     cos, sin = cos_and_sin(layout, [[IMAGE], wide], dtype)
-    _, _, axes = check(cos, sin, False, rows=52, axes=2)
+    _, _, axes = check(cos, sin, rows=52, axes=2)
     assert axes.shape == (2, 2, 480)
     assert axes[0].max() < 44
 
@@ -55,33 +55,31 @@ def test_fillers_hold_whatever_they_hold():
     cos, sin = cos_and_sin("qwen2_5_vl", [[IMAGE]], torch.float32)
     cos[0, -5:], sin[0, -5:] = 7.0, torch.tensor(-0.0)
     cos[0, -1] = float("nan")
-    check(cos, sin, False, rows=50, axes=2)
+    check(cos, sin, rows=50, axes=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_text_has_no_short_axes(dtype):
-    angles = torch.arange(3000)[:, None] / 1e4 ** (torch.arange(64) / 64)
-    angles = torch.cat([angles, angles], -1)[None]
-    assert tabulate(angles.cos().to(dtype), angles.sin().to(dtype), False) is None
-    assert tabulate(angles[:, :0], angles[:, :0], False) is None
+    angles = (torch.arange(3000)[:, None] / 1e4 ** (torch.arange(64) / 64))[None]
+    assert tabulate(angles.cos().to(dtype), angles.sin().to(dtype)) is None
+    assert tabulate(angles[:, :0], angles[:, :0]) is None
 
 
 def test_a_dtype_without_bits_to_compare_is_refused():
     cos = torch.ones(1, 4, 2)
     with pytest.raises(ValueError, match="one dtype of 16 or 32 bits"):
-        tabulate(cos.double(), cos.double(), False)
+        tabulate(cos.double(), cos.double())
     with pytest.raises(ValueError, match=r"got torch.float32 and torch.bfloat16"):
-        tabulate(cos, cos.bfloat16(), False)
+        tabulate(cos, cos.bfloat16())
 
 
 @given(
     seed=st.integers(0, 2**16),
     sizes=st.lists(st.integers(4, 9), min_size=2, max_size=3),
-    interleaved=st.booleans(),
     batch=st.integers(1, 3),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_assignment_of_pairs_to_axes(seed, sizes, interleaved, batch):
+def test_any_assignment_of_pairs_to_axes(seed, sizes, batch):
     random = torch.Generator().manual_seed(seed)
     shape = SimpleNamespace(tokens=torch.Size(sizes).numel(), pairs=8)
     grid = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij")).flatten(1)
@@ -90,9 +88,8 @@ def test_any_assignment_of_pairs_to_axes(seed, sizes, interleaved, batch):
     angles = angles[:, grid[owner], torch.arange(8)[:, None]].transpose(1, 2)
     order = torch.stack([torch.randperm(shape.tokens, generator=random) for _ in range(batch)])
     angles = angles.gather(1, order[:, :, None].expand_as(angles))
-    angles = torch.stack([angles, angles], -1).flatten(-2) if interleaved else torch.cat([angles, angles], -1)
-    found = tabulate(angles.cos(), angles.sin(), interleaved)
+    found = tabulate(angles.cos(), angles.sin())
     if 2 * sum(sizes) > shape.tokens:
         assert found is None
     else:
-        check(angles.cos(), angles.sin(), interleaved, rows=sum(sizes), axes=len(sizes))
+        check(angles.cos(), angles.sin(), rows=sum(sizes), axes=len(sizes))

@@ -16,8 +16,16 @@ from tests.passes.capture import capture_graphs
 
 B, H, T, D = 2, 4, 5, 8
 K = torch.randn(B, H, T, D)
-COS, SIN = torch.randn(B, T, D), torch.randn(B, T, D)
-HALF_COS, HALF_SIN = COS[..., : D // 2], SIN[..., : D // 2]
+
+
+def by_pair(*size: int, interleaved: bool = False) -> tuple[torch.Tensor, ...]:
+    """cos and sin of this size, in which both dims of a pair have the same."""
+    each = torch.randn(2, *size[:-1], size[-1] // 2)
+    return (torch.stack([each, each], -1).flatten(-2) if interleaved else torch.cat([each, each], -1)).unbind()
+
+
+COS, SIN = by_pair(B, T, D)
+HALF_COS, HALF_SIN = by_pair(B, T, D // 2)
 
 
 def found(function, *arguments):
@@ -162,10 +170,11 @@ def pairs_apart(k, cos, sin):
 WHOLE = (K, COS, SIN)
 BF16 = tuple(tensor.bfloat16() for tensor in WHOLE)
 MIXED = (K.bfloat16(), COS, SIN)
+NEIGHBOURS = (K, *by_pair(B, T, D, interleaved=True))
 FORMS = [
     (rotated, WHOLE, False),
     (rotated, BF16, False),
-    (lambda k, cos, sin: rotated(k, cos, sin, pair_turn), WHOLE, True),
+    (lambda k, cos, sin: rotated(k, cos, sin, pair_turn), NEIGHBOURS, True),
     (lambda k, cos, sin: rotated(k, cos, sin).to(k.dtype), MIXED, False),
     (rotated, MIXED, False),  # the key is float32, and so must be what is rotated
     (reversed_operands, WHOLE, False),
@@ -176,12 +185,12 @@ FORMS = [
     (in_place_method, BF16, False),
     (written_before, WHOLE, False),
     (in_float32, BF16, False),
-    (cast_apart, BF16, True),
-    (cast_apart, MIXED, True),
+    (cast_apart, tuple(tensor.bfloat16() for tensor in NEIGHBOURS), True),
+    (cast_apart, (K.bfloat16(), *NEIGHBOURS[1:]), True),
     (tokens_first, WHOLE, False),
     (gptj, (K, HALF_COS, HALF_SIN), True),
-    (unbound_pairs, WHOLE, True),
-    (sectioned, (K, torch.randn(3, B, T, D), torch.randn(3, B, T, D)), False),
+    (unbound_pairs, NEIGHBOURS, True),
+    (sectioned, (K, *by_pair(3, B, T, D)), False),
     (first_dims, (K, HALF_COS, HALF_SIN), False),
     (first_dims, WHOLE, False),
     (lambda k, cos, sin: first_dims(k.float(), cos, sin).to(k.dtype), (K.bfloat16(), HALF_COS, HALF_SIN), False),
@@ -216,7 +225,7 @@ def test_any_size_dtype_and_layout(sizes, pairs, dtype, turn, swapped):
     batch, heads, tokens = sizes
     rotated_dims, passed = 2 * pairs[0], pairs[1]
     k = torch.randn(batch, tokens, heads, rotated_dims + passed, dtype=dtype)
-    cos, sin = torch.randn(2, batch, tokens, rotated_dims)
+    cos, sin = by_pair(batch, tokens, rotated_dims, interleaved=turn is pair_turn)
 
     def function(k, cos, sin):
         k = k if swapped else k.transpose(1, 2)

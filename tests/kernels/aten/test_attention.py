@@ -81,7 +81,7 @@ def test_tiles_over_queries_and_keys_change_nothing(shape):
 def test_tables_of_real_models_give_what_their_rows_give(layout, queries):
     samples = [[Media("image", (1, 12, 20))], [Media("video", (4, 10, 6))]]
     cos, sin = cos_and_sin(layout, samples, torch.float32)
-    found = tabulate(cos, sin, False)
+    found = tabulate(cos, sin)
     assert found is not None and 2 * found[0].shape[1] <= cos.shape[1]
     cuts = ((1.0, 8), (0.25, 0))
     shape = Shapes(batch=2, queries=queries, segments=(240,), key_dim=128, rotary=128, key_cuts=cuts)

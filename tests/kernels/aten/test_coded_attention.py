@@ -33,7 +33,7 @@ def check(form, seed, batch, heads, queries, tokens, dim, dtype=torch.float32):
     p = torch.randn(batch, heads, queries, tokens, generator=random).softmax(-1)
     out = coded_attention.weighted(p, rows, dim)
     assert relative_error(out, p.double() @ dense, floor=1.0) < 2e-6
-    cos, sin = torch.randn(2, batch, tokens + 3, dim // 2, generator=random)
+    cos, sin = torch.randn(2, batch, tokens + 3, dim // 4, generator=random)
     turned = coded_attention.scores(q, rows, Rotary(cos, sin, True), 3)
     keys = reference.rotate(dense, cos[:, 3:].double(), sin[:, 3:].double(), True)
     assert relative_error(turned, q.double() @ keys.mT, floor=1.0) < 2e-6

@@ -8,7 +8,9 @@ from attnpack_fx.kernels.aten.plan import plan, saves_memory
 
 from ..inputs import SEEDS
 
-GAINS = st.one_of(st.just([]), st.tuples(*[st.integers(1, 8)] * 2, *[st.integers(1, 12)] * 2).map(list))
+GAINS = st.one_of(
+    st.just([]), st.tuples(*[st.integers(1, 8)] * 2, *[st.integers(1, 12)] * 2, st.integers(0, 6)).map(list)
+)
 
 
 @given(
@@ -50,11 +52,13 @@ def test_every_real_token_has_exactly_one_slot():
     [
         (0, [], False),
         (1, [], True),
-        (576, [64, 64, 4096, 4096], True),
-        (64, [64, 64, 4096, 4096], False),
-        (66, [64, 64, 4096, 4096], True),  # 64 * (66 + 4096) < 66 * 4096
-        (65, [64, 64, 4096, 4096], False),
-        (8, [64, 1, 16, 64], True),  # the value's saving pays for the key's loss
+        (576, [64, 64, 4096, 4096, 0], True),
+        (64, [64, 64, 4096, 4096, 0], False),
+        (66, [64, 64, 4096, 4096, 0], True),  # 64 * (66 + 4096) < 66 * 4096
+        (65, [64, 64, 4096, 4096, 0], False),
+        (8, [64, 1, 16, 64, 0], True),  # the value's saving pays for the key's loss
+        (200, [16, 16, 32, 32, 11], True),  # a layer of three, of half the rank, with cos and sin
+        (200, [16, 16, 32, 32, 32], False),  # all of cos and sin are this layer's
     ],
 )
 def test_worth_packing(tokens, gain, expected):

@@ -66,8 +66,7 @@ def problem(shape: Shape) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]], Rot
     if owner is not None:
         elsewhere = torch.arange(shape.positions)[:, None] % shape.axes != owner
         cos, sin = cos.masked_fill(elsewhere, 0), sin.masked_fill(elsewhere, 0)
-    both = [torch.stack([x, x], -1).flatten(-2) if shape.interleaved else torch.cat([x, x], -1) for x in (cos, sin)]
-    return q, keys, Rotary(both[0], both[1], shape.interleaved, axes), shape.batch
+    return q, keys, Rotary(cos, sin, shape.interleaved, axes), shape.batch
 
 
 def expected(q: Tensor, keys: list[tuple[int, Tensor, Tensor]], rotary: Rotary, batch: int) -> Tensor:
@@ -145,7 +144,7 @@ def test_every_form_for_tables(shape, positions, axes, tile):
 @pytest.mark.parametrize("samples", [[[Media("image", (1, 24, 20))], [Media("video", (4, 10, 12))]]])
 def test_the_layouts_of_real_models(layout, dtype, samples):
     cos, sin = cos_and_sin(layout, samples, dtype)
-    found = tabulate(cos, sin, False)
+    found = tabulate(cos, sin)
     assert found is not None
     shape = Shape(batch=2, heads=2, rows=2, dim=128, turning=128, segments=(((cos.shape[1], 16),),), dtype=dtype)
     q, keys, _, batch = problem(shape)

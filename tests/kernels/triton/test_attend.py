@@ -68,10 +68,9 @@ def check_axes(shape: Shapes, axes: int, samples: int | None = None) -> None:
     random = torch.Generator().manual_seed(shape.seed)
     samples, slots, rows = samples or shape.batch, sum(shape.segments), 7
     positions = torch.randint(rows, (samples, axes, slots), generator=random) + rows * torch.arange(axes)[:, None]
-    pairs = arguments["cos"].shape[2] // 2
+    pairs = arguments["cos"].shape[2]
     tables = attention_arguments(dataclasses.replace(shape, batch=samples, segments=(rows * axes,), rotary=2 * pairs))
     owner = torch.randint(axes, (pairs,), generator=random)
-    owner = owner.repeat_interleave(2) if shape.interleaved else torch.cat([owner, owner])
     elsewhere = torch.arange(rows * axes)[:, None] // rows != owner
     cos, sin = (tables[name].masked_fill(elsewhere, 0) for name in ("cos", "sin"))
     by_slot = per_slot(Rotary(cos, sin, shape.interleaved, positions), 0, slots)
