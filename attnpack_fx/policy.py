@@ -41,6 +41,8 @@ __all__ = ["PackPolicy", "PolicyError", "Rank", "RankSpec"]
 
 #: The version of the files that `PackPolicy.save` writes.
 FILE_VERSION = 1
+#: Defaults of earlier releases, which files of calibrated plans hold beside the plan that decides.
+_FORMER_DEFAULTS = {"vision_rank": 64}
 
 _KEY_SPACES = ("rotated", "unrotated", "auto")
 _BASES = ("sample", "batch")
@@ -251,6 +253,8 @@ class PackPolicy:
         for key in values:
             if key not in names:
                 raise PolicyError(unknown(key, names, names))
+        if values.get("layers") is not None:
+            values = {name: value for name, value in values.items() if (name, value) not in _FORMER_DEFAULTS.items()}
         return cls(**values)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -12,6 +13,7 @@ from attnpack_fx import Columns, Energy, LayerPlan, Linear, Partial, PerLayer, S
 from attnpack_fx.policy import PackPolicy, PolicyError
 from attnpack_fx.ranks import UNROTATED
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 LAYERS = 3
 RANKS = st.one_of(st.integers(min_value=1), st.just("full"))
 SHARES = st.floats(min_value=0.01, max_value=1)
@@ -462,6 +464,30 @@ def test_every_refusal_is_a_policy_error():
     for refuse in refused:
         with pytest.raises(PolicyError):
             refuse()
+
+
+def test_calibrated_plans_of_earlier_releases_are_read():
+    """Their files hold the default rank of that time, which the plan replaces."""
+    known = PackPolicy(layers=(LayerPlan(Stored(Columns(((4, 0),)), Columns(((4, 0),))), None, "rotated"),))
+    assert PackPolicy.from_dict(known.to_dict() | {"vision_rank": 64}) == known
+    with pytest.raises(PolicyError, match="vision_rank: got 32 beside layers"):
+        PackPolicy.from_dict(known.to_dict() | {"vision_rank": 32})
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("quality-*.json")), ids=lambda path: path.name)
+def test_policies_of_committed_results_are_read(path):
+    found = _policies(json.loads(path.read_text()))
+    assert found
+    for policy in found:
+        PackPolicy.from_dict(policy)
+
+
+def _policies(record):
+    """Every value under the name `policy`, however deep."""
+    if isinstance(record, dict):
+        own = [record["policy"]] if isinstance(record.get("policy"), dict) else []
+        return own + [each for value in record.values() for each in _policies(value)]
+    return [each for value in record for each in _policies(value)] if isinstance(record, list) else []
 
 
 def test_from_dict_fills_defaults_and_refuses_unknown_fields():
