@@ -10,10 +10,11 @@ basis or a range of tail rows.
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import attend_rows, load_query, store_partial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def absorb_kernel(
     query,
     basis0,  # [B, H, R, D]
@@ -45,7 +46,7 @@ def absorb_kernel(
     mask_query,
     mask_token,
     mask_tokens,
-    scale,
+    scale: tl.constexpr,  # a Python float, which Inductor would pass as fp64
     SEGMENTS: tl.constexpr,
     MASK: tl.constexpr,
     CAP: tl.constexpr,

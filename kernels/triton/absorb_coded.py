@@ -16,10 +16,12 @@ import triton.language as tl
 
 from attnpack_fx.kernels.triton.coded_rows import attend_coded_rows
 from attnpack_fx.kernels.triton.codes import load_levels, load_scale
+from attnpack_fx.kernels.triton.forms import pick
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import attend_rows, load_query, store_partial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def absorb_coded_kernel(
     query,
     basis0,  # [B or 1, H, r, w] of each block
@@ -77,7 +79,7 @@ def absorb_coded_kernel(
     mask_query,
     mask_token,
     mask_tokens,
-    scale,
+    scale: tl.constexpr,  # a Python float, which Inductor would pass as fp64
     KEYS: tl.constexpr,  # forms of the blocks of every segment (`blocks.py`)
     PARTS: tl.constexpr,
     ROW_KEYS: tl.constexpr,  # form of coded rows (`coded_rows.py`), empty without
@@ -109,10 +111,10 @@ def absorb_coded_kernel(
         cells = latent + (sample * all_rows + rows)[:, None] * KEY_WIDTH
         shifts = shift + (part.to(tl.int64) * samples + sample) * all_rows + rows
         for segment in tl.static_range(len(KEYS)):
-            for block in tl.static_range(len(KEYS[segment])):
+            for block in tl.static_range(len(pick(KEYS, segment))):
                 absorb_block(
                     q, valid, scale, bases, scales, cells, shifts, part, sample, head, heads,
-                    KEYS[segment][block], DIM, BLOCK_D, PRECISION,
+                    pick(KEYS, segment, block), DIM, BLOCK_D, PRECISION,
                 )  # fmt: skip
     else:
         split = part - PARTS

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from attnpack_fx.kernels.triton.launch import block, cdiv
+from attnpack_fx.kernels.triton.launch import VARYING, block, cdiv
 
 #: Token rows that one program copies.
 ROWS = 8
@@ -74,7 +74,7 @@ def _append_pair(first: tuple[Tensor, Tensor, int], second: tuple[Tensor, Tensor
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def append_kernel(
     tail0,  # [rows, B, H, D]
     tail1,

@@ -10,10 +10,11 @@ zero.
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import load_sinks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def combine_kernel(
     latent,  # [splits0 + splits1, B, Hq * Tq, BLOCK_V] fp32
     latent_sums,  # [splits0 + splits1, B, Hq * Tq] fp32

@@ -12,10 +12,12 @@ import triton.language as tl
 
 from attnpack_fx.kernels.triton.codes import load_levels, load_scale
 from attnpack_fx.kernels.triton.combine import highest, weighted_sum
+from attnpack_fx.kernels.triton.forms import pick
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import load_sinks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def combine_coded_kernel(
     latent,  # [splits0 + splits1, B, Hq * Tq, VALUE_WIDTH] fp32
     shares,  # [splits0 + splits1, blocks of values, B, Hq * Tq] fp32
@@ -76,10 +78,10 @@ def combine_coded_kernel(
     )
     for segment in tl.static_range(len(VALUES)):
         begin, end = (0, splits0) if segment == 0 else (splits0, splits0 + splits1)
-        for block in tl.static_range(len(VALUES[segment])):
+        for block in tl.static_range(len(pick(VALUES, segment))):
             weight, acc = expanded(
                 latent, shares, latent_sums, begin, end, rows, valid, all_rows, top, acc, out, bases, scales, sample,
-                head, heads, first, block, VALUES[segment][block], DIM, VALUE_WIDTH, VALUE_BLOCKS,
+                head, heads, first, block, pick(VALUES, segment, block), DIM, VALUE_WIDTH, VALUE_BLOCKS,
                 BLOCK_G, BLOCK_S, BLOCK_D, PRECISION,
             )  # fmt: skip
             if block == 0:

@@ -8,10 +8,11 @@ kernel: the way while a launch costs more than that. It is also the way for many
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import attend_rows, attend_tokens, load_query, load_sinks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def fused_kernel(
     query,
     key0,  # coefficients [B, N, R]
@@ -49,7 +50,7 @@ def fused_kernel(
     mask_query,
     mask_token,
     mask_tokens,
-    scale,
+    scale: tl.constexpr,  # a Python float, which Inductor would pass as fp64
     sinks,  # [B or 1, Hq]
     sink_sample,
     SEGMENTS: tl.constexpr,

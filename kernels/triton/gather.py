@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from attnpack_fx.kernels.triton.launch import block, cdiv
+from attnpack_fx.kernels.triton.launch import VARYING, block, cdiv
 
 #: Rows, and most columns, that one program copies.
 ROWS = 4
@@ -49,7 +49,7 @@ def gather_tokens(x: Sequence[Tensor], index: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gather_kernel(
     x,  # [B, H, T, D]
     index,  # [B, N] int64

@@ -14,6 +14,16 @@ from torch import Tensor
 LEAST = 16
 #: Programs per multiprocessor that keep its memory pipeline full.
 PROGRAMS_PER_PROCESSOR = 4
+#: Arguments of kernels that vary with the number of tokens or of samples. Triton would compile a kernel of its own for
+#: such numbers that are 1 or multiples of 16. Where Inductor launches kernels, sizes are symbols, and it does not.
+VARYING = (
+    *("all_rows", "all_slots", "angle_sample", "axes_sample", "coded_per_split", "coded_slot", "coded_splits", "count"),
+    *("dense_splits", "first_slot0", "first_slot1", "key_count", "key_count0", "key_count1", "key_count2"),
+    *("key_count3", "key_groups", "length", "mask_head", "mask_query", "mask_sample", "mask_tokens"),
+    *("mixed_per_split", "mixed_splits", "packed", "position0", "position1", "positions", "rows", "rows_per_split"),
+    *("samples", "slots", "splits", "splits0", "splits1", "tail_splits", "tokens0", "tokens1", "tokens_per_split"),
+    *("value_count", "value_count0", "value_count1", "value_count2", "value_count3", "value_groups"),
+)
 
 
 def block(size: int) -> int:

@@ -11,10 +11,11 @@ program takes the query rows of one KV head and a range of tokens, or a range of
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import attend_rows, load_query, masked, step, store_partial, store_scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rebuilt_kernel(
     query,
     key0,  # coefficients [B, N, R]
@@ -62,7 +63,7 @@ def rebuilt_kernel(
     mask_query,
     mask_token,
     mask_tokens,
-    scale,
+    scale: tl.constexpr,  # a Python float, which Inductor would pass as fp64
     SEGMENTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     MASK: tl.constexpr,

@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 
 from attnpack_fx.kernels.triton.codes import load_levels, load_scale
+from attnpack_fx.kernels.triton.forms import pick
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import attend_rows, load_query, masked, step, store_partial, store_scores
 from attnpack_fx.kernels.triton.tokens_coded import add_values, no_values, store_values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rebuilt_coded_kernel(
     query,
     key0,  # [B, n, w] of each block
@@ -82,7 +84,7 @@ def rebuilt_coded_kernel(
     mask_query,
     mask_token,
     mask_tokens,
-    scale,
+    scale: tl.constexpr,  # a Python float, which Inductor would pass as fp64
     KEYS: tl.constexpr,  # forms of the blocks of every segment (`blocks.py`)
     VALUES: tl.constexpr,
     DIM: tl.constexpr,
@@ -128,16 +130,16 @@ def rebuilt_coded_kernel(
                 starts, valid, keys, key_counts, bases, scales, values, value_counts, angles, latent, shares,
                 latent_sums, scores_out, index, mask, first_slot0, tokens0, split, split, tokens_per_split,
                 sample, samples, head, heads, rows, all_rows, queries, packed, length,
-                mask_head, mask_query, mask_token, scale, KEYS[0], VALUES[0], DIM, ROTATED, AXES, VALUE_WIDTH,
-                VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
+                mask_head, mask_query, mask_token, scale, pick(KEYS, 0), pick(VALUES, 0), DIM, ROTATED, AXES,
+                VALUE_WIDTH, VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
             )  # fmt: skip
         elif len(KEYS) == 2:
             attend_rebuilt(
                 starts, valid, keys, key_counts, bases, scales, values, value_counts, angles, latent, shares,
                 latent_sums, scores_out, index, mask, first_slot1, tokens1, split, split - splits0, tokens_per_split,
                 sample, samples, head, heads, rows, all_rows, queries, packed, length,
-                mask_head, mask_query, mask_token, scale, KEYS[1], VALUES[1], DIM, ROTATED, AXES, VALUE_WIDTH,
-                VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
+                mask_head, mask_query, mask_token, scale, pick(KEYS, 1), pick(VALUES, 1), DIM, ROTATED, AXES,
+                VALUE_WIDTH, VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
             )  # fmt: skip
     else:
         q = load_query(query, rows, valid, queries, query_head, query_token, dim, BLOCK_D)
@@ -231,9 +233,9 @@ def rebuilt(
     k = tl.full([BLOCK_N, BLOCK], 0.0, tl.float32)
     shift = tl.full([BLOCK_N], 0.0, tl.float32)
     for block in tl.static_range(len(KEYS)):
-        for part in tl.static_range(KEYS[block][8]):
+        for part in tl.static_range(pick(KEYS, block, 8)):
             k, shift = add_part(
-                k, shift, keys, counts, bases, scales, token, sample, head, heads, dtype, KEYS[block], part,
+                k, shift, keys, counts, bases, scales, token, sample, head, heads, dtype, pick(KEYS, block), part,
                 FIRST, LAST, BLOCK, PRECISION,
             )  # fmt: skip
     return k, shift

@@ -228,7 +228,8 @@ def _launch(call: dict[str, Any]) -> Launch:
     for parameter in kernel.params:
         value = values[parameter.name]
         value = value.meta["val"] if isinstance(value, torch.fx.Node) else value
-        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+        one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        if parameter.is_constexpr or (one and not parameter.do_not_specialize):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
@@ -237,7 +238,7 @@ def _launch(call: dict[str, Any]) -> Launch:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(parameter.name)
     return Launch(
         kernel.__name__,

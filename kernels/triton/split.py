@@ -10,10 +10,11 @@ ranks of a tile of tokens at a time.
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import masked, step, store_partial, store_scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def split_kernel(
     tables,  # [S, B, P, Hq * Tq, BLOCK_R]
     axes,  # [B or 1, AXES, N of all segments] int64

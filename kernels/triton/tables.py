@@ -12,10 +12,11 @@ sum of one row per axis, so `split` never rebuilds a key. One program takes the 
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import attend_rows, load_query, store_partial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def tables_kernel(
     query,
     basis0,  # [B, H, R, D]
@@ -51,7 +52,7 @@ def tables_kernel(
     mask_query,
     mask_token,
     mask_tokens,
-    scale,
+    scale: tl.constexpr,  # a Python float, which Inductor would pass as fp64
     SEGMENTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     MASK: tl.constexpr,

@@ -8,10 +8,11 @@ So coefficients are read once, whatever the number of heads, and both products r
 import triton
 import triton.language as tl
 
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import attend_tokens, store_partial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def tokens_kernel(
     latent,  # [S, B, Hq * Tq, BLOCK_R]
     key0,  # coefficients [B, N, R]

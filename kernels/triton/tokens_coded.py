@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 from attnpack_fx.kernels.triton.codes import load_levels
+from attnpack_fx.kernels.triton.forms import pick
+from attnpack_fx.kernels.triton.launch import VARYING
 from attnpack_fx.kernels.triton.softmax import log_sum, masked, step, store_scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def tokens_coded_kernel(
     latent,  # [B, Hq * Tq, KEY_WIDTH]
     shift,  # [parts, B, Hq * Tq] fp32
@@ -80,15 +82,15 @@ def tokens_coded_kernel(
         attend_blocks(
             latent, shift, keys, values, partial, shares, log_sums, scores_out, index, mask, key_counts, value_counts,
             first_slot0, tokens0, split, split, tokens_per_split, sample, samples, rows, all_rows, queries, all_slots,
-            mask_head, mask_query, mask_token, KEYS[0], VALUES[0], KEY_WIDTH, VALUE_WIDTH, VALUE_BLOCKS,
+            mask_head, mask_query, mask_token, pick(KEYS, 0), pick(VALUES, 0), KEY_WIDTH, VALUE_WIDTH, VALUE_BLOCKS,
             MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     elif len(KEYS) == 2:
         attend_blocks(
             latent, shift, keys, values, partial, shares, log_sums, scores_out, index, mask, key_counts, value_counts,
             first_slot1, tokens1, split, split - splits0, tokens_per_split, sample, samples, rows, all_rows, queries,
-            all_slots, mask_head, mask_query, mask_token, KEYS[1], VALUES[1], KEY_WIDTH, VALUE_WIDTH, VALUE_BLOCKS,
-            MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
+            all_slots, mask_head, mask_query, mask_token, pick(KEYS, 1), pick(VALUES, 1), KEY_WIDTH, VALUE_WIDTH,
+            VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
 
@@ -111,9 +113,11 @@ def attend_blocks(
     for start in range(begin, tl.minimum(begin + tokens_per_split, tokens), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         there = token < tokens
-        scores = block_scores(q[0], moved[0], keys, token, key_counts, sample, KEYS[0], PRECISION)
+        scores = block_scores(q[0], moved[0], keys, token, key_counts, sample, pick(KEYS, 0), PRECISION)
         for block in tl.static_range(1, len(KEYS)):
-            scores += block_scores(q[block], moved[block], keys, token, key_counts, sample, KEYS[block], PRECISION)
+            scores += block_scores(
+                q[block], moved[block], keys, token, key_counts, sample, pick(KEYS, block), PRECISION
+            )
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + first_slot + token, mask=there, other=0)
@@ -137,7 +141,7 @@ def no_values(VALUES: tl.constexpr, BLOCK_M: tl.constexpr):
     """Of each block of values, sums of its levels `[M, rank]` and of the weights of its tokens `[M]`: none yet."""
     out, held = (), ()
     for block in tl.static_range(len(VALUES)):
-        out += (tl.full([BLOCK_M, VALUES[block][5]], 0.0, tl.float32),)  # type: ignore[assignment]
+        out += (tl.full([BLOCK_M, pick(VALUES, block, 5)], 0.0, tl.float32),)  # type: ignore[assignment]
         held += (tl.full([BLOCK_M], 0.0, tl.float32),)  # type: ignore[assignment]
     return out, held
 
@@ -150,11 +154,11 @@ def add_values(
     """The sums with one step's tokens added; what was summed before shrinks."""
     sums, covered = (), ()
     for block in tl.static_range(len(VALUES)):
-        tile, reached = load_block(values, token, counts, sample, dtype, VALUES[block])
+        tile, reached = load_block(values, token, counts, sample, dtype, pick(VALUES, block))
         given = weights if block == 0 else tl.where(reached[None, :], weights, 0.0)
         product = tl.dot(given.to(dtype), tile, input_precision=PRECISION)
         sums += (out[block] * shrink[:, None] + product,)  # type: ignore[assignment]
-        covered += (held[block] * shrink + tl.sum(given, 1) if VALUES[block][3] else held[block],)  # type: ignore[assignment]
+        covered += (held[block] * shrink + tl.sum(given, 1) if pick(VALUES, block, 3) else held[block],)  # type: ignore[assignment]
     return sums, covered
 
 
@@ -167,9 +171,9 @@ def store_values(
     place = (split.to(tl.int64) * samples + sample) * all_rows + rows
     over = tl.where(total > 0, total, 1.0)
     for block in tl.static_range(len(VALUES)):
-        column = VALUES[block][6] + tl.arange(0, VALUES[block][5])
+        column = pick(VALUES, block, 6) + tl.arange(0, pick(VALUES, block, 5))
         tl.store(partial + place[:, None] * VALUE_WIDTH + column[None, :], out[block] / over[:, None], valid[:, None])
-        if VALUES[block][3]:
+        if pick(VALUES, block, 3):
             line = split.to(tl.int64) * VALUE_BLOCKS + block
             tl.store(shares + (line * samples + sample) * all_rows + rows, held[block] / over, mask=valid)
     tl.store(log_sums + place, log_sum(top, total), mask=valid)
@@ -184,12 +188,12 @@ def load_latent(
     q, moved = (), ()
     for block in tl.static_range(len(KEYS)):
         cells = latent + (sample * all_rows + rows)[:, None] * KEY_WIDTH
-        column = KEYS[block][6] + tl.arange(0, KEYS[block][5])
+        column = pick(KEYS, block, 6) + tl.arange(0, pick(KEYS, block, 5))
         q += (tl.load(cells + column[None, :], mask=valid[:, None], other=0),)  # type: ignore[assignment]
         shifted = tl.full([BLOCK_M], 0.0, tl.float32)
-        if KEYS[block][3]:
-            for part in tl.static_range(KEYS[block][8]):
-                line = (KEYS[block][7] + part) * samples + sample
+        if pick(KEYS, block, 3):
+            for part in tl.static_range(pick(KEYS, block, 8)):
+                line = (pick(KEYS, block, 7) + part) * samples + sample
                 shifted += tl.load(shift + line * all_rows + rows, mask=valid, other=0)
         moved += (shifted,)  # type: ignore[assignment]
     return q, moved

@@ -107,3 +107,28 @@ def test_a_shape_that_is_not_shipped_is_refused():
 )
 def test_occupancy(warps, registers, shared, expected):
     assert resources.occupancy(90, warps, registers, shared) == expected
+
+
+def test_a_longer_prompt_compiles_nothing_anew():
+    """Fifty prompts, as Triton's own launches specialise their arguments."""
+    done = compiled.run("-c", _LENGTHS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    variants = json.loads(done.stdout.splitlines()[-1])
+    assert set(variants.values()) == {1}, variants
+
+
+_LENGTHS = """
+import json
+from dataclasses import replace
+from attnpack_fx.kernels.triton.resources import SHAPES, decode_step, packing
+
+found = {}
+for name in json.loads('''NAMES'''):
+    shape = SHAPES[name]
+    for more in range(50):
+        longer = replace(shape, tokens=tuple(tokens + 3 * more + 1 for tokens in shape.tokens), tail=shape.tail + more)
+        for launch in packing(longer) + decode_step(longer):
+            compiled_for = repr((launch.signature, launch.constants, launch.aligned))
+            found.setdefault(f"{name}, {launch.kernel}", set()).add(compiled_for)
+print(json.dumps({name: len(variants) for name, variants in found.items()}))
+""".replace("NAMES", json.dumps([*EVERYWHERE, "Qwen3-VL-8B, two segments"]))

@@ -1,0 +1,65 @@
+"""Compile what Inductor would launch, and print a table.
+
+python -m benchmarks.ahead                                  # every case, capabilities 8.0, 9.0 and 10.0
+python -m benchmarks.ahead --only "7B LLaVA, bfloat16" --capability 90
+python -m benchmarks.ahead --json kernels.json
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.ahead.cases import cases
+from benchmarks.ahead.compiled import LIMITS, Facts
+from benchmarks.ahead.survey import survey
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases of these names, or whose name holds one")
+    parser.add_argument("--capability", type=int, choices=LIMITS, nargs="+", default=list(LIMITS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the facts")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of cases and then of kernels (2)")
+    given = parser.parse_args(arguments)
+    names = {case.name for case in cases()}
+    chosen = [
+        case
+        for case in cases()
+        if not given.only or any(text == case.name or (text in case.name and text not in names) for text in given.only)
+    ]
+    if not chosen:
+        parser.error(f"--only: got {given.only}, expected part of a case's name, e.g. {next(cases()).name!r}")
+    rows = list(survey(chosen, given.capability, given.workers))
+    sys.stdout.write(table(rows) + "\n")
+    if given.json:
+        given.json.write_text(json.dumps([{"case": case} | asdict(facts) for case, facts in rows], indent=1) + "\n")
+    failed = [facts for _, facts in rows if facts.error]
+    sys.stdout.write(f"{len(rows)} compiled, {len(failed)} of them failed\n")
+    return bool(failed)
+
+
+def table(rows: Sequence[tuple[str, Facts]]) -> str:
+    header = ("case", "kernel", "sm", "threads", "registers", "spilled", "shared", "occupancy", "matrix", "warpgroup")
+    cells = [header, *(_cells(case, facts) for case, facts in rows)]
+    widths = [max(map(len, column)) for column in zip(*(row[: len(header)] for row in cells), strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number < 2 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, [*widths, 0], strict=False))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _cells(case: str, facts: Facts) -> tuple[str, ...]:
+    numbers = facts.threads, facts.registers, facts.spilled, facts.shared
+    kinds = facts.matrix, facts.warpgroup
+    plain = (case, facts.kernel.removesuffix("_kernel"), str(facts.capability), *map(str, numbers))
+    return *plain, f"{facts.occupancy:.0%}", *map(str, kinds), facts.error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
