@@ -150,7 +150,8 @@ def check_take_rows(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str
 def check_plan(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
     random = seeded(seed)
-    gains: list[tuple[list[int], list[int]]] = [([], []), ([4, 4, 32, 32, 0], [4, 4, 32, 32, 60]), ([64, 64, 8, 8, 0], [])]
+    saves, never, wide = [4, 4, 32, 32, 0], [4, 4, 32, 32, 60], [64, 64, 8, 8, 0]
+    gains: list[tuple[list[int], list[int]]] = [([], []), (saves, never), (wide, [])]
     for rows in (None, 1, 3):
         for text in (False, True):
             for number, (vision_gain, text_gain) in enumerate(gains):
