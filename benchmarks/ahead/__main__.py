@@ -6,15 +6,14 @@ python -m benchmarks.ahead --json kernels.json
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.ahead.cases import cases
-from benchmarks.ahead.compiled import LIMITS, Facts
+from benchmarks.ahead.compiled import LIMITS
 from benchmarks.ahead.survey import survey
+from benchmarks.ahead.tables import as_json, table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,30 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = list(survey(chosen, given.capability, given.workers))
     sys.stdout.write(table(rows) + "\n")
     if given.json:
-        given.json.write_text(json.dumps([{"case": case} | asdict(facts) for case, facts in rows], indent=1) + "\n")
+        given.json.write_text(as_json(rows))
     failed = [facts for _, facts in rows if facts.error]
     sys.stdout.write(f"{len(rows)} compiled, {len(failed)} of them failed\n")
     return bool(failed)
-
-
-def table(rows: Sequence[tuple[str, Facts]]) -> str:
-    header = ("case", "kernel", "sm", "threads", "registers", "spilled", "shared", "occupancy", "matrix", "warpgroup")
-    cells = [header, *(_cells(case, facts) for case, facts in rows)]
-    widths = [max(map(len, column)) for column in zip(*(row[: len(header)] for row in cells), strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if number < 2 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, [*widths, 0], strict=False))
-        ).rstrip()
-        for row in cells
-    )
-
-
-def _cells(case: str, facts: Facts) -> tuple[str, ...]:
-    numbers = facts.threads, facts.registers, facts.spilled, facts.shared
-    kinds = facts.matrix, facts.warpgroup
-    plain = (case, facts.kernel.removesuffix("_kernel"), str(facts.capability), *map(str, numbers))
-    return *plain, f"{facts.occupancy:.0%}", *map(str, kinds), facts.error
 
 
 if __name__ == "__main__":

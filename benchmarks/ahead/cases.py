@@ -167,6 +167,7 @@ def _prompt(family: str, side: int, batch: int, dtype: torch.dtype) -> dict[str,
 _FOUR_BITS = Quantize(4)
 SETTINGS = {
     "default": PackPolicy(),
+    "rank 16": PackPolicy(vision_rank=16, key_space="unrotated"),
     "rotated": PackPolicy(vision_rank=64, key_space="rotated"),
     "rotated, text packed": PackPolicy(vision_rank=64, text_rank=16, key_space="rotated", fold_every=4, recent=2),
     "4 bits": PackPolicy(vision_rank=64, key_space="rotated", passes=(_FOUR_BITS,)),

@@ -131,7 +131,7 @@ PART = Part(
     "with a scale per component; *rows* as KIVI stores them, keys with a scale and zero point per channel of 32 "
     "tokens, values per 32 channels of a token. Codes become numbers in registers: *bytes* is what is read. Where no "
     "results stand here, these kernels were run in Triton's interpreter and compiled for compute capabilities 8.0, 9.0 "
-    "and 10.0 (`python -m attnpack_fx.kernels.triton.resources`), no more.",
+    "and 10.0 (`python -m benchmarks.ahead`), no more.",
     cases,
     table,
 )

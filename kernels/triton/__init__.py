@@ -1,6 +1,6 @@
 """The operators as Triton kernels, for NVIDIA GPUs from compute capability 8.0; `launch.py` says what launchers decide.
 
-`resources.py` shows what they take of a GPU.
+`benchmarks/ahead` shows what they take of a GPU.
 """
 
 from attnpack_fx.kernels.triton.absorb import absorb_kernel

@@ -35,6 +35,8 @@ from attnpack_fx.kernels.triton.tokens import tokens_kernel
 FUSED_BYTES = 384 << 10
 #: Programs of `fused` per multiprocessor, beyond which re-reading coefficients per head costs more than launches.
 FUSED_PROGRAMS = 3
+#: Multiprocessors to a program of `fused`, beyond which too many of them idle.
+FUSED_IDLE = 8
 #: Largest basis tile that `fused` keeps on chip.
 FUSED_TILE_BYTES = 64 << 10
 #: Ranks or basis rows that one step takes.
@@ -43,8 +45,13 @@ BASIS_ROWS = 64
 MOST_DIMS = 256
 #: Segments that one launch takes.
 MAX_SEGMENTS = 2
-#: Rotary axes, query rows of a KV head and ranks up to which `split` beats rebuilding keys on tensor cores.
-SPLIT_AXES, SPLIT_ROWS, SPLIT_RANK = 4, 16, 128
+#: Numbers of tables that `split` reads for a token and KV head, up to which it beats rebuilding the key: one for each
+#: axis, query row and rank. They come from L2, and as many in the time in which tensor cores rebuild a key.
+SPLIT_NUMBERS = 128
+#: Most rotary axes that `split` takes. Tables of one axis would be as long as the tokens.
+SPLIT_AXES = 4
+#: Least bytes of coefficients that a program of `tokens` reads for each byte of a partial result it writes.
+READ_PER_PARTIAL = 8
 
 
 def takes(
@@ -189,7 +196,8 @@ def fits_fused(problem: Problem) -> bool:
         return False
     programs = query.shape[0] * problem.heads * cdiv(problem.group, problem.block_g)
     read = sum(s.key.shape[1] * (s.key.shape[2] + s.value.shape[2]) * size for s in segments)
-    return bool(programs <= FUSED_PROGRAMS * processors(query.device) and read <= FUSED_BYTES)
+    there = processors(query.device)
+    return bool(there <= FUSED_IDLE * programs <= FUSED_IDLE * FUSED_PROGRAMS * there and read <= FUSED_BYTES)
 
 
 def _fused(problem: Problem, out: Tensor) -> None:
@@ -250,7 +258,9 @@ def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tens
     )
     block_m, tile = _token_tile(problem)
     row_blocks = cdiv(problem.rows, block_m)
-    tokens_per_split = per_program(problem.packed, batch * row_blocks, tile, device)
+    read = (problem.block_r + problem.block_v) * query.element_size()
+    least = READ_PER_PARTIAL * cdiv(4 * block_m * problem.block_v, read)
+    tokens_per_split = per_program(problem.packed, batch * row_blocks, tile, device, least)
     splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in segments]
     latent, latent_sums = problem.partials(sum(splits), problem.block_v)
     if segments:
@@ -351,10 +361,9 @@ def _fits_split(problem: Problem, cos: Tensor, axes: Tensor) -> bool:
     query = problem.query
     offsets = cos.shape[1] * problem.rows * problem.block_r
     return bool(
-        axes.shape[1] <= SPLIT_AXES
+        1 < axes.shape[1] <= SPLIT_AXES
         and 2 * cos.shape[2] == query.shape[3]
-        and problem.group * query.shape[2] <= SPLIT_ROWS
-        and problem.block_r <= SPLIT_RANK
+        and axes.shape[1] * problem.group * query.shape[2] * problem.block_r <= SPLIT_NUMBERS
         and offsets < 2**31
     )
 

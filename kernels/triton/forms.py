@@ -5,8 +5,8 @@ from typing import Any
 import triton
 
 
-@triton.constexpr_function  # type: ignore[untyped-decorator]
-def pick(forms, first, second=None, third=None):  # type: ignore[no-untyped-def]
+@triton.constexpr_function
+def pick(forms, first, second=None, third=None):
     """`forms[first]`, `forms[first][second]` or `forms[first][second][third]`.
 
     Triton 3.6 makes tensors' tuples of what `forms[first]` gives, and knows none that hold tuples.

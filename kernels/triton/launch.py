@@ -36,13 +36,17 @@ def cdiv(a: Any, b: Any) -> Any:
     return (a + b - 1) // b
 
 
-def per_program(total: Any, others: Any, tile: int, device: torch.device) -> Any:
+def per_program(total: Any, others: Any, tile: int, device: torch.device, least: int = 0) -> Any:
     """How many of `total` tokens one program takes, a multiple of `tile`, when `others` programs share each token.
 
-    As many programs as the device runs at once, but none without a full tile.
+    As many programs as the device runs at once, but none without a full tile; nor with fewer than `least` tokens, where
+    that leaves a program for every multiprocessor.
     """
-    wanted = PROGRAMS_PER_PROCESSOR * processors(device)
-    return torch.sym_max(cdiv(cdiv(total * others, wanted), tile) * tile, tile)
+    work, count = total * others, processors(device)
+    share = cdiv(work, PROGRAMS_PER_PROCESSOR * count)
+    if least:
+        share = torch.sym_max(share, torch.sym_min(least, cdiv(work, count)))
+    return torch.sym_max(cdiv(share, tile) * tile, tile)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ CHOSEN = (
     "7B LLaVA, bfloat16, KIVI",
     "7B Qwen2.5-VL, bfloat16, rotated",
     "7B Qwen3-VL, bfloat16, default",
+    "7B Qwen3-VL, bfloat16, rank 16",
     "tiny Qwen3-VL, float32, 4 bits",
 )
 MATRIX = (

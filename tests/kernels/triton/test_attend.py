@@ -86,10 +86,12 @@ def check_axes(shape: Shapes, axes: int, samples: int | None = None) -> None:
     assert_close(weights, expected_weights, shape.dtype)
 
 
-@given(shape=shapes(queries=1), axes=st.integers(1, 3), interleaved=st.booleans())
-@settings(QUICKLY, max_examples=10)
-def test_keys_before_rotary_embedding_are_split_by_axis(shape, axes, interleaved):
-    check_axes(dataclasses.replace(shape, interleaved=interleaved), axes)
+@given(shape=shapes(queries=1), axes=st.integers(1, 3), interleaved=st.booleans(), numbers=st.sampled_from([0, 2**13]))
+@settings(QUICKLY, max_examples=15)
+def test_keys_before_rotary_embedding_are_split_by_axis(shape, axes, interleaved, numbers):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attend, "SPLIT_NUMBERS", numbers)
+        check_axes(dataclasses.replace(shape, interleaved=interleaved), axes)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +101,16 @@ def test_keys_before_rotary_embedding_are_split_by_axis(shape, axes, interleaved
         (Shapes(batch=2, segments=(40,), key_rank=70, key_dim=128, value_rank=40, dtype=torch.bfloat16), 2),
         (Shapes(segments=(40,), rotary=8), 2),  # the other ways rebuild the keys: partial rotary,
         (Shapes(segments=(40,), queries=9, group=2), 2),  # many query rows,
+        (Shapes(segments=(40,)), 1),  # an axis as long as the tokens,
         (Shapes(segments=(40,)), 5),  # many axes,
         (Shapes(segments=(150,), key_rank=140, key_dim=256), 2),  # high rank
     ],
 )
-def test_shapes_with_axes(shape, axes):
+def test_shapes_with_axes(shape, axes, monkeypatch):
     check_axes(shape, axes)
     check_axes(shape, axes, samples=1)
+    monkeypatch.setattr(attend, "SPLIT_NUMBERS", 2**13)
+    check_axes(shape, axes)
 
 
 @pytest.mark.parametrize("rotary", [0, 64])

@@ -1,24 +1,19 @@
-"""What the kernels take of a GPU, found without one: launches traced on fake tensors, compiled ahead of time, read.
+"""Decode steps and packing of one layer by shape, as the operators launch them outside a compiled graph.
 
-    python -m attnpack_fx.kernels.triton.resources            # a table for every shipped shape and architecture
-    python -m attnpack_fx.kernels.triton.resources --json out.json --arch 90
+    python -m benchmarks.ahead.shapes                       # a table for every shape and capability
+    python -m benchmarks.ahead.shapes --json out.json --capability 90
 
-Launches come from tracing the operators themselves, so what is compiled here is what Inductor compiles there.
+More corners of the kernels than models reach in the time there is; arguments are specialised as Triton does it itself.
 """
 
 import argparse
-import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -30,30 +25,16 @@ from triton.backends.compiler import GPUTarget
 
 from attnpack_fx.kernels.aten.svd import sketch_size
 from attnpack_fx.kernels.parts import ASYMMETRIC, E4M3, RowForm, layout, row_extras
+from attnpack_fx.kernels.triton import KERNELS
 from attnpack_fx.kernels.triton.append import append_
 from attnpack_fx.kernels.triton.attend import attention, takes
 from attnpack_fx.kernels.triton.gather import gather_tokens
 from attnpack_fx.kernels.triton.jacobi import left_singular_vectors
 from attnpack_fx.kernels.triton.launch import cdiv
+from benchmarks.ahead.compiled import LIMITS, Facts, facts_of
+from benchmarks.ahead.pretend import pretending
+from benchmarks.ahead.tables import as_json, table
 
-
-class Architecture(NamedTuple):
-    """Limits of one compute capability. Shared memory in bytes, of a block and of a multiprocessor."""
-
-    block_shared: int
-    shared: int
-    warps: int = 64
-    registers: int = 65536
-    blocks: int = 32
-
-
-#: By compute capability: A100, H100 and H200, B200.
-ARCHITECTURES = {
-    80: Architecture(163 << 10, 164 << 10),
-    90: Architecture(227 << 10, 228 << 10),
-    100: Architecture(227 << 10, 228 << 10),
-}
-_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -177,44 +158,9 @@ class Launch:
     grid: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What one kernel compiled for one architecture takes, and which instructions it has."""
-
-    shape: str
-    kernel: str
-    arch: int
-    grid: tuple[int, ...]
-    threads: int
-    registers: int
-    spilled: int  # bytes of local memory of a thread
-    shared: int  # bytes of a block
-    occupancy: float  # resident warps over the most there can be
-    matrix: int  # tensor-core instructions
-    warpgroup: int  # those of them that a whole warpgroup issues: wgmma, tcgen05
-    wide_loads: int  # loads and asynchronous copies of 16 bytes from device memory
-    loads: int  # all of them
-
-
-@contextmanager
-def targeting(arch: int) -> Iterator[None]:
-    """Give Triton a GPU to compile for, where there is none or another."""
-
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
-
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver())
-    try:
-        yield
-    finally:
-        triton.runtime.driver._active = before
-
-
 def launches(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Launch]:
     """The kernels that `function` launches on GPU tensors of these shapes, in order."""
-    with targeting(90):
+    with pretending():
         graph = make_fx(function)(*arguments).graph
     nodes = [node for node in graph.nodes if node.target is triton_kernel_wrapper_mutation]
     return [_launch(node.kwargs) for node in nodes]
@@ -338,59 +284,22 @@ def packing(shape: Shape) -> list[Launch]:
         return gathered + launches(lambda x: left_singular_vectors(x, shape.rank), (factor,))
 
 
-def inspect(name: str, launch: Launch, arch: int) -> Facts:
-    """Compile one launch for one architecture and read the result."""
-    from attnpack_fx.kernels.triton import KERNELS
-
+def inspect(launch: Launch, capability: int) -> Facts:
+    """Compile one launch for one capability and read the result."""
     kernel = next(each for each in KERNELS if each.__name__ == launch.kernel)
     names = [parameter.name for parameter in kernel.params]
     constants = {(names.index(key),): value for key, value in launch.constants.items()}
     attributes = {(names.index(key),): [["tt.divisibility", 16]] for key in launch.aligned}
     source = triton.compiler.ASTSource(kernel, launch.signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name) if arch < 100 else _run("cuobjdump", "-sass", file.name)
-    registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
-    registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
-    wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", code))
-    return Facts(
-        name,
-        launch.kernel,
-        arch,
-        launch.grid,
-        32 * launch.warps,
-        registers,
-        stack + local,
-        compiled.metadata.shared,
-        occupancy(arch, launch.warps, registers, compiled.metadata.shared),
-        len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)),
-        len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", code)),
-        wide,
-        len(re.findall(r"\b(?:LDG|LDGSTS)\b", code)),
-    )
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return facts_of(Facts(launch.kernel, capability), binary)
 
 
-def occupancy(arch: int, warps: int, registers: int, shared: int) -> float:
-    """Warps of such blocks that are resident on a multiprocessor, over the most there can be."""
-    limits = ARCHITECTURES[arch]
-    if shared > limits.block_shared:
-        return 0.0
-    # Registers are handed out to warps in units of 256; each block also takes 1 KiB of shared memory.
-    by_registers = limits.registers // (-(-registers * 32 // 256) * 256) // warps
-    blocks = min(limits.warps // warps, by_registers, limits.shared // (shared + 1024), limits.blocks)
-    return blocks * warps / limits.warps
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([_BIN / tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def survey(archs: Sequence[int], names: Sequence[str] | None = None, workers: int = 2) -> list[Facts]:
-    """Facts on every launch of the named shapes (all unless given)."""
+def survey(
+    capabilities: Sequence[int], names: Sequence[str] | None = None, workers: int = 2
+) -> Iterator[tuple[str, Facts]]:
+    """Every launch of the named shapes (all unless given) that is compiled anew, with its first shape."""
     jobs, seen = [], set()
     for name in names or SHAPES:
         for launch in packing(SHAPES[name]) + decode_step(SHAPES[name]):
@@ -398,60 +307,24 @@ def survey(archs: Sequence[int], names: Sequence[str] | None = None, workers: in
             key = repr((launch.kernel, launch.signature, launch.constants, launch.aligned, launch.warps, launch.stages))
             if key not in seen:
                 seen.add(key)
-                jobs += [(name, launch, arch) for arch in archs]
+                jobs += [(name, launch, capability) for capability in capabilities]
     # Not forked: the parent's threads would be missing in the child.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        return list(pool.map(inspect, *zip(*jobs, strict=True)))
-
-
-def table(facts: Sequence[Facts]) -> str:
-    header = (
-        "shape",
-        "kernel",
-        "sm",
-        "threads",
-        "registers",
-        "spilled",
-        "shared",
-        "occupancy",
-        "matrix",
-        "warpgroup",
-        "16 B loads",
-    )
-    rows = [
-        (
-            each.shape,
-            each.kernel.removesuffix("_kernel"),
-            str(each.arch),
-            str(each.threads),
-            str(each.registers),
-            str(each.spilled),
-            str(each.shared),
-            f"{each.occupancy:.0%}",
-            str(each.matrix),
-            str(each.warpgroup),
-            f"{each.wide_loads}/{each.loads}",
-        )
-        for each in facts
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if number < 2 else cell.rjust(width) for number, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in (header, *rows))
-    )
+        shapes, *rest = zip(*jobs, strict=True)
+        yield from zip(shapes, pool.map(inspect, *rest), strict=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--capability", type=int, choices=LIMITS, nargs="+", default=list(LIMITS))
     parser.add_argument("--shape", choices=SHAPES, nargs="+", help="all unless given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the facts")
     parser.add_argument("--workers", type=int, default=2, help="compiling processes (2)")
     given = parser.parse_args(arguments)
-    facts = survey(given.arch, given.shape, given.workers)
-    sys.stdout.write(table(facts) + "\n")
+    rows = list(survey(given.capability, given.shape, given.workers))
+    sys.stdout.write(table(rows) + "\n")
     if given.json:
-        given.json.write_text(json.dumps([asdict(each) for each in facts], indent=1) + "\n")
+        given.json.write_text(as_json(rows))
 
 
 if __name__ == "__main__":

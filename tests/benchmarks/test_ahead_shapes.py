@@ -6,9 +6,9 @@ import subprocess
 import pytest
 import torch
 
-from attnpack_fx.kernels.triton import resources
-
-from . import compiled
+from benchmarks.ahead import shapes
+from benchmarks.ahead.compiled import LIMITS, Facts, occupancy
+from tests.kernels.triton import compiled
 
 #: Kernels whose work is matrix products. `combine` has them too, where a KV head has several query rows.
 MATRIX = (
@@ -36,27 +36,27 @@ EVERYWHERE = (
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return compiled.run("-m", "attnpack_fx.kernels.triton.resources", *arguments)
+    return compiled.run("-m", "benchmarks.ahead.shapes", *arguments)
 
 
 @pytest.mark.slow
 def test_every_kernel_of_every_shipped_shape(tmp_path):
     """One test for all, so that everything is compiled once: all shapes for Hopper, every kernel for the others."""
     facts, tables = [], []
-    for arguments in (("--arch", "90"), ("--arch", "80", "100", "--shape", *EVERYWHERE)):
+    for arguments in (("--capability", "90"), ("--capability", "80", "100", "--shape", *EVERYWHERE)):
         done = command("--json", str(tmp_path / "facts.json"), *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
-        facts += [resources.Facts(**fact) for fact in json.loads((tmp_path / "facts.json").read_text())]
+        facts += [(fact.pop("case"), Facts(**fact)) for fact in json.loads((tmp_path / "facts.json").read_text())]
         tables.append(done.stdout)
-    kernels = {arch: {fact.kernel for fact in facts if fact.arch == arch} for arch in (80, 90, 100)}
+    kernels = {each: {fact.kernel for _, fact in facts if fact.capability == each} for each in (80, 90, 100)}
     assert kernels[80] == kernels[100] == kernels[90], "add a shape to EVERYWHERE that launches what is missing"
     wrong = []
-    for fact in facts:
-        shape = resources.SHAPES[fact.shape]
-        where = f"{fact.shape}, {fact.kernel}, sm_{fact.arch}"
+    for name, fact in facts:
+        shape = shapes.SHAPES[name]
+        where = f"{name}, {fact.kernel}, sm_{fact.capability}"
         if fact.spilled:
             wrong.append(f"{where}: {fact.spilled} bytes spilled")
-        if fact.shared > resources.ARCHITECTURES[fact.arch].block_shared:
+        if fact.shared > LIMITS[fact.capability].block_shared:
             wrong.append(f"{where}: {fact.shared} bytes of shared memory")
         if fact.occupancy < 0.12:
             wrong.append(f"{where}: occupancy {fact.occupancy:.0%}")
@@ -66,7 +66,7 @@ def test_every_kernel_of_every_shipped_shape(tmp_path):
         if fact.kernel in ("tokens_kernel", "fused_kernel") and not shape.mask and fact.wide_loads < fact.loads - 2:
             wrong.append(f"{where}: {fact.wide_loads} of {fact.loads} loads are 16 bytes wide")
     assert not wrong, "\n".join(wrong)
-    wgmma = [fact for fact in facts if fact.arch == 90 and fact.kernel == "tokens_kernel" and fact.warpgroup]
+    wgmma = [fact for _, fact in facts if fact.capability == 90 and fact.kernel == "tokens_kernel" and fact.warpgroup]
     assert wgmma, "no shape reaches Hopper's warpgroup products"
     for name in ("LLaVA-1.5-13B, 16 images, batch 64", "Qwen3-VL-8B, two segments", "un-rotated keys, rank 16"):
         assert name in tables[0]
@@ -86,12 +86,12 @@ def test_launches_of_a_decode_step():
     assert launches["un-rotated keys, rank 16"] == ["append_kernel", "rebuilt_kernel", "combine_kernel"]
     by_axis = ["append_kernel", "tables_kernel", "split_kernel", "combine_kernel"]
     assert launches["un-rotated keys, rank 16, M-RoPE"] == by_axis
-    assert all(len(kernels) <= 4 for kernels in launches.values()) and launches.keys() == resources.SHAPES.keys()
+    assert all(len(kernels) <= 4 for kernels in launches.values()) and launches.keys() == shapes.SHAPES.keys()
 
 
 _COUNT = """
 import json
-from attnpack_fx.kernels.triton.resources import SHAPES, decode_step
+from benchmarks.ahead.shapes import SHAPES, decode_step
 print(json.dumps({name: [launch.kernel for launch in decode_step(shape)] for name, shape in SHAPES.items()}))
 """
 
@@ -106,7 +106,7 @@ def test_a_shape_that_is_not_shipped_is_refused():
     [(4, 64, 0, 0.5), (4, 255, 0, 0.125), (8, 32, 100 << 10, 0.25), (4, 32, 228 << 10, 0.0)],
 )
 def test_occupancy(warps, registers, shared, expected):
-    assert resources.occupancy(90, warps, registers, shared) == expected
+    assert occupancy(90, warps, registers, shared) == expected
 
 
 def test_a_longer_prompt_compiles_nothing_anew():
@@ -120,7 +120,7 @@ def test_a_longer_prompt_compiles_nothing_anew():
 _LENGTHS = """
 import json
 from dataclasses import replace
-from attnpack_fx.kernels.triton.resources import SHAPES, decode_step, packing
+from benchmarks.ahead.shapes import SHAPES, decode_step, packing
 
 found = {}
 for name in json.loads('''NAMES'''):
