@@ -17,6 +17,10 @@ from attnpack_fx.kernels.rotary_axes import tabulate
 from attnpack_fx.shared import Memo, copies, version_of
 
 
+#: What a saved state begins with; before, there was one entry of cos and sin a dim.
+_BY_PAIR = "by pair"
+
+
 @dataclass(eq=False)
 class SharedAngles:
     """cos and sin of a packed cache's tokens.
@@ -214,11 +218,16 @@ class SharedAngles:
 
     def state(self) -> tuple[Any, ...]:
         """Everything, in plain containers and tensors; `from_state` is the inverse."""
-        return (*_plain(self.packed), None if self.tail is None else list(self.tail))
+        return (_BY_PAIR, *_plain(self.packed), None if self.tail is None else list(self.tail))
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> "SharedAngles":
-        cos, sin, interleaved, axes, tail = state
+        if not isinstance(state[0], str):
+            raise ValueError(
+                "saved cache: got cos and sin by dim, as earlier versions wrote them, expected them by pair of dims; read "
+                "the prompt again and save its cache with this version"
+            )
+        _, cos, sin, interleaved, axes, tail = state
         return cls(Angles(cos, sin, axes, interleaved), None if tail is None else tuple(map(tuple, tail)))
 
     def same_as(self, other: "SharedAngles") -> bool:

@@ -185,6 +185,13 @@ def test_angles_of_any_dtype(dtype):
     assert torch.equal(found[0], cos[:, 2:38]) and torch.equal(found[1], sin[:, 2:38])
 
 
+def test_a_state_of_an_earlier_version_is_refused():
+    """It holds an entry a dim, which would turn other dims by other angles."""
+    _, *old = angles_of(stored_pair(Way(angles="rows"))).state()
+    with pytest.raises(ValueError, match="got cos and sin by dim, as earlier versions wrote them"):
+        SharedAngles.from_state(tuple(old))
+
+
 def test_tokens_appended_without_their_angles_are_never_folded_with_those_of_others():
     pair = stored_pair(Way(angles="rows"))
     grown = torch.cat([pair.key, torch.randn(2, 2, 3, DIM)], dim=2)
