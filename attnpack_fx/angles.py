@@ -16,7 +16,6 @@ from attnpack_fx.kernels.parts import Angles
 from attnpack_fx.kernels.rotary_axes import tabulate
 from attnpack_fx.shared import Memo, copies, version_of
 
-
 #: What a saved state begins with; before, there was one entry of cos and sin a dim.
 _BY_PAIR = "by pair"
 
@@ -224,8 +223,8 @@ class SharedAngles:
     def from_state(cls, state: tuple[Any, ...]) -> "SharedAngles":
         if not isinstance(state[0], str):
             raise ValueError(
-                "saved cache: got cos and sin by dim, as earlier versions wrote them, expected them by pair of dims; read "
-                "the prompt again and save its cache with this version"
+                "saved cache: got cos and sin by dim, as earlier versions wrote them, expected them by pair of dims; "
+                "read the prompt again and save its cache with this version"
             )
         _, cos, sin, interleaved, axes, tail = state
         return cls(Angles(cos, sin, axes, interleaved), None if tail is None else tuple(map(tuple, tail)))
