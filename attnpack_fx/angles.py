@@ -100,8 +100,9 @@ class SharedAngles:
 
         def derive() -> SharedAngles:
             cos, sin = self.tail_rows()
-            new = _one_for_all(cos[:, :count], sin[:, :count])
-            packed = _extended(self.packed, *new)
+            new = cos[:, :count], sin[:, :count]
+            # Samples with angles of their own keep them, so that nothing need be compared, which reads from the device.
+            packed = _extended(self.packed, *(new if self.packed.cos.shape[0] > 1 else _one_for_all(*new)))
             return SharedAngles(packed, ((cos[:, count:].clone(), sin[:, count:].clone()),))
 
         return self._memo.derive("folded", (count,), derive)

@@ -100,6 +100,11 @@ class Placement:
         """`absent`; where nothing asked for it and no token has left yet, those that have no slot."""
         return self.tokens - (self.index >= 0).sum(1) if self.absent is None else self.absent
 
+    def _missing_as_many(self, made: "Placement") -> "Placement":
+        """`made`, of which is known what `most_missing` reads from the device, as of this one."""
+        made._memo.derive("most missing", (), lambda: self.most_missing)
+        return made
+
     def is_vision(self, position: Tensor) -> Tensor | None:
         """Bool, of logical positions int64 `[B, n]` (-1: not); None where no modality is kept."""
         if self.vision is None:
@@ -148,7 +153,7 @@ class Placement:
             end = self.tokens + count
             positions = torch.arange(self.tokens, end, device=self.index.device).expand(self.index.shape[0], -1)
             index = torch.cat([self.index, positions], 1)
-            return Placement(index, end, self.ragged, self.vision, self.absent)
+            return self._missing_as_many(Placement(index, end, self.ragged, self.vision, self.absent))
 
         return self._memo.derive("extend", (count,), derive)
 
@@ -166,12 +171,12 @@ class Placement:
     def reorder(self, order: Tensor) -> "Placement":
         """With the first slots in another order, int64 `[B, n]`; for one layer, so not remembered."""
         index = torch.cat([self.index.gather(1, order), self.index[:, order.shape[1] :]], 1)
-        return Placement(index, self.tokens, self.ragged, self.vision, self.absent)
+        return self._missing_as_many(Placement(index, self.tokens, self.ragged, self.vision, self.absent))
 
     def moved(self, index: Tensor) -> "Placement":
         """With other tokens in other slots, int64 `[B, n]`; for one layer, so not remembered."""
         ragged = self.ragged or _has_filler(index)
-        return Placement(index, self.tokens, ragged, self.vision, self.missing)
+        return self._missing_as_many(Placement(index, self.tokens, ragged, self.vision, self.missing))
 
     def join(self, others: Sequence["Placement"], counts: Sequence[Sequence[int]]) -> "Placement":
         """The samples of self, then those of the others, whose prompts are as long.

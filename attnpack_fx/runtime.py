@@ -233,6 +233,13 @@ def _check_pair(key: PackedTensor, value: PackedTensor) -> None:
         )
 
 
+_SHOWN = (
+    "attention_mask: got {} zeros among the {} tokens of the prompt, expected as many as at prefill, since tokens that "
+    "are masked there are padding, of which nothing is kept; give later calls the prompt's mask, and mask at prefill "
+    "only what no later call reads"
+)
+
+
 def _check_mask(placement: Placement) -> None:
     """Raise where a mask shows a token that was padding when the prompt was packed: none of it is kept."""
     if not placement.most_missing:
@@ -241,9 +248,8 @@ def _check_mask(placement: Placement) -> None:
     if mask is None or not len(mask) or samples % len(mask) or mask.shape[1] < placement.tokens:
         return
     hidden = (mask[:, : placement.tokens] == 0).sum(1)
-    if (hidden.repeat_interleave(samples // len(mask)) < placement.missing).any():
-        raise RuntimeError(
-            f"attention_mask: got {hidden.tolist()} zeros among the {placement.tokens} tokens of the prompt, expected "
-            "as many as at prefill, since tokens that are masked there are padding, of which nothing is kept; give "
-            "later calls the prompt's mask, and mask at prefill only what no later call reads"
-        )
+    shown = (hidden.repeat_interleave(samples // len(mask)) < placement.missing.to(mask.device)).any()
+    if mask.is_cuda:  # the host does not wait for the answer
+        torch._assert_async(~shown, _SHOWN.format("fewer", placement.tokens))
+    elif shown:
+        raise RuntimeError(_SHOWN.format(hidden.tolist(), placement.tokens))

@@ -86,8 +86,8 @@ def _on_cuda(gm: GraphModule) -> tuple[GraphModule, FakeTensorMode]:
             node.meta["example_value"] = _moved(node.meta["example_value"], mode)
         if hasattr(original, "_dynamo_source"):
             node._dynamo_source = original._dynamo_source
-        if node.target is torch.tensor:  # made on a CPU first, and of an empty list on no other device
-            node.target, node.args = torch.full, ((0,) if node.args[0] == [] else (), node.args[0] or 0)
+        if node.target is torch.tensor:  # makes a real one on the device, where there is none
+            node.target = _tensor
         node.args, node.kwargs = map_aggregate(node.args, _device), map_aggregate(node.kwargs, _device)
     made = GraphModule(gm, graph)
     made.meta.update(gm.meta)
@@ -95,6 +95,13 @@ def _on_cuda(gm: GraphModule) -> tuple[GraphModule, FakeTensorMode]:
         if hasattr(gm, name):
             setattr(made, name, getattr(gm, name))
     return made, mode
+
+
+def _tensor(values: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+    if isinstance(values, list | tuple):
+        rows = [_tensor(each, dtype, device) for each in values]
+        return torch.stack(rows) if rows else torch.full((0,), 0.0, dtype=dtype, device=device)
+    return torch.full((), values, dtype=dtype, device=device)
 
 
 def _device(value: Any) -> Any:

@@ -24,24 +24,25 @@ def survey(chosen: Sequence[Case], capabilities: Sequence[int], workers: int) ->
     # Not forked: the parent's threads would be missing in the child.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         found: dict[str, tuple[str, str, str]] = {}
-        for case, kernels in zip(chosen, pool.map(kernels_of, chosen), strict=True):
+        for case, (kernels, error) in zip(chosen, pool.map(kernels_of, chosen), strict=True):
+            if error:
+                yield case.name, Facts("graph", 0, error)
             for source, name in kernels.items():
                 # What differs in the name of a launch alone is the same code.
                 alike = re.sub(r"'kernel_name': '\w+'", "", source)
                 found.setdefault(alike, (case.name, name, source))
-        jobs = [(*each, capability) for each in found.values() for capability in capabilities]
-        names, *rest = zip(*jobs, strict=True)
-        yield from zip(names, pool.map(compiled, *rest), strict=True)
+        for capability in capabilities:
+            names, kernels, sources = zip(*found.values(), strict=True) if found else ((), (), ())
+            yield from zip(names, pool.map(compiled, kernels, sources, [capability] * len(names)), strict=True)
 
 
-def kernels_of(case: Case) -> dict[str, str]:
-    """Sources and names of our kernels in what Inductor writes while a case generates."""
+def kernels_of(case: Case) -> tuple[dict[str, str], str]:
+    """Sources and names of our kernels in what Inductor writes while a case generates, and why it failed, if it did."""
     try:
         found = emitted(case)
-    except Exception as error:
-        # Dynamo's own errors do not pass between processes.
-        raise RuntimeError(f"{case.name}: {error!r}\n{traceback.format_exc()}") from None
-    return {source: name for source, name in found.kernels.items() if name in _NAMES}
+    except Exception as error:  # whatever it is, the other cases are of interest
+        return {}, f"{type(error).__name__}: {' '.join(traceback.format_exc().split())[-400:]}"
+    return {source: name for source, name in found.kernels.items() if name in _NAMES}, ""
 
 
 def emitted(case: Case) -> Emitted:
