@@ -77,7 +77,13 @@ def _own(frame: FrameType | None) -> Iterator[str]:
         frame = frame.f_back
 
 
-@pytest.mark.parametrize("name", DECODE)
+#: What no other policy here does.
+_FIRST = ("default", "folds", "partial reading", "KVQuant", "H2O")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _FIRST else pytest.param(name, marks=pytest.mark.slow) for name in DECODE]
+)
 def test_decode_steps_read_nothing_from_the_device(name, without_inductor, monkeypatch):
     policy, allowed = DECODE[name]
     reads, run = [], Runtime.__call__
