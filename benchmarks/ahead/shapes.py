@@ -83,6 +83,7 @@ SHAPES = {
     "LLaVA-1.5-7B, batch 64": Shape(batch=64),
     "LLaVA-1.5-13B, 16 images, batch 64": Shape(batch=64, heads=40, kv_heads=40, tokens=(4096,)),
     "Qwen2.5-VL-7B": Shape(heads=28, kv_heads=4, tokens=(9216,), mask=True),
+    "Qwen2.5-VL-7B, one image": Shape(heads=28, kv_heads=4, tokens=(576,)),
     "Qwen3-VL-8B, two segments": Shape(heads=32, kv_heads=8, tokens=(9216, 640)),
     "Qwen3-VL-8B, prompt of 64 tokens": Shape(heads=32, kv_heads=8, tokens=(9216,), queries=64),
     "rank 16": Shape(tokens=(32768,), rank=16),

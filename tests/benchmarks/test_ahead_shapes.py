@@ -79,6 +79,8 @@ def test_launches_of_a_decode_step():
     launches = json.loads(done.stdout.splitlines()[-1])
     assert launches["LLaVA-1.5-7B"] == ["append_kernel", "fused_kernel"]
     assert launches["LLaVA-1.5-7B, batch 64"] == ["append_kernel", "absorb_kernel", "tokens_kernel", "combine_kernel"]
+    # One launch would be four programs.
+    assert launches["Qwen2.5-VL-7B, one image"] == launches["LLaVA-1.5-7B, batch 64"]
     coded = ["append_kernel", "absorb_coded_kernel", "tokens_coded_kernel", "combine_coded_kernel"]
     assert launches["LLaVA-1.5-7B, 4 bits"] == launches["Qwen3-VL-8B, 4 bits, coded rows of text"] == coded
     assert launches["LLaVA-1.5-7B, KIVI's rows in 2 bits"] == [name for name in coded if name != "tokens_coded_kernel"]
