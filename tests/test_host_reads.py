@@ -38,8 +38,6 @@ _EVICTION = {"derive", "evict", "positions", "_zeroed"}
 #: By policy, the functions that read in decode steps, and why there is no other way.
 DECODE: dict[str, tuple[PackPolicy, set[str]]] = {
     "default": (PackPolicy(), set()),
-    "rotated": (PackPolicy(vision_rank=8, key_space="rotated"), set()),
-    "text packed": (PackPolicy(vision_rank=8, text_rank=8), set()),
     "folds": (PackPolicy(vision_rank=8, text_rank=8, fold_every=4, recent=2), set()),
     "factors in 4 bits": (PackPolicy(vision_rank=8, passes=(Quantize(4),)), set()),
     "partial reading": (PackPolicy(vision_rank=8, partial=Partial(regroup_every=4)), set()),

@@ -8,7 +8,7 @@ from benchmarks.ahead.cases import SETTINGS, cases
 from tests.kernels.triton import compiled
 
 #: Together they launch every kernel of a decode step, as one and as several launches, of keys before and after rotary
-#: embedding, under one axis and several; and what only fp32 or narrow heads have.
+#: embedding, under one axis and several.
 CHOSEN = (
     "7B LLaVA, bfloat16, default",
     "7B LLaVA, bfloat16, rotated",
@@ -16,9 +16,7 @@ CHOSEN = (
     "7B LLaVA, bfloat16, 4 bits, un-rotated",
     "7B LLaVA, bfloat16, KIVI",
     "7B Qwen2.5-VL, bfloat16, rotated",
-    "7B Qwen3-VL, bfloat16, default",
     "7B Qwen3-VL, bfloat16, rank 16",
-    "tiny Qwen3-VL, float32, 4 bits",
 )
 MATRIX = (
     "absorb_coded_kernel",
