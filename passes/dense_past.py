@@ -173,7 +173,8 @@ def _angles(
 def _turning(site: Site, rotation: Rotation, layers: int) -> int:
     """Numbers of the cache's dtype that cos and sin of a token take, a layer's share of the copy that all read."""
     key, cos = (node.meta["example_value"] for node in (site.key, rotation.cos))
-    return math.ceil(2 * cos.shape[-1] * cos.element_size() / (key.element_size() * layers))
+    pairs = cos.shape[-1] if isinstance(cos.shape[-1], int) else key.shape[-1] // 2  # a symbol: all dims, at most
+    return math.ceil(2 * pairs * cos.element_size() / (key.element_size() * layers))
 
 
 def _newest_rows(site: Site, keys: Node) -> Node:

@@ -265,10 +265,10 @@ class RotaryFinder:
             node = self._insert(node, "unsqueeze", 0)
         elif not heads_first:
             node = self._insert(node, "transpose", 0, 1)
-        if not turn.halved and turn.interleaved:
-            node = self._insert(self._insert(node, "unflatten", -1, (-1, 2)), "select", -1, 0)
-        elif not turn.halved:
-            node = self._insert(node, "narrow", -1, 0, value.shape[-1] // 2)
+        if not turn.halved:
+            # Not by a size, which may be a symbol where a layer is compiled by itself.
+            sizes, dim = ((-1, 2), -1) if turn.interleaved else ((2, -1), -2)
+            node = self._insert(self._insert(node, "unflatten", -1, sizes), "select", dim, 0)
         if torch.promote_types(value.dtype, kept) != turn.dtype:
             node = self._insert(node, "to", turn.dtype)
         return node

@@ -277,6 +277,15 @@ def test_beside_a_packed_past():
     assert_exact(graph, RotaryFinder(graph.state.graph).rotation_of(key), key)
 
 
+def test_a_width_that_is_a_symbol():
+    """As where Dynamo compiles a layer by itself, and has seen another width."""
+    cos, sin = COS.clone(), SIN.clone()
+    for tensor in (cos, sin):
+        torch._dynamo.maybe_mark_dynamic(tensor, 2)
+    rotation, graph, key = found(rotated, K, cos, sin)
+    assert_exact(graph, rotation, key)
+
+
 def test_asking_again_inserts_nothing():
     rotation, graph, key = found(gptj, K, HALF_COS, HALF_SIN)
     assert rotation is not None
