@@ -81,6 +81,7 @@ class Shape:
 SHAPES = {
     "LLaVA-1.5-7B": Shape(),
     "LLaVA-1.5-7B, batch 64": Shape(batch=64),
+    "LLaVA-1.5-7B, dense rows alone": Shape(tokens=()),
     "LLaVA-1.5-13B, 16 images, batch 64": Shape(batch=64, heads=40, kv_heads=40, tokens=(4096,)),
     "Qwen2.5-VL-7B": Shape(heads=28, kv_heads=4, tokens=(9216,), mask=True),
     "Qwen2.5-VL-7B, one image": Shape(heads=28, kv_heads=4, tokens=(576,)),

@@ -97,9 +97,9 @@ class Problem:
         return new((*shape, width), dtype=torch.float32), new(shape, dtype=torch.float32)
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """One factor of the first and the last segment; where there is none, a tensor that is not read."""
+        """One factor of the first and the last segment; without segments, a tensor of their dtype that is not read."""
         if not self.segments:
-            return self.index, self.index
+            return self.key_tail, self.key_tail
         return getattr(self.segments[0], name), getattr(self.segments[-1], name)
 
     def mask_arguments(self) -> dict[str, Any]:
