@@ -31,6 +31,18 @@ LIMITS = {
     90: Limits(227 << 10, 228 << 10),
     100: Limits(227 << 10, 228 << 10),
 }
+#: Kernels whose work is matrix products. `combine` has them too, where a KV head has several query rows.
+MATRIX = (
+    "absorb_coded_kernel",
+    "absorb_kernel",
+    "fused_kernel",
+    "rebuilt_coded_kernel",
+    "rebuilt_kernel",
+    "split_kernel",
+    "tables_kernel",
+    "tokens_coded_kernel",
+    "tokens_kernel",
+)
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.ahead.cases import SETTINGS, cases
+from benchmarks.ahead.compiled import MATRIX
 from tests.kernels.triton import compiled
 
 #: Together they launch every kernel of a decode step, as one and as several launches, of keys before and after rotary
@@ -17,17 +18,6 @@ CHOSEN = (
     "7B LLaVA, bfloat16, KIVI",
     "7B Qwen2.5-VL, bfloat16, rotated",
     "7B Qwen3-VL, bfloat16, rank 16",
-)
-MATRIX = (
-    "absorb_coded_kernel",
-    "absorb_kernel",
-    "fused_kernel",
-    "rebuilt_coded_kernel",
-    "rebuilt_kernel",
-    "split_kernel",
-    "tables_kernel",
-    "tokens_coded_kernel",
-    "tokens_kernel",
 )
 
 

@@ -7,21 +7,8 @@ import pytest
 import torch
 
 from benchmarks.ahead import shapes
-from benchmarks.ahead.compiled import LIMITS, Facts, occupancy
+from benchmarks.ahead.compiled import LIMITS, MATRIX, Facts, occupancy
 from tests.kernels.triton import compiled
-
-#: Kernels whose work is matrix products. `combine` has them too, where a KV head has several query rows.
-MATRIX = (
-    "absorb_coded_kernel",
-    "absorb_kernel",
-    "fused_kernel",
-    "rebuilt_coded_kernel",
-    "rebuilt_kernel",
-    "split_kernel",
-    "tables_kernel",
-    "tokens_coded_kernel",
-    "tokens_kernel",
-)
 
 #: Together they launch every kernel, the largest in half precision among them; the other architectures are compiled for
 #: them alone.

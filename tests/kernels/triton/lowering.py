@@ -1,6 +1,6 @@
 """Prints the code Inductor would run on a GPU for a decode step's append and attention, made where there is none.
 
-    python lowering.py BATCH TOKENS [plain | 4 bits | rows]
+    python -m tests.kernels.triton.lowering BATCH TOKENS [plain | 4 bits | rows]
 
 Sizes that change from step to step or prompt to prompt are symbolic. The process pretends to have a GPU and is of no
 other use: run it as one of its own.
@@ -9,7 +9,6 @@ other use: run it as one of its own.
 import contextlib
 import sys
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -25,29 +24,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.parts import Block, RowForm, kind
-from benchmarks.ahead.pretend import targeting
+from benchmarks.ahead.pretend import PROPERTIES, targeting
 
 HEADS, RANK, DIM = 32, 64, 128
-H200 = SimpleNamespace(
-    type="cuda",
-    index=0,
-    name="NVIDIA H200",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    warp_size=32,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    shared_memory_per_block=48 << 10,
-    shared_memory_per_block_optin=227 << 10,
-    shared_memory_per_multiprocessor=228 << 10,
-    L2_cache_size=60 << 20,
-    total_memory=140 << 30,
-    gcnArchName="",
-)
-
-
 #: How the packed tokens are stored: layout, and what is added to a factor's dims. Rows: scales of channels and groups.
 ROWS = RowForm(4, channel=True, zero=True)
 BLOCKS = {"plain": [], "soft cap and sinks": [], "4 bits": [0, kind(Block(0, 0, 0, bits=4))], "rows": [0, ROWS.kind]}
@@ -112,8 +91,8 @@ def main(batch: int, tokens: int, stored: str) -> None:
         "is_available": lambda: True,
         "current_device": lambda: 0,
         "device_count": lambda: 1,
-        "get_device_properties": lambda *_: H200,
-        "_get_device_properties": lambda *_: H200,
+        "get_device_properties": lambda *_: PROPERTIES,
+        "_get_device_properties": lambda *_: PROPERTIES,
         "get_device_capability": lambda *_: (9, 0),
     }
     mode = FakeTensorMode(shape_env=ShapeEnv())

@@ -1,17 +1,14 @@
 """What Inductor makes of the operators on a GPU, read from the code it generates; needs no GPU."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from . import compiled
 
-SCRIPT = Path(__file__).with_name("lowering.py")
-
 
 def lowered(batch: int, tokens: int, stored: str = "plain") -> tuple[str, list[str]]:
-    done = compiled.run(str(SCRIPT), str(batch), str(tokens), stored)
+    done = compiled.run("-m", "tests.kernels.triton.lowering", str(batch), str(tokens), stored)
     assert done.returncode == 0 and "def call(" in done.stdout, done.stderr[-3000:]
     guards = [line.removeprefix("GUARD ") for line in done.stdout.splitlines() if line.startswith("GUARD ")]
     return done.stdout, guards
