@@ -1,7 +1,9 @@
 """Leases on a growing tail: in place while alone, a copy when another handle reads beyond."""
 
+import pytest
 import torch
 
+from attnpack_fx import windows
 from attnpack_fx.kernels.parts import SPARE_ROWS
 from attnpack_fx.tail import TailBuffer, allocate, exact
 
@@ -65,3 +67,16 @@ def test_exact_takes_no_room_until_it_grows():
     longer = lease.buffer.extend(lease, 1)
     assert longer.buffer is not lease.buffer and longer.buffer.capacity >= 4 + SPARE_ROWS
     torch.testing.assert_close(longer.buffer.rows[:3], rows)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(62, None), (63, 8), (500, 8)])
+def test_a_full_window_asks_for_little_room(tokens, expected):
+    assert windows.room(tokens, 63) == expected
+
+
+def test_a_buffer_grows_by_the_room_it_is_given():
+    lease = TailBuffer(torch.zeros(63, 1, 1, 4), room=8).lease(63)
+    grown = lease.buffer.extend(lease, 1).buffer
+    assert grown.capacity == 64 + 8 + SPARE_ROWS
+    # Of these rows nothing is known any more.
+    assert TailBuffer(torch.zeros(63, 1, 1, 4)).room is grown.room is None

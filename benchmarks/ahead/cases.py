@@ -93,6 +93,10 @@ def _llava(attention: Attention) -> nn.Module:
     return transformers.LlavaForConditionalGeneration(config)
 
 
+#: Of the Qwen-VL models.
+_ENCODER = {"depth": 1, "num_heads": 2, "patch_size": _PATCH, "hidden_size": 32, "intermediate_size": 48}
+
+
 def _rope(attention: Attention, **more: Any) -> dict[str, Any]:
     pairs = attention.dim // 2
     sections = [pairs // 4, pairs * 3 // 8, pairs * 3 // 8]
@@ -100,32 +104,15 @@ def _rope(attention: Attention, **more: Any) -> dict[str, Any]:
 
 
 def _qwen2_5_vl(attention: Attention) -> nn.Module:
-    vision = {
-        "depth": 1,
-        "num_heads": 2,
-        "patch_size": _PATCH,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "window_size": 8 * _PATCH,
-        "out_hidden_size": attention.heads * attention.dim,
-        "fullatt_block_indexes": [0],
-    }
-    text = _text(attention) | _rope(attention) | {"hidden_size": attention.heads * attention.dim}
+    width = attention.heads * attention.dim
+    vision = _ENCODER | {"window_size": 8 * _PATCH, "out_hidden_size": width, "fullatt_block_indexes": [0]}
+    text = _text(attention) | _rope(attention) | {"hidden_size": width}
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_QWEN)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def _qwen3_vl(attention: Attention) -> nn.Module:
-    vision = {
-        "depth": 1,
-        "num_heads": 2,
-        "patch_size": _PATCH,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": _HIDDEN,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }
+    vision = _ENCODER | {"out_hidden_size": _HIDDEN, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     text = _text(attention) | _rope(attention, mrope_interleaved=True)
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN)
     return transformers.Qwen3VLForConditionalGeneration(config)
