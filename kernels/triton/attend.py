@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.aten.rotary import Rotary
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
 from attnpack_fx.kernels.triton.blocks import alike, contiguous, low_rank, stored, takes_parts
 from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded, takes_rotary
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
-from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, processors
+from attnpack_fx.kernels.triton.launch import LEAST, block, cdiv, combine_tile, per_program, precision, processors
 from attnpack_fx.kernels.triton.problem import Problem, Segment
 from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
 from attnpack_fx.kernels.triton.split import split_kernel
@@ -50,6 +50,8 @@ MAX_SEGMENTS = 2
 SPLIT_NUMBERS = 128
 #: Most rotary axes that `split` takes. Tables of one axis would be as long as the tokens.
 SPLIT_AXES = 4
+#: Pairs of rotated dims that `rebuilt` rebuilds at a time: their keys, cos and sin stay in registers.
+CHUNK = 32
 #: Least bytes of coefficients that a program of `tokens` reads for each byte of a partial result it writes.
 READ_PER_PARTIAL = 8
 
@@ -163,9 +165,7 @@ def attention(
         if axes is not None and _fits_split(problem, cos, axes):
             sums = _split_by_axis(problem, out, cos, sin, interleaved, axes, scores, weights)
         else:
-            if axes is not None:
-                cos, sin = per_slot(Rotary(cos, sin, interleaved, axes), 0, problem.packed)
-            sums = _rebuilt(problem, out, cos, sin, interleaved, scores, weights)
+            sums = _rebuilt(problem, out, Rotary(cos, sin, interleaved, axes), scores, weights)
     elif not weights and fits_fused(problem):
         _fused(problem, out)
         return out, scores
@@ -252,7 +252,7 @@ def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tens
         BLOCK_N=problem.tail_tile,
         BLOCK_BASIS=basis_rows,
         BLOCK_R=problem.block_r,
-        num_warps=4,
+        num_warps=8 if query.dtype == torch.float32 else 4,
         num_stages=2,
         **problem.shared_arguments(),
     )
@@ -267,7 +267,7 @@ def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tens
         (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
         arguments = problem.mask_arguments()
         del arguments["mask_tokens"]
-        wide = max(problem.block_r, problem.block_v) * block_m > 64 * 64
+        wide = query.dtype == torch.float32 or max(problem.block_r, problem.block_v) * block_m > 64 * 64
         wrap_triton(tokens_kernel)[(sum(splits), batch, row_blocks)](
             latent=latent_query,
             key0=key0,
@@ -300,26 +300,28 @@ def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tens
     return _combine(problem, out, latent, latent_sums, splits, partial, partial_sums, tail_splits, weights)
 
 
-def _rebuilt(
-    problem: Problem, out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scores: Tensor, weights: bool
-) -> Tensor:
+def _rebuilt(problem: Problem, out: Tensor, rotary: Rotary, scores: Tensor, weights: bool) -> Tensor:
     """Rebuild and rotate key tiles, combine; returns the log-sum-exps `[B, Hq * Tq]`."""
     query = problem.query
     batch, device = query.shape[0], query.device
     blocks = cdiv(problem.group * query.shape[2], problem.block_g)
     rows_per_split, tail_splits = problem.tail_splits(blocks)
     partial, partial_sums = problem.partials(tail_splits, problem.value_tail.shape[3])
-    tile = 32
-    tokens_per_split = per_program(problem.packed, batch * problem.heads * blocks, tile, device)
+    tile = 64 if query.dtype != torch.float32 else 32  # rows that a warpgroup multiplies
+    heads = _heads_of_a_program(problem, tile)
+    programs = batch * (problem.heads // heads)
+    tokens_per_split = per_program(problem.packed, programs * blocks, tile, device)
     splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in problem.segments]
     latent, latent_sums = problem.partials(sum(splits), problem.block_v)
-    cos, sin = cos.contiguous(), sin.contiguous()
-    rotated = 2 * cos.shape[2]
-    rest = query.shape[3] - rotated
-    basis_rows = min(problem.block_r, BASIS_ROWS)
+    cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
+    axes = problem.index if rotary.axes is None else rotary.axes.contiguous()
+    rotated = 2 * int(cos.shape[2])
+    wide = problem.block_r > 64 or problem.block_d > 128 or problem.block_g > LEAST or query.dtype == torch.float32
+    rest, pairs = query.shape[3] - rotated, min(block(rotated // 2), 16 if problem.block_g > LEAST else CHUNK)
+    basis_rows = min(problem.block_r, 32)
     (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
     basis0, basis1 = problem.pair("key_basis")
-    wrap_triton(rebuilt_kernel)[(batch * problem.heads, blocks, sum(splits) + tail_splits)](
+    wrap_triton(rebuilt_kernel)[(programs, blocks, sum(splits) + tail_splits * heads)](
         key0=key0,
         key1=key1,
         basis0=basis0,
@@ -328,32 +330,53 @@ def _rebuilt(
         value1=value1,
         cos=cos,
         sin=sin,
+        axes=axes,
         latent=latent,
         latent_sums=latent_sums,
         partial=partial,
         partial_sums=partial_sums,
         scores_out=scores,
-        rotated=rotated,
         splits0=splits[0],
         splits=sum(splits),
         tokens_per_split=tokens_per_split,
         angle_sample=0 if cos.shape[0] == 1 else cos.stride(0),
+        axes_sample=0 if axes.shape[0] == 1 else axes.stride(0),
         rows_per_split=rows_per_split,
-        INTERLEAVED=interleaved,
+        INTERLEAVED=rotary.interleaved,
+        ROTATED=rotated,
+        AXES=0 if rotary.axes is None else rotary.axes.shape[1],
+        shared=heads,
         SCORES=weights,
         BLOCK_N=tile,
         BLOCK_ROWS=16,
         BLOCK_BASIS=basis_rows,
         STEPS=problem.block_r // basis_rows,
         BLOCK_V=problem.block_v,
-        BLOCK_E=block(rotated // 2),
+        BLOCK_E=pairs,
+        CHUNKS=cdiv(rotated // 2, pairs),
         BLOCK_REST=block(rest) if rest else 0,
-        num_warps=4,
-        num_stages=2,
+        num_warps=8 if wide else 4,
+        num_stages=1,  # staging gathered rows in shared memory would take all of it
         **problem.shared_arguments(),
         **problem.segment_arguments(),
     )
     return _combine(problem, out, latent, latent_sums, splits, partial, partial_sums, tail_splits, weights)
+
+
+def _heads_of_a_program(problem: Problem, tile: int) -> Any:
+    """KV heads whose keys a program of `rebuilt` rebuilds.
+
+    No more than tensor cores take query rows of, and than leave a program of one tile for every multiprocessor.
+    """
+    query, heads = problem.query, problem.heads
+    most = 1 if query.shape[2] > 1 else LEAST // problem.group
+    work, count = query.shape[0] * cdiv(problem.packed, tile), processors(query.device)
+    taken = 1
+    for shared in (2, 4):
+        if shared <= most and heads % shared == 0:
+            enough = torch.sym_min(work * (heads // shared) // count, 1)
+            taken = taken + (shared - shared // 2) * enough
+    return taken
 
 
 def _fits_split(problem: Problem, cos: Tensor, axes: Tensor) -> bool:
@@ -475,9 +498,7 @@ def _combine(
     members = problem.group * query.shape[2]
     sums = query.new_empty((query.shape[0], problem.rows), dtype=torch.float32) if weights else problem.index
     (basis0, basis1), sizes = problem.pair("value_basis"), problem.segment_arguments()
-    # One query row wants no tensor core; more rows share the basis tile.
-    block_g = 1 if problem.group == 1 and query.shape[2] == 1 else 16
-    block_d = min(problem.block_dv, 64 if problem.block_v <= 128 else 32)
+    block_g, block_d = combine_tile(query, members, problem.block_v, problem.block_dv)
     wrap_triton(combine_kernel)[
         (query.shape[0] * problem.heads, cdiv(members, block_g), cdiv(problem.value_tail.shape[3], block_d))
     ](

@@ -31,7 +31,7 @@ from attnpack_fx.kernels.triton.blocks import (
     value_forms,
 )
 from attnpack_fx.kernels.triton.combine_coded import combine_coded_kernel
-from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision
+from attnpack_fx.kernels.triton.launch import block, cdiv, combine_tile, per_program, precision
 from attnpack_fx.kernels.triton.problem import Problem
 from attnpack_fx.kernels.triton.rebuilt_coded import rebuilt_coded_kernel
 from attnpack_fx.kernels.triton.tokens_coded import tokens_coded_kernel
@@ -297,10 +297,8 @@ def _combine(problem: CodedProblem, out: Tensor, packed: Results, dense: Results
     query, low_rank, value_dim = problem.query, problem.low_rank, problem.value_tail.shape[3]
     batch, members = query.shape[0], problem.group * query.shape[2]
     sums = query.new_empty((batch, problem.rows), dtype=torch.float32) if weights else problem.index
-    # One query row wants no tensor core; more rows share the basis tile.
-    block_g = 1 if problem.group == 1 and query.shape[2] == 1 else 16
     widest = max((form[5] for forms in low_rank.value_forms for form in forms), default=16)
-    block_d = min(problem.block_dv, 64 if widest <= 128 else 32)
+    block_g, block_d = combine_tile(query, members, widest, problem.block_dv)
     splits = [*packed.splits, 0, 0]
     wrap_triton(combine_coded_kernel)[(batch * problem.heads, cdiv(members, block_g), cdiv(value_dim, block_d))](
         latent=packed.parts,

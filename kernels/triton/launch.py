@@ -21,8 +21,8 @@ VARYING = (
     *("dense_splits", "first_slot0", "first_slot1", "key_count", "key_count0", "key_count1", "key_count2"),
     *("key_count3", "key_groups", "length", "mask_head", "mask_query", "mask_sample", "mask_tokens"),
     *("mixed_per_split", "mixed_splits", "packed", "position0", "position1", "positions", "rows", "rows_per_split"),
-    *("samples", "slots", "splits", "splits0", "splits1", "tail_splits", "tokens0", "tokens1", "tokens_per_split"),
-    *("value_count", "value_count0", "value_count1", "value_count2", "value_count3", "value_groups"),
+    *("samples", "shared", "slots", "splits", "splits0", "splits1", "tail_splits", "tokens0", "tokens1"),
+    *("tokens_per_split", "value_count", "value_count0", "value_count1", "value_count2", "value_count3", "value_groups"),
 )
 
 
@@ -47,6 +47,14 @@ def per_program(total: Any, others: Any, tile: int, device: torch.device, least:
     if least:
         share = torch.sym_max(share, torch.sym_min(least, cdiv(work, count)))
     return torch.sym_max(cdiv(share, tile) * tile, tile)
+
+
+def combine_tile(query: Tensor, members: Any, rank: int, dim: int) -> tuple[int, int]:
+    """Query rows and dims of a program of `combine`: `members` rows of a KV head, values of `rank`; blocks of both."""
+    if members == 1:
+        return 1, min(dim, 64 if rank <= 128 else 32)  # one row wants no tensor core
+    # fp32 has none: each thread would hold all ranks of its dims.
+    return LEAST, min(dim, LEAST if query.dtype == torch.float32 else 64 if rank <= 128 else 32)
 
 
 @functools.cache

@@ -5,7 +5,11 @@
     partial[split] = softmax(scale q K'^T) C_v           latent, see `combine.py`
 
 The pairs `(a, b)` are dims `(i, i + E / 2)`, or `(2 i, 2 i + 1)` when interleaved; dims from E on are not rotated. One
-program takes the query rows of one KV head and a range of tokens, or a range of tail rows.
+program takes the query rows of `shared` KV heads and a range of tokens: it reads their coefficients and angles once,
+and rebuilds keys head by head. Or it takes those of one KV head and a range of tail rows.
+
+Scores are computed as columns of tokens: the rotated keys, which lie in registers as a product left them, are then the
+first factor of the next product as they are, and on compute capability 9.0 both are of whole warpgroups.
 """
 
 import triton
@@ -24,8 +28,9 @@ def rebuilt_kernel(
     basis1,
     value0,
     value1,
-    cos,  # [B or 1, N of all segments, E / 2]
+    cos,  # [B or 1, P, E / 2]
     sin,
+    axes,  # [B or 1, A, N of all segments] int64, with AXES; without, P is N
     key_tail,  # [rows, B, H, D]
     value_tail,
     latent,  # [splits0 + splits1, B, Hq * Tq, BLOCK_V] fp32
@@ -36,11 +41,11 @@ def rebuilt_kernel(
     index,  # [B, slots] int64
     mask,
     heads,
+    shared,  # KV heads of a program; more than one only with one query position
     group,
     queries,
     dim,
     value_dim,
-    rotated,  # E
     tokens0,
     tokens1,
     key_rank0,
@@ -54,6 +59,7 @@ def rebuilt_kernel(
     query_head,
     query_token,
     angle_sample,
+    axes_sample,
     length,
     rows_per_split,
     packed,
@@ -66,6 +72,8 @@ def rebuilt_kernel(
     scale: tl.constexpr,  # a Python float, which Inductor would pass as fp64
     SEGMENTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ROTATED: tl.constexpr,  # E
+    AXES: tl.constexpr,  # rotary axes; 0: angles of every slot
     MASK: tl.constexpr,
     CAP: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -76,26 +84,29 @@ def rebuilt_kernel(
     BLOCK_BASIS: tl.constexpr,  # ranks of one step of the rebuilding product
     STEPS: tl.constexpr,  # such steps for the largest rank
     BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr,  # dims of half the rotated ones
+    BLOCK_E: tl.constexpr,  # pairs of one step
+    CHUNKS: tl.constexpr,  # such steps for all pairs
     BLOCK_REST: tl.constexpr,  # the dims that are not rotated; 0: none
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    samples = tl.num_programs(0) // heads
-    member = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    valid = member < group * queries
-    rows = head * group * queries + tl.minimum(member, group * queries - 1)  # none whose mask is not there
-    all_rows = heads * group * queries
+    programs = heads // shared  # of a sample
+    sample, first_head = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs * shared
+    samples = tl.num_programs(0) // programs
+    members = group * queries
+    all_rows = heads * members
     query += sample * query_sample
     index += sample * slots
     mask += sample * mask_sample
     scores_out += sample * heads * group * (packed + length)
     split = tl.program_id(2)
+    member = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.full([BLOCK_G], 0.0, tl.float32)
     if split < splits:
+        valid = member < shared * members
+        rows = first_head * members + tl.minimum(member, shared * members - 1)  # none whose mask is not there
         second = (split >= splits0) & (SEGMENTS == 2)
         key, value, basis = (
             tl.where(second, key1, key0),
@@ -108,57 +119,70 @@ def rebuilt_kernel(
         end = tl.minimum(begin + tokens_per_split, tokens)
         key += sample * tokens * key_rank
         value += sample * tokens * value_rank
-        basis += (sample * heads + head) * key_rank * dim
-        cos += sample * angle_sample
-        sin += sample * angle_sample
-        half, ranks, value_ranks = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_V)
-        turning = half < rotated // 2
-        if INTERLEAVED:
-            dims_a, dims_b = 2 * half, 2 * half + 1
-        else:
-            dims_a, dims_b = half, half + rotated // 2
+        basis += (sample * heads + first_head) * key_rank * dim
+        angles = (cos + sample * angle_sample, sin + sample * angle_sample, axes + sample * axes_sample)
+        HALF: tl.constexpr = ROTATED // 2
+        ranks, value_ranks = tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_V)
         q_rows = (
             query + ((rows // queries).to(tl.int64) * query_head + (rows % queries).to(tl.int64) * query_token)[:, None]
         )
-        q_a = tl.load(q_rows + dims_a[None, :], mask=valid[:, None] & turning[None, :], other=0)
-        q_b = tl.load(q_rows + dims_b[None, :], mask=valid[:, None] & turning[None, :], other=0)
-        if BLOCK_REST > 0:
-            dims_rest = rotated + tl.arange(0, BLOCK_REST)
-            q_rest = tl.load(q_rows + dims_rest[None, :], mask=valid[:, None] & (dims_rest < dim)[None, :], other=0)
         out = tl.full([BLOCK_G, BLOCK_V], 0.0, tl.float32)
         for start in range(begin, end, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             there = token < end
-            k_a = tl.full([BLOCK_N, BLOCK_E], 0.0, tl.float32)
-            k_b = tl.full([BLOCK_N, BLOCK_E], 0.0, tl.float32)
+            scores = tl.full([BLOCK_N, BLOCK_G], 0.0, tl.float32)
+            for chunk in tl.static_range(CHUNKS):
+                pair = chunk * BLOCK_E + tl.arange(0, BLOCK_E)
+                turning = pair < HALF
+                if INTERLEAVED:
+                    dims_a, dims_b = 2 * pair, 2 * pair + 1
+                else:
+                    dims_a, dims_b = pair, pair + HALF
+                c, s = turns(angles, first_slot + token, there, pair, packed, HALF, AXES)
+                q_a = tl.load(q_rows + dims_a[None, :], mask=valid[:, None] & turning[None, :], other=0)
+                q_b = tl.load(q_rows + dims_b[None, :], mask=valid[:, None] & turning[None, :], other=0)
+                for number in range(shared):
+                    tile = basis + number * key_rank * dim
+                    k_a = tl.full([BLOCK_N, BLOCK_E], 0.0, tl.float32)
+                    k_b = tl.full([BLOCK_N, BLOCK_E], 0.0, tl.float32)
+                    for part in tl.static_range(STEPS):
+                        rank = part * BLOCK_BASIS + ranks
+                        factor = tl.load(
+                            key + token[:, None] * key_rank + rank[None, :],
+                            mask=there[:, None] & (rank < key_rank)[None, :],
+                            other=0,
+                        )
+                        within = (rank < key_rank)[:, None] & turning[None, :]
+                        b_a = tl.load(tile + rank[:, None] * dim + dims_a[None, :], mask=within, other=0)
+                        b_b = tl.load(tile + rank[:, None] * dim + dims_b[None, :], mask=within, other=0)
+                        k_a += tl.dot(factor, b_a, input_precision=PRECISION)
+                        k_b += tl.dot(factor, b_b, input_precision=PRECISION)
+                    # Rows of other heads add nothing to the scores of this one's keys.
+                    mine = member // members == number
+                    turned = (k_a * c - k_b * s).to(q_a.dtype)
+                    scores += tl.dot(turned, tl.trans(tl.where(mine[:, None], q_a, 0)), input_precision=PRECISION)
+                    turned = (k_b * c + k_a * s).to(q_b.dtype)
+                    scores += tl.dot(turned, tl.trans(tl.where(mine[:, None], q_b, 0)), input_precision=PRECISION)
             if BLOCK_REST > 0:
-                k_rest = tl.full([BLOCK_N, BLOCK_REST], 0.0, tl.float32)
-            for number in tl.static_range(STEPS):
-                rank = number * BLOCK_BASIS + ranks
-                c = tl.load(
-                    key + token[:, None] * key_rank + rank[None, :],
-                    mask=there[:, None] & (rank < key_rank)[None, :],
-                    other=0,
-                )
-                within = (rank < key_rank)[:, None] & turning[None, :]
-                b_a = tl.load(basis + rank[:, None] * dim + dims_a[None, :], mask=within, other=0)
-                b_b = tl.load(basis + rank[:, None] * dim + dims_b[None, :], mask=within, other=0)
-                k_a += tl.dot(c, b_a, input_precision=PRECISION)
-                k_b += tl.dot(c, b_b, input_precision=PRECISION)
-                if BLOCK_REST > 0:
-                    within = (rank < key_rank)[:, None] & (dims_rest < dim)[None, :]
-                    b_rest = tl.load(basis + rank[:, None] * dim + dims_rest[None, :], mask=within, other=0)
-                    k_rest += tl.dot(c, b_rest, input_precision=PRECISION)
-            angle = (first_slot + token)[:, None] * (rotated // 2) + half[None, :]
-            cells = there[:, None] & turning[None, :]
-            c = tl.load(cos + angle, mask=cells, other=0).to(tl.float32)
-            s = tl.load(sin + angle, mask=cells, other=0).to(tl.float32)
-            turned_a, turned_b = k_a * c - k_b * s, k_b * c + k_a * s
-            scores = tl.dot(q_a, tl.trans(turned_a.to(q_a.dtype)), input_precision=PRECISION)
-            scores += tl.dot(q_b, tl.trans(turned_b.to(q_b.dtype)), input_precision=PRECISION)
-            if BLOCK_REST > 0:
-                scores += tl.dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), input_precision=PRECISION)
-            scores *= scale
+                dims = ROTATED + tl.arange(0, BLOCK_REST)
+                q = tl.load(q_rows + dims[None, :], mask=valid[:, None] & (dims < dim)[None, :], other=0)
+                for number in range(shared):
+                    tile = basis + number * key_rank * dim
+                    k = tl.full([BLOCK_N, BLOCK_REST], 0.0, tl.float32)
+                    for part in tl.static_range(STEPS):
+                        rank = part * BLOCK_BASIS + ranks
+                        factor = tl.load(
+                            key + token[:, None] * key_rank + rank[None, :],
+                            mask=there[:, None] & (rank < key_rank)[None, :],
+                            other=0,
+                        )
+                        within = (rank < key_rank)[:, None] & (dims < dim)[None, :]
+                        b = tl.load(tile + rank[:, None] * dim + dims[None, :], mask=within, other=0)
+                        k += tl.dot(factor, b, input_precision=PRECISION)
+                    mine = member // members == number
+                    still = tl.where(mine[:, None], q, 0)
+                    scores += tl.dot(k.to(q.dtype), tl.trans(still), input_precision=PRECISION)
+            scores = tl.trans(scores) * scale
             column = token.to(tl.int64)
             if RAGGED or MASK != 0:
                 column = tl.load(index + first_slot + token, mask=there, other=0)
@@ -168,17 +192,21 @@ def rebuilt_kernel(
             if SCORES:
                 store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, packed + length)
             weights, top, total, shrink = step(scores, top, total)
-            c = tl.load(
+            mixed = tl.load(
                 value + token[:, None] * value_rank + value_ranks[None, :],
                 mask=there[:, None] & (value_ranks < value_rank)[None, :],
                 other=0,
             )
-            out = out * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision=PRECISION)
+            out = out * shrink[:, None] + tl.dot(weights.to(mixed.dtype), mixed, input_precision=PRECISION)
         place = (split * samples + sample) * all_rows + rows
         store_partial(latent, latent_sums, out, top, total, place, valid, BLOCK_V, BLOCK_V)
     else:
+        split = (split - splits) // shared
+        head = first_head + (tl.program_id(2) - splits) % shared
+        valid = member < members
+        rows = head * members + tl.minimum(member, members - 1)
         q = load_query(query, rows, valid, queries, query_head, query_token, dim, BLOCK_D)
-        first = (split - splits) * rows_per_split
+        first = split * rows_per_split
         acc = tl.full([BLOCK_G, BLOCK_DV], 0.0, tl.float32)
         top, total, acc = attend_rows(
             q, rows, valid, top, total, acc,
@@ -188,5 +216,24 @@ def rebuilt_kernel(
             mask, mask_head, mask_query, mask_token, mask_tokens, queries, scores_out,
             MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-        place = ((split - splits) * samples + sample) * all_rows + rows
+        place = (split * samples + sample) * all_rows + rows
         store_partial(partial, partial_sums, acc, top, total, place, valid, value_dim, BLOCK_DV)
+
+
+@triton.jit
+def turns(angles, slot, there, pair, packed, HALF: tl.constexpr, AXES: tl.constexpr):
+    """cos and sin `[N, pairs]` of pairs of rotated dims: of every slot, or summed over its rows of every axis."""
+    cos, sin, axes = angles
+    inside = there[:, None] & (pair < HALF)[None, :]
+    if AXES == 0:
+        cells = slot[:, None] * HALF + pair[None, :]
+        c = tl.load(cos + cells, mask=inside, other=0).to(tl.float32)
+        s = tl.load(sin + cells, mask=inside, other=0).to(tl.float32)
+    else:
+        c, s = tl.zeros_like(inside).to(tl.float32), tl.zeros_like(inside).to(tl.float32)
+        for axis in tl.static_range(AXES):
+            row = tl.load(axes + axis * packed + slot, mask=there, other=0)
+            cells = row[:, None] * HALF + pair[None, :]
+            c += tl.load(cos + cells, mask=inside, other=0).to(tl.float32)
+            s += tl.load(sin + cells, mask=inside, other=0).to(tl.float32)
+    return c, s

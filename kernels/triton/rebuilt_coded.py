@@ -14,6 +14,7 @@ import triton.language as tl
 from attnpack_fx.kernels.triton.codes import load_levels, load_scale
 from attnpack_fx.kernels.triton.forms import pick
 from attnpack_fx.kernels.triton.launch import VARYING
+from attnpack_fx.kernels.triton.rebuilt import turns
 from attnpack_fx.kernels.triton.softmax import attend_rows, load_query, masked, step, store_partial, store_scores
 from attnpack_fx.kernels.triton.tokens_coded import add_values, no_values, store_values
 
@@ -194,7 +195,7 @@ def attend_rebuilt(
             BLOCK_E, PRECISION,
         )  # fmt: skip
         k_a, k_b = k_a + shift[:, None], k_b + shift[:, None]
-        cos, sin = turns(angles, first_slot + token, there, packed, HALF, AXES, BLOCK_N, BLOCK_E)
+        cos, sin = turns(angles, first_slot + token, there, dims, packed, HALF, AXES)
         turned_a, turned_b = k_a * cos - k_b * sin, k_b * cos + k_a * sin
         scores = tl.dot(q_a, tl.trans(turned_a.to(q_a.dtype)), input_precision=PRECISION)
         scores += tl.dot(q_b, tl.trans(turned_b.to(q_b.dtype)), input_precision=PRECISION)
@@ -275,25 +276,3 @@ def add_part(
         not ASYMMETRIC,
     )  # fmt: skip
     return k + tl.dot(c.to(dtype), tile.to(dtype), input_precision=PRECISION), shift
-
-
-@triton.jit
-def turns(
-    angles, slot, there, packed, HALF: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
-):  # fmt: skip
-    """cos and sin `[N, BLOCK_E]` of the pairs of rotated dims: of every slot, or summed over its rows of every axis."""
-    cos, sin, axes = angles
-    dims = tl.arange(0, BLOCK_E)
-    inside = there[:, None] & (dims < HALF)[None, :]
-    if AXES == 0:
-        cells = slot[:, None] * HALF + dims[None, :]
-        c = tl.load(cos + cells, mask=inside, other=0).to(tl.float32)
-        s = tl.load(sin + cells, mask=inside, other=0).to(tl.float32)
-    else:
-        c, s = tl.full([BLOCK_N, BLOCK_E], 0.0, tl.float32), tl.full([BLOCK_N, BLOCK_E], 0.0, tl.float32)
-        for axis in tl.static_range(AXES):
-            row = tl.load(axes + axis * packed + slot, mask=there, other=0)
-            cells = row[:, None] * HALF + dims[None, :]
-            c += tl.load(cos + cells, mask=inside, other=0).to(tl.float32)
-            s += tl.load(sin + cells, mask=inside, other=0).to(tl.float32)
-    return c, s

@@ -125,6 +125,19 @@ def test_head_counts(heads, group):
     check(Shapes(heads=heads, group=group, segments=(40,), mask="additive", mask_shape=(True, True, True, True)))
 
 
+@pytest.mark.parametrize(
+    ("heads", "group", "tokens", "shared"),
+    [(8, 1, 150, 4), (4, 4, 150, 4), (2, 7, 150, 2), (6, 8, 150, 2), (3, 1, 150, 1), (4, 9, 150, 1), (4, 1, 30, 2)],
+)
+def test_keys_of_several_heads_are_rebuilt_by_one_program(heads, group, tokens, shared, monkeypatch):
+    taken, choose = [], attend._heads_of_a_program
+    monkeypatch.setattr(attend, "_heads_of_a_program", lambda *given: taken.append(choose(*given)) or taken[-1])
+    long = {"segments": (tokens - 10, 10), "kept": 30, "ragged": True, "batch": 1}
+    masked = {"mask": "additive", "mask_shape": (True, True, True, True)}
+    check(Shapes(heads=heads, group=group, rotary=8, key_dim=24, key_rank=40, interleaved=group == 1, **long, **masked))
+    assert set(taken) == {shared}
+
+
 @pytest.mark.parametrize("dim", [16, 80, 96, 256])
 @pytest.mark.parametrize("rotary", [False, True])
 def test_head_dims(dim, rotary):
