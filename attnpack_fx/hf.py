@@ -20,7 +20,7 @@ def self_attention_layers(past_key_values: Any) -> list[Any]:
     if layers is None:
         raise ValueError(
             f"past_key_values: got {type(past_key_values).__name__}, expected a transformers Cache with layers "
-            "(transformers 5.10 or later); pack single tensors with attnpack_fx.pack"
+            "(transformers 5.17 or later); pack single tensors with attnpack_fx.pack"
         )
     return list(layers)
 

@@ -124,8 +124,9 @@ def low_rank(
 
 def environment() -> dict[str, Any]:
     """Versions, processor, threads and commit, for the record."""
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": versions | {"torch": str(torch.__version__)},  # with its build
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "commit": commit(ROOT),

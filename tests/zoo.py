@@ -3,6 +3,7 @@
 Nothing is downloaded and nothing is tokenised: configurations, weights and token ids come from fixed seeds.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,11 +153,19 @@ def _qwen_inputs(batch: int, left_padding: int) -> dict[str, Tensor]:
     return made
 
 
+#: Older releases of transformers have the second name.
+_VIDEO_LLAVA_IMAGES = next(
+    name
+    for name in inspect.signature(transformers.VideoLlavaForConditionalGeneration.forward).parameters
+    if name in ("pixel_values", "pixel_values_images")
+)
+
+
 def _video_inputs(batch: int, left_padding: int) -> dict[str, Tensor]:
     frames, patches = 2, 4
     with _seeded(1):
         made = prompt(batch, left_padding, (IMAGE, patches), (VIDEO, frames * (patches + 1)))
-        made["pixel_values"] = torch.randn(batch, 3, 28, 28)
+        made[_VIDEO_LLAVA_IMAGES] = torch.randn(batch, 3, 28, 28)
         made["pixel_values_videos"] = torch.randn(batch, frames, 3, 28, 28)
     return made
 

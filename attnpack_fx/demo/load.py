@@ -117,7 +117,8 @@ def batch_inputs(loaded: Loaded, texts: Sequence[str], images: Sequence[Sequence
     pictures: dict[str, Any] = {"images": [list(group) for group in images]} if any(images) else {}
     try:
         inputs = loaded.processor(text=list(texts), return_tensors="pt", **pictures)
-    except (ValueError, TypeError, ImportError) as error:
+    # StopIteration: more image tokens than images, where the processor does not count them.
+    except (ValueError, TypeError, ImportError, StopIteration) as error:
         raise UserError(f"the processor of {loaded.name} refuses this prompt: {error}") from error
     return dict(inputs.to(dtype=loaded.model.dtype, device=loaded.model.device))
 

@@ -24,7 +24,16 @@ from attnpack_fx.kernels.triton.blocks import alike, contiguous, low_rank, store
 from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded, takes_rotary
 from attnpack_fx.kernels.triton.combine import combine_kernel
 from attnpack_fx.kernels.triton.fused import fused_kernel
-from attnpack_fx.kernels.triton.launch import LEAST, block, cdiv, combine_tile, per_program, precision, processors
+from attnpack_fx.kernels.triton.launch import (
+    LEAST,
+    block,
+    cdiv,
+    combine_tile,
+    least_tokens,
+    per_program,
+    precision,
+    processors,
+)
 from attnpack_fx.kernels.triton.problem import Problem, Segment
 from attnpack_fx.kernels.triton.rebuilt import rebuilt_kernel
 from attnpack_fx.kernels.triton.split import split_kernel
@@ -52,8 +61,6 @@ SPLIT_NUMBERS = 128
 SPLIT_AXES = 4
 #: Pairs of rotated dims that `rebuilt` rebuilds at a time: their keys, cos and sin stay in registers.
 CHUNK = 32
-#: Least bytes of coefficients that a program of `tokens` reads for each byte of a partial result it writes.
-READ_PER_PARTIAL = 8
 
 
 def takes(
@@ -259,7 +266,7 @@ def _split(problem: Problem, out: Tensor, scores: Tensor, weights: bool) -> Tens
     block_m, tile = _token_tile(problem)
     row_blocks = cdiv(problem.rows, block_m)
     read = (problem.block_r + problem.block_v) * query.element_size()
-    least = READ_PER_PARTIAL * cdiv(4 * block_m * problem.block_v, read)
+    least = least_tokens(read, 4 * block_m * problem.block_v)
     tokens_per_split = per_program(problem.packed, batch * row_blocks, tile, device, least)
     splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in segments]
     latent, latent_sums = problem.partials(sum(splits), problem.block_v)

@@ -31,7 +31,7 @@ from attnpack_fx.kernels.triton.blocks import (
     value_forms,
 )
 from attnpack_fx.kernels.triton.combine_coded import combine_coded_kernel
-from attnpack_fx.kernels.triton.launch import block, cdiv, combine_tile, per_program, precision
+from attnpack_fx.kernels.triton.launch import block, cdiv, combine_tile, least_tokens, per_program, precision
 from attnpack_fx.kernels.triton.problem import Problem
 from attnpack_fx.kernels.triton.rebuilt_coded import rebuilt_coded_kernel
 from attnpack_fx.kernels.triton.tokens_coded import tokens_coded_kernel
@@ -232,7 +232,10 @@ def _tokens(problem: CodedProblem, latent: Tensor, shift: Tensor, scores: Tensor
     batch = query.shape[0]
     block_m, tile = _token_tile(problem)
     row_blocks = cdiv(problem.rows, block_m)
-    tokens_per_split = per_program(sum(low_rank.tokens), batch * row_blocks, tile, query.device)
+    factors = [each.coefficient for each in (*low_rank.keys, *low_rank.values)]
+    read = sum(each.shape[2] * each.element_size() for each in factors) // len(low_rank.tokens)
+    least = least_tokens(read, 4 * block_m * low_rank.value_width)
+    tokens_per_split = per_program(sum(low_rank.tokens), batch * row_blocks, tile, query.device, least)
     packed = _room(problem, [cdiv(tokens, tokens_per_split) for tokens in low_rank.tokens])
     arguments = problem.mask_arguments()
     del arguments["mask_tokens"]

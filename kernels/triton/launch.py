@@ -14,6 +14,8 @@ from torch import Tensor
 LEAST = 16
 #: Programs per multiprocessor that keep its memory pipeline full.
 PROGRAMS_PER_PROCESSOR = 4
+#: Least bytes of coefficients that a program reads for each byte of a partial result it writes.
+READ_PER_PARTIAL = 8
 #: Arguments of kernels that vary with the number of tokens or of samples. Triton would compile a kernel of its own for
 #: such numbers that are 1 or multiples of 16. Where Inductor launches kernels, sizes are symbols, and it does not.
 VARYING = (
@@ -22,7 +24,8 @@ VARYING = (
     *("key_count3", "key_groups", "length", "mask_head", "mask_query", "mask_sample", "mask_tokens"),
     *("mixed_per_split", "mixed_splits", "packed", "position0", "position1", "positions", "rows", "rows_per_split"),
     *("samples", "shared", "slots", "splits", "splits0", "splits1", "tail_splits", "tokens0", "tokens1"),
-    *("tokens_per_split", "value_count", "value_count0", "value_count1", "value_count2", "value_count3", "value_groups"),
+    *("tokens_per_split", "value_count", "value_count0", "value_count1", "value_count2", "value_count3"),
+    *("value_groups",),
 )
 
 
@@ -47,6 +50,11 @@ def per_program(total: Any, others: Any, tile: int, device: torch.device, least:
     if least:
         share = torch.sym_max(share, torch.sym_min(least, cdiv(work, count)))
     return torch.sym_max(cdiv(share, tile) * tile, tile)
+
+
+def least_tokens(read: int, partial: int) -> int:
+    """Tokens, of `read` bytes each, that are worth a partial result of as many bytes."""
+    return READ_PER_PARTIAL * cdiv(partial, read)
 
 
 def combine_tile(query: Tensor, members: Any, rank: int, dim: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
@@ -232,9 +231,9 @@ def test_tokenizer_round_trip():
     assert tokenizer.decode(ids[1:]) == question.prompt
 
 
-def test_image_processor_keeps_the_pixels():
+def test_image_processor_keeps_the_pixels(processor):
     """A 64x64 image is neither resized nor cropped."""
-    image_processor = AutoImageProcessor.from_pretrained(ASSET)
+    image_processor = processor.image_processor
     question = digits.held_out_questions("read", 1, 1, seed=0)[0]
     values = image_processor(list(question.images), return_tensors="pt")["pixel_values"]
     assert values.shape == (1, 3, 64, 64)
