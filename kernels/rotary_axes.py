@@ -17,6 +17,7 @@ from torch import Tensor
 _TABLE = 1 << 20
 #: Tokens that most columns are told apart by; the others are compared at every token.
 _PROBES = 512
+_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 def tabulate(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -26,18 +27,20 @@ def tabulate(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
     `sum over a of table[axes[a, n]]` is the given row n, bit for bit: see `aten.rotary.Rotary`. Samples may differ in
     their grids; shorter tables are padded. None where the tables would be longer than half of N: 1-D rotary embedding,
-    or text. Reads the data, so on a GPU it waits.
+    or text. The search is on the host, where its many decisions wait for nothing: a GPU is waited for once.
     """
     batch, tokens, pairs = cos.shape
     if tokens == 0 or pairs == 0:
         return None
-    found = _axes(_columns(cos, sin), batch)
+    if cos.dtype not in _BITS or sin.dtype != cos.dtype:
+        raise ValueError(f"cos and sin: got {cos.dtype} and {sin.dtype}, expected one dtype of 16 or 32 bits")
+    device, both = cos.device, torch.stack([cos, sin]).cpu()
+    found = _axes(_columns(both), batch)
     if found is None:
         return None
     labels, owner = found
     rows: list[list[Tensor]] = [[] for _ in range(batch)]
-    axes = torch.empty((batch, len(labels), tokens), dtype=torch.int64, device=cos.device)
-    both = torch.stack([cos, sin])
+    axes = torch.empty((batch, len(labels), tokens), dtype=torch.int64)
     for axis, label in enumerate(labels):
         first_token = _representatives(label)
         # -0.0 is what adds nothing to anything, +0.0 included.
@@ -55,24 +58,21 @@ def tabulate(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     tables = both.new_zeros((2, batch, longest, pairs))
     for sample, parts in enumerate(rows):
         tables[:, sample, : lengths[sample]] = torch.cat(parts, 1)
-    return tables[0], tables[1], axes
+    return tables[0].to(device), tables[1].to(device), axes.to(device)
 
 
-def _columns(cos: Tensor, sin: Tensor) -> Tensor:
+def _columns(both: Tensor) -> Tensor:
     """The bits of every pair's `(cos, sin)` at every token: int64 `[E / 2, B * N]`."""
-    kind = {2: torch.int16, 4: torch.int32}.get(cos.element_size())
-    if kind is None or sin.dtype != cos.dtype:
-        raise ValueError(f"cos and sin: got {cos.dtype} and {sin.dtype}, expected one dtype of 16 or 32 bits")
-    high, low = (x.contiguous().view(kind).flatten(0, 1).T.long() for x in (cos, sin))
+    high, low = (x.view(_BITS[both.dtype]).flatten(0, 1).T.long() for x in both)
     return high * 2**32 + low
 
 
 def _axes(columns: Tensor, batch: int) -> tuple[list[Tensor], Tensor] | None:
     """Labels `[B * N]` of the tokens along each axis, and the axis of every pair. None: too many positions."""
     pairs, slots = columns.shape
-    sample = torch.arange(batch, device=columns.device).repeat_interleave(slots // batch)
+    sample = torch.arange(batch).repeat_interleave(slots // batch)
     labels: list[Tensor] = []
-    owner = torch.full((pairs,), -1, device=columns.device)
+    owner = torch.full((pairs,), -1)
     for pair in range(pairs):
         if owner[pair] >= 0:
             continue
@@ -108,21 +108,21 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
     size = _count(a) * width
     if size > _TABLE:
         return torch.unique(cells, return_inverse=True)[1]
-    used = torch.zeros(size, dtype=torch.bool, device=a.device)
+    used = torch.zeros(size, dtype=torch.bool)
     used[cells] = True
     return (used.cumsum(0) - 1)[cells]
 
 
 def _representatives(label: Tensor) -> Tensor:
     """The first token of every label."""
-    tokens = torch.arange(label.shape[0], device=label.device)
+    tokens = torch.arange(label.shape[0])
     return torch.full_like(tokens[: _count(label)], label.shape[0]).scatter_reduce_(0, label, tokens, "amin")
 
 
 def _follows(columns: Tensor, label: Tensor) -> Tensor:
     """Whether tokens of one label have one value, bool for each of `columns [c, B * N]`."""
     first = _representatives(label)[label]
-    few = torch.arange(0, label.shape[0], 1 + label.shape[0] // _PROBES, device=label.device)
+    few = torch.arange(0, label.shape[0], 1 + label.shape[0] // _PROBES)
     likely = (columns[:, first[few]] == columns[:, few]).all(1)
     for number in likely.nonzero()[:, 0].tolist():
         likely[number] = torch.equal(columns[number][first], columns[number])

@@ -52,15 +52,11 @@ _LIBRARY = torch.library.Library("aten", "IMPL", "CUDA")
 
 
 @contextlib.contextmanager
-def targeting(capability: int) -> Iterator[None]:
-    """Give Triton a GPU to compile for, where there is none or another; capability: 90 is 9.0."""
-
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", capability, 32)
-
+def targeting(target: GPUTarget) -> Iterator[None]:
+    """Give Triton a GPU to compile for, where there is none or another."""
     before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver())
+    asked = {"get_current_target": target, "get_current_device": 0, "get_current_stream": 0}
+    triton.runtime.driver.set_active(SimpleNamespace(**{name: _giving(answer) for name, answer in asked.items()}))
     try:
         yield
     finally:
@@ -104,7 +100,7 @@ def pretending() -> Iterator[None]:
     joint_graph.lazy_init(cpu)
     post_grad.lazy_init(cpu)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(targeting(90))
+        stack.enter_context(targeting(GPUTarget("cuda", 90, 32)))
         for name, function in torch_cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
         for name, function in interface.items():

@@ -3,7 +3,8 @@
     python -m benchmarks.ahead.shapes                       # a table for every shape and capability
     python -m benchmarks.ahead.shapes --json out.json --capability 90
 
-More corners of the kernels than models reach in the time there is; arguments are specialised as Triton does it itself.
+More corners of the kernels than models reach in the time there is. Triton itself decides how arguments are specialised:
+its launches are stopped where they would compile.
 """
 
 import argparse
@@ -13,15 +14,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from triton.backends.compiler import GPUTarget
+from torch._library.triton import set_wrap_triton_enabled
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton import knobs
 
 from attnpack_fx.kernels.aten.svd import sketch_size
 from attnpack_fx.kernels.parts import ASYMMETRIC, E4M3, RowForm, layout, row_extras
@@ -31,20 +32,9 @@ from attnpack_fx.kernels.triton.attend import attention, takes
 from attnpack_fx.kernels.triton.gather import gather_tokens
 from attnpack_fx.kernels.triton.jacobi import left_singular_vectors
 from attnpack_fx.kernels.triton.launch import cdiv
-from benchmarks.ahead.compiled import LIMITS, Facts, facts_of
+from benchmarks.ahead.compiled import LIMITS, USUAL, Capability, Facts, capability_of, facts_of
 from benchmarks.ahead.pretend import pretending
 from benchmarks.ahead.tables import as_json, table
-
-_TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.uint8: "*u8",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
 
 
 @dataclass(frozen=True)
@@ -147,56 +137,34 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch, as data: which kernel with what kinds of arguments."""
+class Launch(NamedTuple):
+    """One kernel launch, as data: what Triton compiles for it; attributes: what it knows of arguments."""
 
     kernel: str
     signature: dict[str, str]
-    constants: dict[str, Any]
-    aligned: tuple[str, ...]  # arguments known to be multiples of 16
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
     warps: int
     stages: int
-    grid: tuple[int, ...]
 
 
 def launches(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Launch]:
-    """The kernels that `function` launches on GPU tensors of these shapes, in order."""
-    with pretending():
-        graph = make_fx(function)(*arguments).graph
-    nodes = [node for node in graph.nodes if node.target is triton_kernel_wrapper_mutation]
-    return [_launch(node.kwargs) for node in nodes]
+    """The kernels that `function` launches on fake GPU tensors, in order. Triton decides what it would compile."""
+    found: list[Launch] = []
 
+    def instead(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        sizes = compile["num_warps"], compile["num_stages"]
+        found.append(Launch(fn.name, compile["signature"], compile["constants"], compile["configs"][0], *sizes))
+        return True  # and nothing is compiled, nor launched
 
-def _launch(call: dict[str, Any]) -> Launch:
-    tuned: Any = kernel_side_table.get_kernel(call["kernel_idx"])
-    kernel, config = tuned.fn, tuned.configs[0]  # tracing turns num_warps and num_stages into the only choice
-    values = {**call["kwargs"], **kernel_side_table.get_constant_args(call["constant_args_idx"])}
-    signature, constants, aligned = {}, {}, []
-    for parameter in kernel.params:
-        value = values[parameter.name]
-        value = value.meta["val"] if isinstance(value, torch.fx.Node) else value
-        one = isinstance(value, int) and not isinstance(value, bool) and value == 1
-        if parameter.is_constexpr or (one and not parameter.do_not_specialize):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-            aligned.append(parameter.name)
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                aligned.append(parameter.name)
-    return Launch(
-        kernel.__name__,
-        signature,
-        constants,
-        tuple(aligned),
-        config.num_warps,
-        config.num_stages,
-        tuple(call["grid"][0]),
-    )
+    with (
+        pretending(),
+        set_wrap_triton_enabled(False),
+        mock.patch.object(knobs.runtime, "jit_cache_hook", instead),
+        mock.patch.object(FakeTensor, "data_ptr", lambda x: x.storage_offset() * x.element_size()),
+    ):
+        function(*arguments)
+    return found
 
 
 def decode_step(shape: Shape) -> list[Launch]:
@@ -286,29 +254,25 @@ def packing(shape: Shape) -> list[Launch]:
         return gathered + launches(lambda x: left_singular_vectors(x, shape.rank), (factor,))
 
 
-def inspect(launch: Launch, capability: int) -> Facts:
+def inspect(launch: Launch, capability: Capability) -> Facts:
     """Compile one launch for one capability and read the result."""
     kernel = next(each for each in KERNELS if each.__name__ == launch.kernel)
-    names = [parameter.name for parameter in kernel.params]
-    constants = {(names.index(key),): value for key, value in launch.constants.items()}
-    attributes = {(names.index(key),): [["tt.divisibility", 16]] for key in launch.aligned}
-    source = triton.compiler.ASTSource(kernel, launch.signature, constants, attributes)
+    source = triton.compiler.ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    binary = triton.compile(source, target=LIMITS[capability].target(capability), options=options)
     return facts_of(Facts(launch.kernel, capability), binary)
 
 
 def survey(
-    capabilities: Sequence[int], names: Sequence[str] | None = None, workers: int = 2
+    capabilities: Sequence[Capability], names: Sequence[str] | None = None, workers: int = 2
 ) -> Iterator[tuple[str, Facts]]:
     """Every launch of the named shapes (all unless given) that is compiled anew, with its first shape."""
     jobs, seen = [], set()
     for name in names or SHAPES:
         for launch in packing(SHAPES[name]) + decode_step(SHAPES[name]):
             # The same kernel with the same kinds of arguments is the same code.
-            key = repr((launch.kernel, launch.signature, launch.constants, launch.aligned, launch.warps, launch.stages))
-            if key not in seen:
-                seen.add(key)
+            if repr(launch) not in seen:
+                seen.add(repr(launch))
                 jobs += [(name, launch, capability) for capability in capabilities]
     # Not forked: the parent's threads would be missing in the child.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -318,7 +282,7 @@ def survey(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, choices=LIMITS, nargs="+", default=list(LIMITS))
+    parser.add_argument("--capability", type=capability_of, choices=LIMITS, nargs="+", default=USUAL)
     parser.add_argument("--shape", choices=SHAPES, nargs="+", help="all unless given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the facts")
     parser.add_argument("--workers", type=int, default=2, help="compiling processes (2)")

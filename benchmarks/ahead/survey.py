@@ -2,47 +2,66 @@
 
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
 
 import attnpack_fx
 from attnpack_fx.kernels.triton import KERNELS
 from benchmarks.ahead.cases import Case
-from benchmarks.ahead.compiled import Facts, compiled
+from benchmarks.ahead.compiled import Capability, Facts, compiled
 from benchmarks.ahead.emitted import Emitted, recorded
+from benchmarks.ahead.steps import Step, step_of
 
 #: Enough for a tail to be packed, coded and folded, and for tokens to be evicted.
 _TOKENS = 40
 _NAMES = frozenset(kernel.__name__ for kernel in KERNELS)
 
 
-def survey(chosen: Sequence[Case], capabilities: Sequence[int], workers: int) -> Iterator[tuple[str, Facts]]:
-    """Every kernel of ours that Inductor writes, once, with the first case that has it; for each capability."""
+class Found(NamedTuple):
+    """Of one case: sources and names of our kernels, and what a decode step does; error: why nothing was found."""
+
+    kernels: dict[str, str]
+    step: Step | None
+    error: str = ""
+
+
+def survey(
+    chosen: Sequence[Case], capabilities: Sequence[Capability], workers: int
+) -> tuple[list[tuple[str, Facts]], dict[str, Step]]:
+    """Every kernel of ours that Inductor writes, once, with the first case that has it, for each capability; and what a
+    decode step does, by case.
+    """
+    rows, steps = [], {}
     # Not forked: the parent's threads would be missing in the child.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        found: dict[str, tuple[str, str, str]] = {}
-        for case, (kernels, error) in zip(chosen, pool.map(kernels_of, chosen), strict=True):
-            if error:
-                yield case.name, Facts("graph", 0, error)
-            for source, name in kernels.items():
+        unlike: dict[str, tuple[str, str, str]] = {}
+        for case, found in zip(chosen, pool.map(found_in, chosen), strict=True):
+            if found.error:
+                rows.append((case.name, Facts("graph", 0, found.error)))
+            if found.step:
+                steps[case.name] = found.step
+            for source, name in found.kernels.items():
                 # What differs in the name of a launch alone is the same code.
                 alike = re.sub(r"'kernel_name': '\w+'", "", source)
-                found.setdefault(alike, (case.name, name, source))
+                unlike.setdefault(alike, (case.name, name, source))
         for capability in capabilities:
-            names, kernels, sources = zip(*found.values(), strict=True) if found else ((), (), ())
-            yield from zip(names, pool.map(compiled, kernels, sources, [capability] * len(names)), strict=True)
+            names, kernels, sources = zip(*unlike.values(), strict=True) if unlike else ((), (), ())
+            rows += zip(names, pool.map(compiled, kernels, sources, [capability] * len(names)), strict=True)
+    return rows, steps
 
 
-def kernels_of(case: Case) -> tuple[dict[str, str], str]:
-    """Sources and names of our kernels in what Inductor writes while a case generates, and why it failed, if it did."""
+def found_in(case: Case) -> Found:
+    """What Inductor writes while a case generates."""
     try:
         found = emitted(case)
     except Exception as error:  # whatever it is, the other cases are of interest
-        return {}, f"{type(error).__name__}: {' '.join(traceback.format_exc().split())[-400:]}"
-    return {source: name for source, name in found.kernels.items() if name in _NAMES}, ""
+        return Found({}, None, f"{type(error).__name__}: {' '.join(traceback.format_exc().split())[-400:]}")
+    ours = {source: name for source, name in found.kernels.items() if name in _NAMES}
+    return Found(ours, step_of(found.wrappers))
 
 
 def emitted(case: Case) -> Emitted:

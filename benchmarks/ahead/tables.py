@@ -1,19 +1,23 @@
 """What is known of compiled kernels, as a table for people and as JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 
 from benchmarks.ahead.compiled import Facts
+from benchmarks.ahead.steps import Step
 
 
-def as_json(rows: Sequence[tuple[str, Facts]]) -> str:
-    """A list of the facts, each with the `case` it was met in."""
-    return json.dumps([{"case": case} | asdict(facts) for case, facts in rows], indent=1) + "\n"
+def as_json(rows: Sequence[tuple[str, Facts]], steps: Mapping[str, Step] = MappingProxyType({})) -> str:
+    """`kernels`: the facts, each with the `case` it was met in; `steps`: by case."""
+    kernels = [{"case": case} | asdict(facts) for case, facts in rows]
+    counts = {case: step._asdict() for case, step in steps.items()}
+    return json.dumps({"kernels": kernels, "steps": counts}, indent=1) + "\n"
 
 
 def table(rows: Sequence[tuple[str, Facts]]) -> str:
-    header = ("case", "kernel", "sm", "threads", "registers", "spilled", "shared", "occupancy", "matrix", "warpgroup")
+    header = ("case", "kernel", "gpu", "threads", "registers", "spilled", "shared", "occupancy", "matrix", "warpgroup")
     cells = [header, *(_cells(case, facts) for case, facts in rows)]
     widths = [max(map(len, column)) for column in zip(*(row[: len(header)] for row in cells), strict=True)]
     return "\n".join(

@@ -1,6 +1,6 @@
 """One layer's attention of one decode step: packed, dense in every way that runs, and decompressed first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -9,18 +9,17 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import contenders, layers
-from benchmarks.gpu.layers import Layout, PackedLayer
+from benchmarks.gpu.layers import MODELS, TOKENS, Layout, PackedLayer
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.part import Failure, Part, Result, Run, WrongResultError, attempt, left_out, markdown, measured
 from benchmarks.gpu.timing import Contender, compare
+from benchmarks.gpu.unrotated_layers import UnrotatedLayer, unrotated
 from tests.kernels.inputs import TOLERANCE, relative_error
 
-LAYOUTS = (
-    Layout("MHA-32x128", 32, 32, 128),
-    Layout("MHA-40x128", 40, 40, 128),
-    Layout("GQA-32/8x128", 32, 8, 128),
-)
-BATCHES, TOKENS, RANKS = (1, 8, 64), (576, 2048, 9216, 32768, 131072), (16, 64, 128)
+LAYOUTS = (*MODELS.values(), Layout("MHA-40x128", 40, 40, 128))
+BATCHES, RANKS = (1, 8, 64), (16, 64, 128)
+#: The rank whose values, and whose keys' first half or all, are also attended to with keys before rotary embedding.
+UNROTATED = 64
 DTYPE = torch.bfloat16
 #: Of the memory that is free, how much one contender's inputs may take.
 _SHARE = 0.6
@@ -37,6 +36,7 @@ class Case:
     batch: int
     tokens: int
     ranks: tuple[int, ...] = RANKS
+    unrotated: int = UNROTATED
 
     @property
     def name(self) -> str:
@@ -46,8 +46,8 @@ class Case:
 def cases(run: Run) -> Mapping[str, Callable[[], Result]]:
     """A case is a dense cache; all ranks are measured with it, in turn with the same dense contenders."""
     if run.machine.dry:
-        grouped, plain = Layout("GQA-4/2x16", 4, 2, 16), Layout("MHA-2x16", 2, 2, 16)
-        grid = [Case(grouped, 2, 96, (4, 8)), Case(plain, 1, 48, (4,))]
+        grouped, plain = Layout("GQA-4/2x16", 4, 2, 16, axes=3), Layout("MHA-2x16", 2, 2, 16)
+        grid = [Case(grouped, 2, 96, (4, 8), 8), Case(plain, 1, 48, (4,), 4)]
     else:
         grid = [Case(layout, batch, tokens) for tokens, batch, layout in product(TOKENS, BATCHES, LAYOUTS)]
     return {case.name: partial(measure_case, run, case) for case in grid}
@@ -67,11 +67,18 @@ def measure_case(run: Run, case: Case) -> Result:
     if not held:
         return {"skipped": "; ".join(f"rank {rank}: {reason}" for rank, reason in too_large.items())}
     errors: dict[Any, float] = {rank: _error(case, sets[0]) for rank, sets in held.items()}
+    before = {
+        f"un-rotated {rank}": [unrotated(layer, case.layout, rank) for layer in held.get(case.unrotated, [])]
+        for rank in (case.unrotated // 2, case.unrotated)
+        if case.unrotated in held
+    }
+    errors |= {name: _error(case, sets[0]) for name, sets in before.items()}
 
     # Of the highest rank's contents: the time depends on no contents, the check on them.
     dense = dense_sets(machine, case, held[max(held)], whole)
     peers = contenders.dense(dense, case.layout, machine.dry) if not isinstance(dense, Failure) else dense
     turns = {f"packed {rank}": _packed(sets) for rank, sets in held.items()}
+    turns |= {name: _packed(sets) for name, sets in before.items()}
     failed: dict[str, Failure] = {}
     if isinstance(peers, Failure):
         failed["dense"] = peers
@@ -96,7 +103,15 @@ def measure_case(run: Run, case: Case) -> Result:
         "dense_bytes": whole,
         "dense": _dense_rows(times, errors, peers, whole, run.ceilings["copy"]),
         "does_not_run": {name: failure.reason for name, failure in failed.items()},
-        "ranks": {str(rank): _rank_row(times, rank, sets, errors, peers, whole, run) for rank, sets in held.items()},
+        "ranks": {
+            str(rank): _rank_row(times, f"packed {rank}", sets, errors[rank], peers, whole, run)
+            | _over_decompressed(times, rank)
+            for rank, sets in held.items()
+        },
+        "unrotated": {
+            name.removeprefix("un-rotated "): _rank_row(times, name, sets, errors[name], peers, whole, run)
+            for name, sets in before.items()
+        },
         "ranks_skipped": too_large,
     }
 
@@ -125,7 +140,7 @@ def _first(contender: Contender) -> Any:
         return contender.calls[0]()
 
 
-def _packed(sets: list[PackedLayer]) -> Contender:
+def _packed(sets: Sequence[PackedLayer | UnrotatedLayer]) -> Contender:
     arguments = [one.attention_arguments() for one in sets]
     return Contender([partial(torch.ops.attnpack.attention, *each) for each in arguments])
 
@@ -170,7 +185,7 @@ def checked_rows(case: Case) -> list[tuple[int, int]]:
     return [(sample, head) for sample in sorted({0, case.batch - 1}) for head in heads]
 
 
-def _error(case: Case, layer: PackedLayer) -> float:
+def _error(case: Case, layer: PackedLayer | UnrotatedLayer) -> float:
     out = torch.ops.attnpack.attention(*layer.attention_arguments())
     rows = checked_rows(case)
     error = difference(out, layer.expected(rows), rows)
@@ -200,20 +215,20 @@ def _dense_rows(
 
 def _rank_row(
     times: Mapping[str, Result],
-    rank: int,
-    sets: list[PackedLayer],
-    errors: Mapping[Any, float],
+    name: str,
+    sets: Sequence[PackedLayer | UnrotatedLayer],
+    error: float,
     peers: Any,
     whole: int,
     run: Run,
 ) -> Result:
-    ours = times[f"packed {rank}"]
+    ours = times[name]
     size = sets[0].nbytes
     row: Result = {
         "bytes": size,
         "byte_ratio": whole / size,
         "packed": ours,
-        "error": errors[rank],
+        "error": error,
         "of_copy": size / ours["seconds"] / run.ceilings["copy"],
         "cold": len(sets) * size >= _CACHES * run.machine.cache_bytes,
     }
@@ -222,17 +237,22 @@ def _rank_row(
         best = min(running, key=lambda name: times[name]["seconds"])
         ratio = times[best]["seconds"] / ours["seconds"]
         row |= {"best_dense": best, "ratio": ratio, "ratio_over_byte_ratio": ratio / row["byte_ratio"]}
-    rebuilt = times.get(f"decompressed {rank}")
-    if rebuilt is not None:
-        row |= {"decompressed": rebuilt, "ratio_over_decompressed": rebuilt["seconds"] / ours["seconds"]}
     return row
+
+
+def _over_decompressed(times: Mapping[str, Result], rank: int) -> Result:
+    rebuilt = times.get(f"decompressed {rank}")
+    if rebuilt is None:
+        return {}
+    return {"decompressed": rebuilt, "ratio_over_decompressed": rebuilt["seconds"] / times[f"packed {rank}"]["seconds"]}
 
 
 def table(cases: Mapping[str, Result]) -> list[str]:
     header = ("shape", "rank", "packed", "best dense", "which", "decompressed", "ratio", "bytes", "ratio/bytes", "copy")
     rows = []
     for name, case in measured(cases).items():
-        for rank, row in case["ranks"].items():
+        before = {f"{rank} un-rotated": row for rank, row in case["unrotated"].items()}
+        for rank, row in {**case["ranks"], **before}.items():
             best = row.get("best_dense")
             rows.append(
                 (
@@ -301,7 +321,8 @@ PART = Part(
     "One token's attention in bf16, on a cache of T tokens, the last few of them dense rows. Dense contenders: "
     "`scaled_dot_product_attention` with each backend that runs, and FlexAttention compiled; with grouped heads the "
     "queries of a group are given as queries of their KV head, which every backend runs without copying keys. "
-    "*decompressed* rebuilds keys and values by matrix products, then attends, as AttentionPack does. Times are "
+    "*decompressed* rebuilds keys and values by matrix products, then attends, as AttentionPack does; *un-rotated* "
+    "keys are stored before rotary embedding, at that rank beside values of rank 64, and rotated in it. Times are "
     "medians of CUDA graph replays over inputs that together exceed the cache, contenders in turn; *bytes* is what the "
     "packed cache takes of the dense one, *ratio/bytes* the speed-up as a part of what its bytes promise, *copy* the "
     "bytes read per second as a part of the copy bandwidth. Errors are held against float64.",

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import product
 
 import torch
 
 from benchmarks.gpu import attention, contenders, layers
 from benchmarks.gpu.attention import DTYPE, Case
 from benchmarks.gpu.coded_layers import CodedLayer, coded_factors, coded_rows, row_bytes
-from benchmarks.gpu.layers import Layout, PackedLayer
+from benchmarks.gpu.layers import MODELS, SHAPES, Layout, PackedLayer
 from benchmarks.gpu.part import Failure, Part, Result, Run, WrongResultError, left_out, markdown, measured
 from benchmarks.gpu.timing import Contender, compare
 from tests.kernels.inputs import TOLERANCE
 
-LAYOUTS = (Layout("MHA-32x128", 32, 32, 128), Layout("GQA-32/8x128", 32, 8, 128))
-BATCHES, TOKENS, RANK = (1, 16), (2048, 9216, 32768), 64
+RANK = 64
+#: Beside those of all models: batches of 16.
+_MORE = [(MODELS[name], 16, tokens) for tokens in (2048, 9216, 32768) for name in ("LLaVA-1.5-7B", "Qwen3-VL-8B")]
 #: Bits of factors, and of rows.
 FACTORS, ROWS = (8, 4), (4, 2)
 
@@ -26,7 +26,7 @@ def cases(run: Run) -> Mapping[str, Callable[[], Result]]:
     if run.machine.dry:
         grid = [Case(Layout("GQA-4/2x32", 4, 2, 32), 2, 96, (8,)), Case(Layout("MHA-2x32", 2, 2, 32), 1, 48, (4,))]
     else:
-        grid = [Case(layout, batch, tokens, (RANK,)) for tokens, batch, layout in product(TOKENS, BATCHES, LAYOUTS)]
+        grid = [Case(*shape, (RANK,)) for shape in [*SHAPES, *_MORE]]
     return {case.name: partial(measure_case, run, case) for case in grid}
 
 

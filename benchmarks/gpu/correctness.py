@@ -5,7 +5,7 @@ an operator does not write, or reads without having written it, shows.
 """
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.newest import check_attention_each, check_observe_newest
 from benchmarks.gpu.part import Part, Result, Run, WrongResultError, left_out, markdown, measured
 from benchmarks.gpu.problems import attention_problems, attention_shapes, on, poison, prompts
-from tests.kernels.inputs import TOLERANCE, attention_arguments, relative_error
+from tests.kernels.inputs import TOLERANCE, Shapes, attention_arguments, relative_error
 
 DTYPES = tuple(TOLERANCE)
 #: Compress may miss the optimum by this factor, beside rounding its factors.
@@ -32,7 +32,7 @@ def cases(run: Run) -> Mapping[str, Callable[[], Result]]:
     functions: dict[str, Callable[[], Result]] = {}
     for name in sorted({*registered(), *CHECKS}):
         for dtype in DTYPES:
-            functions[f"{name} {_name(dtype)}"] = partial(measure_case, run.machine, name, dtype)
+            functions[f"{name} {short(dtype)}"] = partial(measure_case, run.machine, name, dtype, run.seed)
     return functions
 
 
@@ -43,14 +43,18 @@ def registered() -> set[str]:
 
 
 @torch.no_grad()
-def measure_case(machine: Machine, name: str, dtype: torch.dtype) -> Result:
+def measure_case(machine: Machine, name: str, dtype: torch.dtype, seed: int | None = None) -> Result:
     """Worst error of one operator over its inputs. Raises WrongResultError, with the seed, for the first too large."""
     if name not in CHECKS:
         raise WrongResultError(f"operator attnpack::{name} has no check in benchmarks/gpu/correctness.py")
     if name not in registered():
         raise WrongResultError(f"attnpack::{name} has a check in benchmarks/gpu/correctness.py and is no operator")
-    seed = secrets.randbits(31)
-    errors = CHECKS[name](machine, dtype, seed)
+    seed = secrets.randbits(31) if seed is None else seed
+    try:
+        errors = CHECKS[name](machine, dtype, seed)
+    except WrongResultError as error:
+        alone = f"--part correctness --only '{name} {short(dtype)}' --fresh --seed {seed}"
+        raise WrongResultError(f"{error}; alone: {alone}") from None
     machine.synchronize()
     return {"seed": seed, "inputs": len(errors), "worst": max(errors.values()), "limit": TOLERANCE[dtype]}
 
@@ -58,9 +62,10 @@ def measure_case(machine: Machine, name: str, dtype: torch.dtype) -> Result:
 # ---- one check for each operator: worst errors by input ----------------------------------------------------
 
 
-def check_attention(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
+def check_attention(machine: Machine, dtype: torch.dtype, seed: int, shapes: Sequence[Shapes] = ()) -> dict[str, float]:
+    """shapes: if given, these alone."""
     errors: dict[str, float] = {}
-    for number, arguments, here, what in attention_problems(machine, dtype, seed):
+    for number, arguments, here, what in attention_problems(machine, dtype, seed, shapes):
         poison(machine)
         out = ops.attention(**here)
         attended(errors, f"attention {what}", out, reference.attention(**arguments), dtype, seed + number)
@@ -444,7 +449,8 @@ CHECKS: Mapping[str, Check] = {
 }
 
 
-def _name(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """Its name without the module's."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,7 +1,7 @@
 """One layer's cache with random contents, made on the device straight from random factors: no SVD runs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,32 @@ from benchmarks.attention_step import APPENDED
 
 @dataclass(frozen=True)
 class Layout:
-    """Heads of an attention layer."""
+    """Heads of an attention layer. axes: of the model's rotary embedding, 0: one angle for each token."""
 
     name: str
     heads: int
     kv_heads: int
     head_dim: int
+    axes: int = 0
 
     @property
     def width(self) -> int:
         return self.kv_heads * self.head_dim
+
+
+#: The models whose shapes are predicted and measured, and those shapes: batch and tokens, the larger batch for one.
+MODELS = {
+    "LLaVA-1.5-7B": Layout("MHA-32x128", 32, 32, 128),
+    "Qwen2.5-VL-7B": Layout("GQA-28/4x128", 28, 4, 128, axes=3),
+    "Qwen3-VL-8B": Layout("GQA-32/8x128", 32, 8, 128, axes=3),
+}
+TOKENS = (576, 2048, 9216, 32768, 131072)
+SHAPES = [
+    (layout, batch, tokens)
+    for tokens in TOKENS
+    for number, layout in enumerate(MODELS.values())
+    for batch in ((1, 8) if number else (1, 8, 64))
+]
 
 
 @dataclass(frozen=True)
@@ -72,19 +88,26 @@ class PackedLayer:
                 dense[sample, :, :packed] = coefficient[sample] @ basis[sample]
             dense[:, :, packed:] = tail.permute(1, 2, 0, 3)
 
-    def expected(self, rows: Sequence[tuple[int, int]]) -> Tensor:
-        """Attention of some `(sample, query head)` in float64, straight from the formula: `[len(rows), D]`."""
+    def expected(
+        self, rows: Sequence[tuple[int, int]], turned: Callable[[Tensor], Tensor] = lambda keys: keys
+    ) -> Tensor:
+        """Attention of some `(sample, query head)` in float64, straight from the formula: `[len(rows), D]`.
+
+        turned: what is done to packed keys `[N, D]` first.
+        """
         group = self.query.shape[1] // self.bases[0].shape[1]
         outs = []
         for sample, head in rows:
             keys, values = (
                 torch.cat(
                     [
-                        coefficient[sample].double() @ basis[sample, head // group].double(),
+                        meant(coefficient[sample].double() @ basis[sample, head // group].double()),
                         tail[:, sample, head // group].double(),
                     ]
                 )
-                for coefficient, basis, tail in zip(self.coefficients, self.bases, self.tails, strict=True)
+                for meant, coefficient, basis, tail in zip(
+                    (turned, lambda values: values), self.coefficients, self.bases, self.tails, strict=True
+                )
             )
             scores = keys @ self.query[sample, head, 0].double() / math.sqrt(keys.shape[1])
             outs.append(scores.softmax(0) @ values)

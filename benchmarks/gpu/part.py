@@ -35,12 +35,14 @@ class Run:
     ceilings: `copy` in bytes per second (read plus written) and `matmul` in operations per second, bf16.
     done: results of this part's cases, by name; it grows while the part runs.
     memory_gb: device memories (1e9 bytes) for which the largest batch is looked for.
+    seed: of random inputs that are checked; None: a new one for each case.
     """
 
     machine: Machine
     ceilings: Mapping[str, float]
     done: Mapping[str, Result] = field(default_factory=dict)
     memory_gb: tuple[float, ...] = ()
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Part:
 
     about: what is measured, in Markdown. cases: functions that measure, by name, in order of importance.
     table: Markdown lines for the results that are there. verdict: what follows from them, one sentence a line.
+    close: called when the part is done.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Part:
     cases: Callable[[Run], Mapping[str, Callable[[], Result]]]
     table: Callable[[Mapping[str, Result]], list[str]]
     verdict: Callable[[Mapping[str, Result]], list[str]] = lambda _: []
+    close: Callable[[], None] = lambda: None
 
 
 def attempt(call: Callable[[], T]) -> T | Failure:
@@ -79,11 +83,11 @@ def within_memory(call: Callable[[], T]) -> T | Failure:
         return Failure(f"out of memory: {first_line(error)}")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, first column left and numbers right."""
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()) -> list[str]:
+    """A Markdown table, first column left and numbers right; words: the headers of further columns of words."""
     if not rows:
         return []
-    rule = ["---", *("---:" for _ in header[1:])]
+    rule = ["---", *("---" if name in words else "---:" for name in header[1:])]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
 
 

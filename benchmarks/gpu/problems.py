@@ -1,6 +1,6 @@
 """Random problems for operators on the device, and memory that shows what is read without having been written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -108,10 +108,10 @@ def poison(machine: Machine) -> None:
 
 
 def attention_problems(
-    machine: Machine, dtype: torch.dtype, seed: int
+    machine: Machine, dtype: torch.dtype, seed: int, shapes: Sequence[Shapes] = ()
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], Shapes]]:
-    """Number, arguments, the same on the device, and shapes."""
-    for number, shape in enumerate(attention_shapes(machine.dry)):
+    """Number, arguments, the same on the device, and shapes: those given, or all."""
+    for number, shape in enumerate(shapes or attention_shapes(machine.dry)):
         shape = replace(shape, dtype=dtype, seed=seed + number)
         arguments = attention_arguments(shape)
         here = on(machine, arguments)

@@ -1,15 +1,18 @@
-"""docs/gpu.md, from the results that are there."""
+"""docs/gpu.md: what to run, what it should come to, and the results that are there."""
 
 import textwrap
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.gpu import store
+from benchmarks.gpu import predicted, roofline, store
 from benchmarks.gpu.parts import PARTS
 
 RESULTS, PAGE = measure.ROOT / "benchmarks" / "results", measure.ROOT / "docs" / "gpu.md"
 _NONE = "No GPU results are committed yet"
+#: The page without what is computed.
+_TEMPLATE = Template(Path(__file__).with_name("page.md").read_text())
 
 
 def page(results: Path) -> str:
@@ -20,22 +23,7 @@ def page(results: Path) -> str:
         parts = {name: content for name, content in loaded.items() if content is not None}
         if parts:
             found[device.name] = parts
-    lines = [
-        "# On a GPU",
-        "",
-        "Written by `python -m benchmarks.gpu --render`; edit `benchmarks/gpu/`, not this page. To measure, on a",
-        "machine with a CUDA device:",
-        "",
-        "    python -m benchmarks.gpu                           # every part, up to 8 minutes each",
-        "    python -m benchmarks.gpu --part attention          # one part; again, it goes on where it ended",
-        "    python -m benchmarks.gpu --part decode --only 7B   # only the cases with that in their name",
-        "    python -m benchmarks.gpu --dry --out DIR           # the same code, tiny, on a CPU; times mean nothing",
-        "",
-        "Results go to `benchmarks/results/<device>/<part>.json`, with device, driver, versions, commit and ceilings.",
-        "",
-    ]
-    if not found:
-        lines += [f"{_NONE}; run `python -m benchmarks.gpu` on one. It measures:", ""]
+    lines: list[str] = []
     for part in PARTS:
         lines += [f"## {part.title}", "", _wrapped(part.about), ""]
         for folder, parts in found.items():
@@ -44,7 +32,18 @@ def page(results: Path) -> str:
                 lines += ["**A dry run: the times mean nothing.**", ""] if parts[part.name]["dry"] else []
                 shown = parts[part.name]["cases"]
                 lines += [*part.table(shown), "", *(f"- {line}" for line in part.verdict(shown)), ""]
-    return _joined(lines)
+    return _TEMPLATE.substitute(
+        found="" if found else f"{_NONE}: every time on this page is a prediction.",
+        parts=_joined(lines).strip(),
+        table="\n".join(predicted.table(results)),
+        memory=f"{roofline.MEMORY / 1e12:.1f}",
+        l2=f"{roofline.L2 / 1e12:.1f}",
+        processors=roofline.PROCESSORS,
+        clock=f"{roofline.CLOCK / 1e9:.2f}",
+        matrix=f"{roofline.MATRIX / 1e12:.0f}",
+        vector=f"{roofline.VECTOR / 1e12:.0f}",
+        launch=f"{roofline.LAUNCH * 1e6:.0f}",
+    )
 
 
 def _origin(content: dict[str, Any]) -> str:

@@ -58,7 +58,6 @@ def absorb_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     samples = tl.num_programs(0) // heads
@@ -80,7 +79,7 @@ def absorb_kernel(
             mask=(number < rank)[:, None] & (columns < dim)[None, :],
             other=0,
         )
-        absorbed = tl.dot(q, tl.trans(tile), input_precision=PRECISION) * scale
+        absorbed = tl.dot(q, tl.trans(tile), input_precision="ieee") * scale
         place = (segment * samples + sample) * all_rows + rows
         cells = latent + place[:, None] * BLOCK_R + number[None, :]
         tl.store(cells, absorbed.to(latent.dtype.element_ty), mask=valid[:, None])
@@ -124,7 +123,6 @@ def absorb_kernel(
             BLOCK_N,
             BLOCK_D,
             BLOCK_DV,
-            PRECISION,
         )
         place = (split * samples + sample) * all_rows + rows
         store_partial(partial, log_sums, out, top, total, place, valid, value_dim, BLOCK_DV)

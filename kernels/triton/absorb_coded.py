@@ -95,7 +95,6 @@ def absorb_coded_kernel(
     BLOCK_ROWS: tl.constexpr,  # coded rows of one step
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     samples = tl.num_programs(0) // heads
@@ -114,7 +113,7 @@ def absorb_coded_kernel(
             for block in tl.static_range(len(pick(KEYS, segment))):
                 absorb_block(
                     q, valid, scale, bases, scales, cells, shifts, part, sample, head, heads,
-                    pick(KEYS, segment, block), DIM, BLOCK_D, PRECISION,
+                    pick(KEYS, segment, block), DIM, BLOCK_D,
                 )  # fmt: skip
     else:
         split = part - PARTS
@@ -142,7 +141,7 @@ def absorb_coded_kernel(
                 key_rows, value_rows, key_step, value_step, sample, head, heads,
                 first, tl.minimum(first + coded_per_split, both), scale, indices + coded_slot, coded_slot,
                 masks, mask_head, mask_query, mask_token, queries, seen, packed + length,
-                ROW_KEYS, ROW_VALUES, False, MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+                ROW_KEYS, ROW_VALUES, False, MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             first = both + mixed_split * mixed_per_split
             last = tl.where(mixed_split < 0, first, tl.minimum(first + mixed_per_split, most))
@@ -151,7 +150,7 @@ def absorb_coded_kernel(
                 key_rows, value_rows, key_step, value_step, sample, head, heads,
                 first, last, scale, indices + coded_slot, coded_slot,
                 masks, mask_head, mask_query, mask_token, queries, seen, packed + length,
-                ROW_KEYS, ROW_VALUES, True, MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+                ROW_KEYS, ROW_VALUES, True, MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             # Tail rows are numbered as those of keys.
             first = most - key_count + tail_split * rows_per_split
@@ -161,7 +160,7 @@ def absorb_coded_kernel(
             q, rows, valid, top, total, out, key_rows, value_rows, key_step, value_step, dim, value_dim,
             first, last, length, scale, indices, packed, slots,
             masks, mask_head, mask_query, mask_token, mask_tokens, queries, seen,
-            MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         place = (split * samples + sample) * all_rows + rows
         store_partial(partial, log_sums, out, top, total, place, valid, value_dim, BLOCK_DV)
@@ -170,7 +169,7 @@ def absorb_coded_kernel(
 @triton.jit
 def absorb_block(
     q, valid, scale, bases, scales, cells, shifts, part, sample, head, heads,
-    FORM: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Absorb q into one part of a block's basis, if that is this program's part."""
     NUMBER: tl.constexpr = FORM[0]
@@ -191,7 +190,7 @@ def absorb_block(
             bases[NUMBER] + owner * RANK * STEP, number, number < RANK, 0, DIM, BLOCK_D, STEP, BASIS_BITS,
             not ASYMMETRIC,
         )  # fmt: skip
-        absorbed = tl.dot(q, tl.trans(tile.to(q.dtype)), input_precision=PRECISION) * scale
+        absorbed = tl.dot(q, tl.trans(tile.to(q.dtype)), input_precision="ieee") * scale
         if BITS != 0 or BASIS_BITS != 0:
             LINES: tl.constexpr = 4 if ASYMMETRIC else 2
             lines = scales[NUMBER] + sample * LINES * RANK

@@ -31,7 +31,7 @@ from attnpack_fx.kernels.triton.blocks import (
     value_forms,
 )
 from attnpack_fx.kernels.triton.combine_coded import combine_coded_kernel
-from attnpack_fx.kernels.triton.launch import block, cdiv, combine_tile, least_tokens, per_program, precision
+from attnpack_fx.kernels.triton.launch import block, cdiv, combine_tile, least_tokens, per_program
 from attnpack_fx.kernels.triton.problem import Problem
 from attnpack_fx.kernels.triton.rebuilt_coded import rebuilt_coded_kernel
 from attnpack_fx.kernels.triton.tokens_coded import tokens_coded_kernel
@@ -259,7 +259,6 @@ def _tokens(problem: CodedProblem, latent: Tensor, shift: Tensor, scores: Tensor
         SCORES=weights,
         BLOCK_M=block_m,
         BLOCK_N=tile,
-        PRECISION=precision(query.dtype),
         num_warps=8 if wide else 4,
         num_stages=2 if wide else 3,
         **_token_arguments(problem, packed),
@@ -325,7 +324,6 @@ def _combine(problem: CodedProblem, out: Tensor, packed: Results, dense: Results
         BLOCK_G=block_g,
         BLOCK_S=max(1, 2048 // (block_g * max(widest, block_d))),
         BLOCK_D=block_d,
-        PRECISION=precision(query.dtype),
         num_warps=4,
         num_stages=2,
         **problem.sink_arguments(),

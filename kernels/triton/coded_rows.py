@@ -60,7 +60,6 @@ def attend_coded_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Attention to a range of coded rows, added to a running softmax: returns `top, total, out`."""
     for start in range(first, last, BLOCK_N):
@@ -69,7 +68,7 @@ def attend_coded_rows(
         k = load_rows(
             keys, key_groups, key_count, sample, head, heads, token, there, key_tail, key_step, KEYS, MIXED, BLOCK_D
         )
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + token, mask=there, other=0)
@@ -83,7 +82,7 @@ def attend_coded_rows(
             values, value_groups, value_count, sample, head, heads, token, there, value_tail, value_step, VALUES, MIXED,
             BLOCK_DV,
         ).to(q.dtype)  # fmt: skip
-        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return top, total, out
 
 

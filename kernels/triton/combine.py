@@ -7,10 +7,16 @@ One program takes the query rows of one KV head and `BLOCK_D` dims of the result
 zero.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
 
-from attnpack_fx.kernels.triton.launch import VARYING
+from attnpack_fx.kernels.triton.launch import VARYING, cdiv, combine_tile
+from attnpack_fx.kernels.triton.problem import Problem
 from attnpack_fx.kernels.triton.softmax import load_sinks
 
 
@@ -42,7 +48,6 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     samples = tl.num_programs(0) // heads
@@ -69,13 +74,13 @@ def combine_kernel(
         total, acc = expanded(
             latent, latent_sums, 0, splits0, rows, valid, all_rows, top, total, acc,
             basis0 + (sample * heads + head) * rank0 * dim, rank0, columns, dim,
-            BLOCK_G, BLOCK_S, BLOCK_V, PRECISION,
+            BLOCK_G, BLOCK_S, BLOCK_V,
         )  # fmt: skip
     if SEGMENTS > 1:
         total, acc = expanded(
             latent, latent_sums, splits0, splits0 + splits1, rows, valid, all_rows, top, total, acc,
             basis1 + (sample * heads + head) * rank1 * dim, rank1, columns, dim,
-            BLOCK_G, BLOCK_S, BLOCK_V, PRECISION,
+            BLOCK_G, BLOCK_S, BLOCK_V,
         )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     cells = out + rows[:, None] * dim + columns[None, :]
@@ -117,7 +122,7 @@ def weighted_sum(
 @triton.jit
 def expanded(
     latent, sums, begin, end, rows, valid, all_rows, top, total, acc, basis, rank, columns, dim,
-    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Add the latent splits begin .. end - 1 of one segment, expanded by its basis."""
     ranks = tl.arange(0, BLOCK_V)
@@ -133,5 +138,55 @@ def expanded(
     if BLOCK_G < 16:  # too few rows for tensor cores
         acc += tl.sum(mixed[:, :, None] * tile.to(tl.float32)[None, :, :], 1)
     else:
-        acc += tl.dot(mixed.to(tile.dtype), tile, input_precision=PRECISION)
+        acc += tl.dot(mixed.to(tile.dtype), tile, input_precision="ieee")
     return total, acc
+
+
+def combine(
+    problem: Problem,
+    out: Tensor,
+    latent: Tensor,
+    latent_sums: Tensor,
+    splits: list[Any],
+    partial: Tensor,
+    partial_sums: Tensor,
+    tail_splits: Any,
+    weights: bool,
+) -> Tensor:
+    """Launch the kernel on the results of all splits; returns the log-sum-exps `[B, Hq * Tq]` where asked for."""
+    query = problem.query
+    members = problem.group * query.shape[2]
+    sums = query.new_empty((query.shape[0], problem.rows), dtype=torch.float32) if weights else problem.index
+    (basis0, basis1), sizes = problem.pair("value_basis"), problem.segment_arguments()
+    block_g, block_d = combine_tile(query, members, problem.block_v, problem.block_dv)
+    wrap_triton(combine_kernel)[
+        (query.shape[0] * problem.heads, cdiv(members, block_g), cdiv(problem.value_tail.shape[3], block_d))
+    ](
+        latent=latent,
+        latent_sums=latent_sums,
+        partial=partial,
+        partial_sums=partial_sums,
+        basis0=basis0,
+        basis1=basis1,
+        out=out,
+        log_sums=sums,
+        heads=problem.heads,
+        members=members,
+        queries=query.shape[2],
+        rank0=sizes["value_rank0"],
+        rank1=sizes["value_rank1"],
+        dim=problem.value_tail.shape[3],
+        splits0=splits[0] if splits else 0,
+        splits1=splits[1] if len(splits) > 1 else 0,
+        tail_splits=tail_splits,
+        SEGMENTS=len(problem.segments),
+        SUMS=weights,
+        BLOCK_G=block_g,
+        BLOCK_S=max(1, 2048 // (block_g * max(problem.block_v, block_d))),
+        BLOCK_V=problem.block_v,
+        BLOCK_D=block_d,
+        num_warps=4,
+        num_stages=2,
+        **problem.sink_arguments(),
+    )
+    return sums

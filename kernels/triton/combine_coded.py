@@ -51,7 +51,6 @@ def combine_coded_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     samples = tl.num_programs(0) // heads
@@ -82,7 +81,7 @@ def combine_coded_kernel(
             weight, acc = expanded(
                 latent, shares, latent_sums, begin, end, rows, valid, all_rows, top, acc, out, bases, scales, sample,
                 head, heads, first, block, pick(VALUES, segment, block), DIM, VALUE_WIDTH, VALUE_BLOCKS,
-                BLOCK_G, BLOCK_S, BLOCK_D, PRECISION,
+                BLOCK_G, BLOCK_S, BLOCK_D,
             )  # fmt: skip
             if block == 0:
                 total += weight
@@ -100,7 +99,6 @@ def expanded(
     latent, shares, sums, begin, end, rows, valid, all_rows, top, acc, like, bases, scales, sample, head, heads,
     first, block: tl.constexpr, FORM: tl.constexpr, DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     VALUE_BLOCKS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The weight of splits begin .. end - 1, and acc with one block of their values added."""
     NUMBER: tl.constexpr = FORM[0]
@@ -135,7 +133,7 @@ def expanded(
         acc += tl.sum(mixed[:, :, None] * tile.to(tl.float32)[None, :, :], 1)
     else:
         dtype: tl.constexpr = like.dtype.element_ty
-        acc += tl.dot(mixed.to(dtype), tile.to(dtype), input_precision=PRECISION)
+        acc += tl.dot(mixed.to(dtype), tile.to(dtype), input_precision="ieee")
     return total, acc
 
 

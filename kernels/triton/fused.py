@@ -65,7 +65,6 @@ def fused_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     samples = tl.num_programs(0) // heads
@@ -85,7 +84,7 @@ def fused_kernel(
             value0 + sample * tokens0 * value_rank0, value_basis0 + (sample * heads + head) * value_rank0 * value_dim,
             tokens0, key_rank0, value_rank0, dim, value_dim, scale,
             index, mask, mask_head, mask_query, mask_token, queries,
-            MASK, CAP, RAGGED, BLOCK_G, BLOCK_N, BLOCK_R, BLOCK_V, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, BLOCK_G, BLOCK_N, BLOCK_R, BLOCK_V, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if SEGMENTS > 1:
         top, total, acc = attend_segment(
@@ -94,7 +93,7 @@ def fused_kernel(
             value1 + sample * tokens1 * value_rank1, value_basis1 + (sample * heads + head) * value_rank1 * value_dim,
             tokens1, key_rank1, value_rank1, dim, value_dim, scale,
             index + tokens0, mask, mask_head, mask_query, mask_token, queries,
-            MASK, CAP, RAGGED, BLOCK_G, BLOCK_N, BLOCK_R, BLOCK_V, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, BLOCK_G, BLOCK_N, BLOCK_R, BLOCK_V, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     top, total, acc = attend_rows(
         q, rows, valid, top, total, acc,
@@ -102,7 +101,7 @@ def fused_kernel(
         samples * heads * dim, samples * heads * value_dim, dim, value_dim,
         0, length, length, scale, index, packed, slots,
         mask, mask_head, mask_query, mask_token, mask_tokens, queries, out,
-        MASK, CAP, RAGGED, False, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+        MASK, CAP, RAGGED, False, BLOCK_ROWS, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if SINKS:
         sink = load_sinks(sinks + sample * sink_sample, rows, valid, queries)
@@ -121,7 +120,6 @@ def attend_segment(
     index, mask, mask_head, mask_query, mask_token, queries,
     MASK: tl.constexpr, CAP: tl.constexpr, RAGGED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention to one segment, added to a running softmax: returns `top, total, acc`."""
     ranks, value_ranks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
@@ -131,13 +129,13 @@ def attend_segment(
         mask=(ranks < key_rank)[:, None] & (columns < dim)[None, :],
         other=0,
     )
-    absorbed = (tl.dot(q, tl.trans(basis), input_precision=PRECISION) * scale).to(basis.dtype)
+    absorbed = (tl.dot(q, tl.trans(basis), input_precision="ieee") * scale).to(basis.dtype)
     mixed = tl.full([BLOCK_G, BLOCK_V], 0.0, tl.float32)
     before = top
     top, total, mixed = attend_tokens(
         absorbed, rows, rows >= 0, top, total, mixed, key, value, key_rank, value_rank, 0, tokens, index, 0,
         mask, mask_head, mask_query, mask_token, queries, acc, 0,
-        MASK, CAP, RAGGED, False, BLOCK_N, BLOCK_R, BLOCK_V, PRECISION,
+        MASK, CAP, RAGGED, False, BLOCK_N, BLOCK_R, BLOCK_V,
     )  # fmt: skip
     basis = tl.load(
         value_basis + value_ranks[:, None] * value_dim + value_columns[None, :],
@@ -145,4 +143,4 @@ def attend_segment(
         other=0,
     )
     shrink = tl.exp(before - tl.where(top == float("-inf"), 0.0, top))
-    return top, total, acc * shrink[:, None] + tl.dot(mixed.to(basis.dtype), basis, input_precision=PRECISION)
+    return top, total, acc * shrink[:, None] + tl.dot(mixed.to(basis.dtype), basis, input_precision="ieee")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: Fewest rows or columns of a tile that tensor cores multiply.
 LEAST = 16
+#: Ranks or basis rows that one step takes.
+BASIS_ROWS = 64
 #: Programs per multiprocessor that keep its memory pipeline full.
 PROGRAMS_PER_PROCESSOR = 4
 #: Least bytes of coefficients that a program reads for each byte of a partial result it writes.
@@ -71,11 +73,6 @@ def processors(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 108 if device.type == "cuda" else 2
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of tiles round fp32: not at all, as PyTorch does it. Other dtypes have one way only."""
-    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def strides(mask: Tensor) -> tuple[int, int, int, int]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, precision, strides
+from attnpack_fx.kernels.triton.launch import block, cdiv, per_program, strides
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,6 @@ class Problem:
             "BLOCK_G": self.block_g,
             "BLOCK_D": self.block_d,
             "BLOCK_DV": self.block_dv,
-            "PRECISION": precision(self.query.dtype),
         }
 
     def segment_arguments(self) -> dict[str, Any]:

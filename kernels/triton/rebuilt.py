@@ -89,7 +89,6 @@ def rebuilt_kernel(
     BLOCK_REST: tl.constexpr,  # the dims that are not rotated; 0: none
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     programs = heads // shared  # of a sample
     sample, first_head = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs * shared
@@ -155,14 +154,14 @@ def rebuilt_kernel(
                         within = (rank < key_rank)[:, None] & turning[None, :]
                         b_a = tl.load(tile + rank[:, None] * dim + dims_a[None, :], mask=within, other=0)
                         b_b = tl.load(tile + rank[:, None] * dim + dims_b[None, :], mask=within, other=0)
-                        k_a += tl.dot(factor, b_a, input_precision=PRECISION)
-                        k_b += tl.dot(factor, b_b, input_precision=PRECISION)
+                        k_a += tl.dot(factor, b_a, input_precision="ieee")
+                        k_b += tl.dot(factor, b_b, input_precision="ieee")
                     # Rows of other heads add nothing to the scores of this one's keys.
                     mine = member // members == number
                     turned = (k_a * c - k_b * s).to(q_a.dtype)
-                    scores += tl.dot(turned, tl.trans(tl.where(mine[:, None], q_a, 0)), input_precision=PRECISION)
+                    scores += tl.dot(turned, tl.trans(tl.where(mine[:, None], q_a, 0)), input_precision="ieee")
                     turned = (k_b * c + k_a * s).to(q_b.dtype)
-                    scores += tl.dot(turned, tl.trans(tl.where(mine[:, None], q_b, 0)), input_precision=PRECISION)
+                    scores += tl.dot(turned, tl.trans(tl.where(mine[:, None], q_b, 0)), input_precision="ieee")
             if BLOCK_REST > 0:
                 dims = ROTATED + tl.arange(0, BLOCK_REST)
                 q = tl.load(q_rows + dims[None, :], mask=valid[:, None] & (dims < dim)[None, :], other=0)
@@ -178,10 +177,10 @@ def rebuilt_kernel(
                         )
                         within = (rank < key_rank)[:, None] & (dims < dim)[None, :]
                         b = tl.load(tile + rank[:, None] * dim + dims[None, :], mask=within, other=0)
-                        k += tl.dot(factor, b, input_precision=PRECISION)
+                        k += tl.dot(factor, b, input_precision="ieee")
                     mine = member // members == number
                     still = tl.where(mine[:, None], q, 0)
-                    scores += tl.dot(k.to(q.dtype), tl.trans(still), input_precision=PRECISION)
+                    scores += tl.dot(k.to(q.dtype), tl.trans(still), input_precision="ieee")
             scores = tl.trans(scores) * scale
             column = token.to(tl.int64)
             if RAGGED or MASK != 0:
@@ -197,7 +196,7 @@ def rebuilt_kernel(
                 mask=there[:, None] & (value_ranks < value_rank)[None, :],
                 other=0,
             )
-            out = out * shrink[:, None] + tl.dot(weights.to(mixed.dtype), mixed, input_precision=PRECISION)
+            out = out * shrink[:, None] + tl.dot(weights.to(mixed.dtype), mixed, input_precision="ieee")
         place = (split * samples + sample) * all_rows + rows
         store_partial(latent, latent_sums, out, top, total, place, valid, BLOCK_V, BLOCK_V)
     else:
@@ -214,7 +213,7 @@ def rebuilt_kernel(
             samples * heads * dim, samples * heads * value_dim, dim, value_dim,
             first, tl.minimum(first + rows_per_split, length), length, scale, index, packed, slots,
             mask, mask_head, mask_query, mask_token, mask_tokens, queries, scores_out,
-            MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         place = (split * samples + sample) * all_rows + rows
         store_partial(partial, partial_sums, acc, top, total, place, valid, value_dim, BLOCK_DV)

@@ -104,7 +104,6 @@ def rebuilt_coded_kernel(
     BLOCK_REST: tl.constexpr,  # the dims that are not rotated; 0: none
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     samples = tl.num_programs(0) // heads
@@ -132,7 +131,7 @@ def rebuilt_coded_kernel(
                 latent_sums, scores_out, index, mask, first_slot0, tokens0, split, split, tokens_per_split,
                 sample, samples, head, heads, rows, all_rows, queries, packed, length,
                 mask_head, mask_query, mask_token, scale, pick(KEYS, 0), pick(VALUES, 0), DIM, ROTATED, AXES,
-                VALUE_WIDTH, VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
+                VALUE_WIDTH, VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST,
             )  # fmt: skip
         elif len(KEYS) == 2:
             attend_rebuilt(
@@ -140,7 +139,7 @@ def rebuilt_coded_kernel(
                 latent_sums, scores_out, index, mask, first_slot1, tokens1, split, split - splits0, tokens_per_split,
                 sample, samples, head, heads, rows, all_rows, queries, packed, length,
                 mask_head, mask_query, mask_token, scale, pick(KEYS, 1), pick(VALUES, 1), DIM, ROTATED, AXES,
-                VALUE_WIDTH, VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST, PRECISION,
+                VALUE_WIDTH, VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_G, BLOCK_N, BLOCK_E, BLOCK_REST,
             )  # fmt: skip
     else:
         q = load_query(query, rows, valid, queries, query_head, query_token, dim, BLOCK_D)
@@ -154,7 +153,7 @@ def rebuilt_coded_kernel(
             samples * heads * dim, samples * heads * value_dim, dim, value_dim,
             first, tl.minimum(first + rows_per_split, length), length, scale, index, packed, slots,
             mask, mask_head, mask_query, mask_token, mask_tokens, queries, scores_out,
-            MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_ROWS, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         place = ((split - splits) * samples + sample) * all_rows + rows
         store_partial(partial, partial_sums, out, top, total, place, valid, value_dim, BLOCK_DV)
@@ -168,7 +167,7 @@ def attend_rebuilt(
     KEYS: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, AXES: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_BLOCKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, RAGGED: tl.constexpr,
     SCORES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_REST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Attention to one range of one segment's tokens: writes its partial result."""
     HALF: tl.constexpr = ROTATED // 2
@@ -188,24 +187,23 @@ def attend_rebuilt(
         there = token < tokens
         k_a, shift = rebuilt(
             keys, key_counts, bases, scales, token, sample, head, heads, q_a.dtype, KEYS, 0, HALF, BLOCK_N, BLOCK_E,
-            PRECISION,
         )  # fmt: skip
         k_b, _ = rebuilt(
             keys, key_counts, bases, scales, token, sample, head, heads, q_a.dtype, KEYS, HALF, ROTATED, BLOCK_N,
-            BLOCK_E, PRECISION,
+            BLOCK_E,
         )  # fmt: skip
         k_a, k_b = k_a + shift[:, None], k_b + shift[:, None]
         cos, sin = turns(angles, first_slot + token, there, dims, packed, HALF, AXES)
         turned_a, turned_b = k_a * cos - k_b * sin, k_b * cos + k_a * sin
-        scores = tl.dot(q_a, tl.trans(turned_a.to(q_a.dtype)), input_precision=PRECISION)
-        scores += tl.dot(q_b, tl.trans(turned_b.to(q_b.dtype)), input_precision=PRECISION)
+        scores = tl.dot(q_a, tl.trans(turned_a.to(q_a.dtype)), input_precision="ieee")
+        scores += tl.dot(q_b, tl.trans(turned_b.to(q_b.dtype)), input_precision="ieee")
         if BLOCK_REST > 0:
             k_rest, _ = rebuilt(
                 keys, key_counts, bases, scales, token, sample, head, heads, q_a.dtype, KEYS, ROTATED, DIM, BLOCK_N,
-                BLOCK_REST, PRECISION,
+                BLOCK_REST,
             )  # fmt: skip
             k_rest += shift[:, None]
-            scores += tl.dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), input_precision=PRECISION)
+            scores += tl.dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), input_precision="ieee")
         scores *= scale
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
@@ -216,9 +214,7 @@ def attend_rebuilt(
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, packed + length)
         weights, top, total, shrink = step(scores, top, total)
-        out, held = add_values(
-            out, held, values, value_counts, weights, shrink, token, sample, q_a.dtype, VALUES, PRECISION
-        )
+        out, held = add_values(out, held, values, value_counts, weights, shrink, token, sample, q_a.dtype, VALUES)
     store_values(
         latent, shares, latent_sums, out, held, top, total, split, sample, samples, rows, valid, all_rows,
         VALUES, VALUE_WIDTH, VALUE_BLOCKS,
@@ -228,7 +224,7 @@ def attend_rebuilt(
 @triton.jit
 def rebuilt(
     keys, counts, bases, scales, token, sample, head, heads, dtype: tl.constexpr, KEYS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Dims FIRST .. LAST - 1 of keys `[N, BLOCK]` fp32, and what zero points of the basis add to every dim `[N]`."""
     k = tl.full([BLOCK_N, BLOCK], 0.0, tl.float32)
@@ -237,7 +233,7 @@ def rebuilt(
         for part in tl.static_range(pick(KEYS, block, 8)):
             k, shift = add_part(
                 k, shift, keys, counts, bases, scales, token, sample, head, heads, dtype, pick(KEYS, block), part,
-                FIRST, LAST, BLOCK, PRECISION,
+                FIRST, LAST, BLOCK,
             )  # fmt: skip
     return k, shift
 
@@ -245,7 +241,7 @@ def rebuilt(
 @triton.jit
 def add_part(
     k, shift, keys, counts, bases, scales, token, sample, head, heads, dtype: tl.constexpr, FORM: tl.constexpr,
-    part: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    part: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """k and shift with some ranks of one block added."""
     NUMBER: tl.constexpr = FORM[0]
@@ -275,4 +271,4 @@ def add_part(
         bases[NUMBER] + owner * RANK * BASIS_STEP, rank, rank < RANK, FIRST, LAST, BLOCK, BASIS_STEP, BASIS_BITS,
         not ASYMMETRIC,
     )  # fmt: skip
-    return k + tl.dot(c.to(dtype), tile.to(dtype), input_precision=PRECISION), shift
+    return k + tl.dot(c.to(dtype), tile.to(dtype), input_precision="ieee"), shift

@@ -104,7 +104,6 @@ def attend_tokens(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Attention to packed tokens, added to a running softmax: returns `top, total, out`."""
     ranks, value_ranks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_V)
@@ -116,7 +115,7 @@ def attend_tokens(
             mask=there[:, None] & (ranks < key_rank)[None, :],
             other=0,
         )
-        scores = tl.dot(q, tl.trans(c), input_precision=PRECISION)
+        scores = tl.dot(q, tl.trans(c), input_precision="ieee")
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + token, mask=there, other=0)
@@ -131,7 +130,7 @@ def attend_tokens(
             mask=there[:, None] & (value_ranks < value_rank)[None, :],
             other=0,
         )
-        out = out * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision=PRECISION)
+        out = out * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision="ieee")
     return top, total, out
 
 
@@ -170,7 +169,6 @@ def attend_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Attention to dense tail rows, added to a running softmax: returns `top, total, out`."""
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -182,7 +180,7 @@ def attend_rows(
             mask=there[:, None] & (columns < key_dim)[None, :],
             other=0,
         )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         column = tail_column(row, there, index, packed, slots, mask_tokens, length, MASK, RAGGED)
         scores = masked(
             scores, rows, there, column, queries, mask, mask_head, mask_query, mask_token, MASK, CAP, RAGGED
@@ -195,7 +193,7 @@ def attend_rows(
             mask=there[:, None] & (value_columns < value_dim)[None, :],
             other=0,
         )
-        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return top, total, out
 
 

@@ -57,7 +57,6 @@ def split_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     split, sample, samples = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -116,6 +115,6 @@ def split_kernel(
             mask=there[:, None] & (value_ranks < value_rank)[None, :],
             other=0,
         )
-        out = out * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision=PRECISION)
+        out = out * shrink[:, None] + tl.dot(weights.to(c.dtype), c, input_precision="ieee")
     place = (split * samples + sample) * all_rows + rows
     store_partial(partial, log_sums, out, top, total, place, valid, BLOCK_V, BLOCK_V)

@@ -67,7 +67,6 @@ def tables_kernel(
     BLOCK_E: tl.constexpr,  # dims of half the head
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     samples = tl.num_programs(0) // heads
@@ -102,9 +101,9 @@ def tables_kernel(
             c = tl.load(cos + angle, mask=cells, other=0).to(tl.float32)
             s = tl.load(sin + angle, mask=cells, other=0).to(tl.float32)
             turned = (q_a * c + q_b * s).to(b_a.dtype)
-            absorbed = tl.dot(turned, tl.trans(b_a), input_precision=PRECISION)
+            absorbed = tl.dot(turned, tl.trans(b_a), input_precision="ieee")
             turned = (q_b * c - q_a * s).to(b_b.dtype)
-            absorbed += tl.dot(turned, tl.trans(b_b), input_precision=PRECISION)
+            absorbed += tl.dot(turned, tl.trans(b_b), input_precision="ieee")
             out = tables + (place[:, None] * all_rows + row) * BLOCK_R + number[None, :]
             tl.store(out, (absorbed * scale).to(tables.dtype.element_ty), mask=there[:, None])
     else:
@@ -124,7 +123,7 @@ def tables_kernel(
             first_row, tl.minimum(first_row + rows_per_split, length), length, scale, index + sample * slots, packed,
             slots, mask + sample * mask_sample, mask_head, mask_query, mask_token, mask_tokens, queries,
             scores_out + sample * heads * group * (packed + length),
-            MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         place = (split * samples + sample) * all_rows + rows
         store_partial(partial, log_sums, acc, top, total, place, valid, value_dim, BLOCK_DV)

@@ -49,7 +49,6 @@ def tokens_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     split, sample, samples = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -76,7 +75,7 @@ def tokens_kernel(
     top, total, out = attend_tokens(
         q, rows, valid, top, total, out, key, value, key_rank, value_rank, begin, end, index, first_slot,
         mask, mask_head, mask_query, mask_token, queries, scores_out + sample * (all_rows // queries) * all_slots,
-        all_slots, MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_R, BLOCK_V, PRECISION,
+        all_slots, MASK, CAP, RAGGED, SCORES, BLOCK_N, BLOCK_R, BLOCK_V,
     )  # fmt: skip
     place = (split * samples + sample) * all_rows + rows
     store_partial(partial, log_sums, out, top, total, place, valid, BLOCK_V, BLOCK_V)

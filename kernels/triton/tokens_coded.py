@@ -68,7 +68,6 @@ def tokens_coded_kernel(
     SCORES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     split, sample, samples = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,14 +82,14 @@ def tokens_coded_kernel(
             latent, shift, keys, values, partial, shares, log_sums, scores_out, index, mask, key_counts, value_counts,
             first_slot0, tokens0, split, split, tokens_per_split, sample, samples, rows, all_rows, queries, all_slots,
             mask_head, mask_query, mask_token, pick(KEYS, 0), pick(VALUES, 0), KEY_WIDTH, VALUE_WIDTH, VALUE_BLOCKS,
-            MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
+            MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     elif len(KEYS) == 2:
         attend_blocks(
             latent, shift, keys, values, partial, shares, log_sums, scores_out, index, mask, key_counts, value_counts,
             first_slot1, tokens1, split, split - splits0, tokens_per_split, sample, samples, rows, all_rows, queries,
             all_slots, mask_head, mask_query, mask_token, pick(KEYS, 1), pick(VALUES, 1), KEY_WIDTH, VALUE_WIDTH,
-            VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N, PRECISION,
+            VALUE_BLOCKS, MASK, CAP, RAGGED, SCORES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def attend_blocks(
     first_slot, tokens, split, inner, tokens_per_split, sample, samples, rows, all_rows, queries, all_slots,
     mask_head, mask_query, mask_token, KEYS: tl.constexpr, VALUES: tl.constexpr, KEY_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_BLOCKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, RAGGED: tl.constexpr,
-    SCORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention to one range of one segment's tokens: writes its partial result."""
     valid = rows < all_rows
@@ -113,11 +112,9 @@ def attend_blocks(
     for start in range(begin, tl.minimum(begin + tokens_per_split, tokens), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         there = token < tokens
-        scores = block_scores(q[0], moved[0], keys, token, key_counts, sample, pick(KEYS, 0), PRECISION)
+        scores = block_scores(q[0], moved[0], keys, token, key_counts, sample, pick(KEYS, 0))
         for block in tl.static_range(1, len(KEYS)):
-            scores += block_scores(
-                q[block], moved[block], keys, token, key_counts, sample, pick(KEYS, block), PRECISION
-            )
+            scores += block_scores(q[block], moved[block], keys, token, key_counts, sample, pick(KEYS, block))
         column = token.to(tl.int64)
         if RAGGED or MASK != 0:
             column = tl.load(index + first_slot + token, mask=there, other=0)
@@ -127,9 +124,7 @@ def attend_blocks(
         if SCORES:
             store_scores(scores_out, scores, rows, valid, queries, first_slot + token, there, all_slots)
         weights, top, total, shrink = step(scores, top, total)
-        out, held = add_values(
-            out, held, values, value_counts, weights, shrink, token, sample, q[0].dtype, VALUES, PRECISION
-        )
+        out, held = add_values(out, held, values, value_counts, weights, shrink, token, sample, q[0].dtype, VALUES)
     store_values(
         partial, shares, log_sums, out, held, top, total, split, sample, samples, rows, valid, all_rows,
         VALUES, VALUE_WIDTH, VALUE_BLOCKS,
@@ -149,14 +144,14 @@ def no_values(VALUES: tl.constexpr, BLOCK_M: tl.constexpr):
 @triton.jit
 def add_values(
     out, held, values, counts, weights, shrink, token, sample, dtype: tl.constexpr,
-    VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr,
 ):  # fmt: skip
     """The sums with one step's tokens added; what was summed before shrinks."""
     sums, covered = (), ()
     for block in tl.static_range(len(VALUES)):
         tile, reached = load_block(values, token, counts, sample, dtype, pick(VALUES, block))
         given = weights if block == 0 else tl.where(reached[None, :], weights, 0.0)
-        product = tl.dot(given.to(dtype), tile, input_precision=PRECISION)
+        product = tl.dot(given.to(dtype), tile, input_precision="ieee")
         sums += (out[block] * shrink[:, None] + product,)  # type: ignore[assignment]
         covered += (held[block] * shrink + tl.sum(given, 1) if pick(VALUES, block, 3) else held[block],)  # type: ignore[assignment]
     return sums, covered
@@ -200,10 +195,10 @@ def load_latent(
 
 
 @triton.jit
-def block_scores(q, moved, keys, token, counts, sample, FORM: tl.constexpr, PRECISION: tl.constexpr):
+def block_scores(q, moved, keys, token, counts, sample, FORM: tl.constexpr):
     """Scores `[M, N]` of tokens by one block, zero where it does not cover them."""
     tile, reached = load_block(keys, token, counts, sample, q.dtype, FORM)
-    scores = tl.dot(q, tl.trans(tile), input_precision=PRECISION) + moved[:, None]
+    scores = tl.dot(q, tl.trans(tile), input_precision="ieee") + moved[:, None]
     return tl.where(reached[None, :], scores, 0.0)
 
 

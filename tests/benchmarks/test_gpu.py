@@ -2,9 +2,16 @@
 
 import json
 import math
+import multiprocessing
+import operator
+import os
+import re
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,16 +19,22 @@ import torch
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from transformers import DynamicCache
+
 from attnpack_fx import PackPolicy, pack_cache
+from attnpack_fx.kernels import registering
 from benchmarks import measure
 from benchmarks.gpu import (
+    apart,
     attention,
     command,
     contenders,
     correctness,
     decode,
     decoders,
+    generated,
     judging,
+    kernels,
     launches,
     layers,
     part,
@@ -66,6 +79,12 @@ def test_every_part_says_on_what_it_was_measured(folder, each):
     assert not any(case.keys() & {"wrong", "skipped"} for case in written["cases"].values())
 
 
+def test_a_dry_run_needs_no_triton(monkeypatch):
+    monkeypatch.setattr(registering, "triton", None)
+    assert kernels.names() == kernels.CHECKS.keys()
+    assert kernels.check_kernel("fused_kernel", True, 0)["says"].startswith("ok, of ATen alone, worst error")
+
+
 def test_every_operator_has_a_check():
     assert correctness.CHECKS.keys() == correctness.registered()
 
@@ -92,6 +111,17 @@ def test_attention_is_timed_against_what_runs(folder):
             assert row["ratio_over_byte_ratio"] == pytest.approx(row["ratio"] / row["byte_ratio"])
             assert row["ratio_over_decompressed"] > 0 and row["packed"]["eager"]["samples"] >= 3
             assert row["error"] <= correctness.TOLERANCE[attention.DTYPE]
+        highest = max(map(int, case["ranks"]))
+        assert case["unrotated"].keys() == {str(highest // 2), str(highest)}
+        for row in case["unrotated"].values():
+            assert row["ratio"] == pytest.approx(best / row["packed"]["seconds"])
+            assert row["error"] <= correctness.TOLERANCE[attention.DTYPE] and "decompressed" not in row
+
+
+@pytest.mark.slow
+def test_models_generate(folder):
+    cases = _loaded(folder, "kernels")["cases"]
+    assert generated.CHECKS.keys() < cases.keys() and all(case["says"].startswith("ok, ") for case in cases.values())
 
 
 @pytest.mark.slow
@@ -160,6 +190,7 @@ def test_a_second_run_measures_nothing(folder, capsys):
 
 @pytest.mark.slow
 def test_a_dry_run_is_rendered_as_one(folder):
+    pytest.importorskip("triton")
     page = render.page(folder.parent)
     assert render._NONE not in page and page.count("A dry run: the times mean nothing") == len(PARTS)
     for each in PARTS:
@@ -171,10 +202,12 @@ def test_a_dry_run_is_rendered_as_one(folder):
 
 
 def test_the_page_in_docs_is_what_the_results_render_to():
-    assert render.PAGE.read_text() == render.page(render.RESULTS)
+    pytest.importorskip("triton")
+    assert render.PAGE.read_text() == render.page(render.RESULTS), "run python -m benchmarks.gpu --render"
 
 
 def test_without_results_the_page_says_so(tmp_path):
+    pytest.importorskip("triton")
     (tmp_path / "cpu").mkdir()
     # Another benchmark's file of the same name.
     (tmp_path / "cpu" / "attention.json").write_text('{"attention": []}')
@@ -224,6 +257,114 @@ def test_a_wrong_result_is_recorded_and_fails_the_command(tmp_path, monkeypatch,
     assert "has no check" in capsys.readouterr().out
     # It stays wrong until it is measured again.
     assert command.main(arguments) == 1
+
+
+def test_a_case_that_raises_hides_no_other(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("PTXAS error: too many registers\nptxas exited with 255")
+
+    monkeypatch.setitem(correctness.CHECKS, "fold", fails)
+    arguments = ["--dry", "--part", "correctness", "--only", "float32", "--only", "l", "--out", str(tmp_path)]
+    monkeypatch.setattr(correctness, "registered", lambda: {"fold", "linear"})
+    monkeypatch.setattr(correctness, "CHECKS", {name: correctness.CHECKS[name] for name in ("fold", "linear")})
+    assert command.main(arguments) == 1
+    cases = _loaded(tmp_path, "correctness")["cases"]
+    told = "RuntimeError: PTXAS error: too many registers ... ptxas exited with 255"
+    assert cases["fold float32"] == {"wrong": told} and "worst" in cases["linear float32"]
+    assert capsys.readouterr().out.endswith(f"1 failed:\n  correctness, fold float32: {told}\n")
+
+
+def test_where_the_cuda_context_is_lost_nothing_more_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "context_lost", lambda: True)
+    assert command.main(["--dry", "--only", "float", "--only", "matmul", "--out", str(tmp_path)]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [], "a part with no cases lets the next begin"
+    assert "context of this process is lost" in capsys.readouterr().out
+    assert command.main(["--dry", "--part", "ceilings", "--out", str(tmp_path)]) == 1
+    assert list(_loaded(tmp_path, "ceilings")["cases"]) == ["copy"]
+
+
+def test_checked_inputs_have_the_seed_that_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(correctness.reference, "take_rows", lambda x, index, spare: torch.zeros(()))
+    arguments = ["--dry", "--part", "correctness", "--only", "take_rows float32", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--seed", "31"]) == 1
+    told = _loaded(tmp_path, "correctness")["cases"]["take_rows float32"]["wrong"]
+    assert "seed 31: error" in told and "--part correctness --only 'take_rows float32' --fresh --seed 31" in told
+
+
+# ---- a process of its own ----------------------------------------------------------------------------------
+
+
+def test_a_process_serves_calls_and_is_replaced_when_it_ends():
+    served = apart.Apart(60)
+    try:
+        first = served.call(os.getpid)
+        assert first != os.getpid() and served.call(operator.add, 2, 3) == 5
+        with pytest.raises(apart.CallFailedError, match="ZeroDivisionError: division by zero"):
+            served.call(operator.truediv, 1, 0)
+        assert served.call(os.getpid) == first
+        with pytest.raises(apart.CallFailedError, match="its process ended with status 3"):
+            served.call(os._exit, 3)
+        second = served.call(os.getpid)
+        assert second != first
+        served._seconds = 0.3
+        with pytest.raises(apart.CallFailedError, match="not done after 0 s"):
+            served.call(time.sleep, 60)
+        served._seconds = 60
+        assert served.call(os.getpid) not in (first, second)
+    finally:
+        served.close()
+
+
+def test_a_lost_context_is_recognised(monkeypatch):
+    def fails():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    assert not apart.context_lost()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not apart.context_lost()
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    assert apart.context_lost()
+    ours, other = multiprocessing.Pipe()
+    ours.send((operator.truediv, (1, 0)))
+    thread = threading.Thread(target=apart._serve, args=(other,))
+    thread.start()
+    assert ours.recv() == (
+        *(None, "ZeroDivisionError: division by zero; the CUDA context is lost, and what follows gets another process"),
+        False,
+    )
+    ours.close()
+    thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("change", "packed", "told"),
+    [
+        (lambda logits: logits, True, None),
+        (lambda logits: logits, False, "no layer of the cache is packed"),
+        (lambda logits: logits.index_fill(1, torch.tensor([4]), math.nan), True, "logits are Inf or NaN"),
+        (lambda logits: logits * 1.01, True, "logits differ by 1.0e-02, expected at most 1.0e-03"),
+        (lambda logits: logits.index_fill(2, torch.tensor([7]), 1.0001), True, "token 1 is 7, expected 3, of 12"),
+    ],
+)
+def test_what_generates_something_else_is_found(change, packed, told, monkeypatch):
+    logits = torch.zeros((1, 12, 300))
+    logits[:, :, 3], logits[:, :, 7] = 1, 0.9999
+    keys = pack_cache(_filled(), PackPolicy(text_rank=2)).layers[0].keys if packed else torch.zeros(())
+    cache = SimpleNamespace(layers=[SimpleNamespace(keys=keys)])
+    answers = iter([(logits, None), (change(logits), cache)])
+    monkeypatch.setattr(generated, "_generated", lambda model, inputs: next(answers))
+    if told is None:
+        assert generated.check("generate: LLaVA, rotated", True, 0)["error"] == 0
+        return
+    with pytest.raises(apart.CallFailedError, match=re.escape(told)):
+        generated.check("generate: LLaVA, rotated", True, 0)
+
+
+def _filled():
+    cache = DynamicCache()
+    cache.update(torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8), 0)
+    return cache
 
 
 # ---- its pieces --------------------------------------------------------------------------------------------

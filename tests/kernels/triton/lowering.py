@@ -21,6 +21,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from triton.backends.compiler import GPUTarget
 
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.parts import Block, RowForm, kind
@@ -101,7 +102,7 @@ def main(batch: int, tokens: int, stored: str) -> None:
             stack.enter_context(mock.patch(f"torch.cuda.{name}", function, create=True))
         stack.enter_context(mock.patch("torch._functorch.aot_autograd.preserve_rng_state", contextlib.nullcontext))
         stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda *_: None))
-        stack.enter_context(targeting(90))
+        stack.enter_context(targeting(GPUTarget("cuda", 90, 32)))
         stack.enter_context(config.patch(compile_threads=1))
         stack.enter_context(torch.no_grad())
 

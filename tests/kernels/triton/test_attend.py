@@ -12,7 +12,7 @@ from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
 from attnpack_fx.kernels.parts import RowForm
 
 from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, shapes
-from .interpreted import attend
+from .interpreted import attend, unrotated
 
 # The interpreter is too slow to shrink what fails.
 QUICKLY = settings(deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
@@ -90,7 +90,7 @@ def check_axes(shape: Shapes, axes: int, samples: int | None = None) -> None:
 @settings(QUICKLY, max_examples=15)
 def test_keys_before_rotary_embedding_are_split_by_axis(shape, axes, interleaved, numbers):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "SPLIT_NUMBERS", numbers)
+        patch.setattr(unrotated, "SPLIT_NUMBERS", numbers)
         check_axes(dataclasses.replace(shape, interleaved=interleaved), axes)
 
 
@@ -109,7 +109,7 @@ def test_keys_before_rotary_embedding_are_split_by_axis(shape, axes, interleaved
 def test_shapes_with_axes(shape, axes, monkeypatch):
     check_axes(shape, axes)
     check_axes(shape, axes, samples=1)
-    monkeypatch.setattr(attend, "SPLIT_NUMBERS", 2**13)
+    monkeypatch.setattr(unrotated, "SPLIT_NUMBERS", 2**13)
     check_axes(shape, axes)
 
 
@@ -130,8 +130,8 @@ def test_head_counts(heads, group):
     [(8, 1, 150, 4), (4, 4, 150, 4), (2, 7, 150, 2), (6, 8, 150, 2), (3, 1, 150, 1), (4, 9, 150, 1), (4, 1, 30, 2)],
 )
 def test_keys_of_several_heads_are_rebuilt_by_one_program(heads, group, tokens, shared, monkeypatch):
-    taken, choose = [], attend._heads_of_a_program
-    monkeypatch.setattr(attend, "_heads_of_a_program", lambda *given: taken.append(choose(*given)) or taken[-1])
+    taken, choose = [], unrotated._heads_of_a_program
+    monkeypatch.setattr(unrotated, "_heads_of_a_program", lambda *given: taken.append(choose(*given)) or taken[-1])
     long = {"segments": (tokens - 10, 10), "kept": 30, "ragged": True, "batch": 1}
     masked = {"mask": "additive", "mask_shape": (True, True, True, True)}
     check(Shapes(heads=heads, group=group, rotary=8, key_dim=24, key_rank=40, interleaved=group == 1, **long, **masked))
