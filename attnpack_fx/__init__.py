@@ -28,6 +28,7 @@ from attnpack_fx.passes.scissorhands import Scissorhands
 from attnpack_fx.passes.storage import Columns, LayerPlan, Stored
 from attnpack_fx.passes.streaming_llm import StreamingLLM
 from attnpack_fx.policy import PackPolicy, PolicyError
+from attnpack_fx.prefix import Prefix, load_prefix, prefix
 from attnpack_fx.ranks import Energy, Linear, PerLayer
 from attnpack_fx.warning import AttnpackWarning
 
@@ -51,6 +52,7 @@ __all__ = [
     "PerLayer",
     "PolicyError",
     "Pool",
+    "Prefix",
     "Quantize",
     "RandomEviction",
     "RandomPrune",
@@ -64,7 +66,9 @@ __all__ = [
     "calibrate_codebooks",
     "compile",
     "explain",
+    "load_prefix",
     "modality",
     "pack",
     "pack_cache",
+    "prefix",
 ]

@@ -11,6 +11,7 @@ from attnpack_fx.call import opened
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.patterns import layer_number
 from attnpack_fx.passes.state import SiteReport
+from attnpack_fx.policy import PackPolicy
 from attnpack_fx.warning import warn
 
 
@@ -33,10 +34,14 @@ class OneCall:
 
 
 class WatchedCall(OneCall):
-    """Says once which layers are dense of which no graph has said so: what Dynamo skips, no backend ever sees."""
+    """Says once which layers are dense of which no graph has said so: what Dynamo skips, no backend ever sees.
 
-    def __init__(self, compiled: Callable[..., Any]) -> None:
+    policy: what the model was compiled with.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], policy: PackPolicy) -> None:
         super().__init__(compiled)
+        self.policy = policy
         self._told: set[int] = set()
 
     def _look_at(self, cache: Any, reports: Iterable[SiteReport]) -> None:

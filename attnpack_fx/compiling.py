@@ -65,7 +65,7 @@ def compile(
             backend=attnpack_backend, dynamic=dynamic, fullgraph=fullgraph, options=given, **_recompiles(module)
         )
         assert module._compiled_call_impl is not None
-        module._compiled_call_impl = WatchedCall(module._compiled_call_impl)
+        module._compiled_call_impl = WatchedCall(module._compiled_call_impl, policy)
     return original
 
 
