@@ -27,6 +27,7 @@ from attnpack_fx.passes.random_prune import RandomPrune
 from attnpack_fx.passes.scissorhands import Scissorhands
 from attnpack_fx.passes.storage import Columns, LayerPlan, Stored
 from attnpack_fx.passes.streaming_llm import StreamingLLM
+from attnpack_fx.plan_batch import BatchPlan, plan_batch
 from attnpack_fx.policy import PackPolicy, PolicyError
 from attnpack_fx.prefix import Prefix, load_prefix, prefix
 from attnpack_fx.ranks import Energy, Linear, PerLayer
@@ -39,6 +40,7 @@ __all__ = [
     "H2O",
     "KIVI",
     "AttnpackWarning",
+    "BatchPlan",
     "Columns",
     "Energy",
     "FastV",
@@ -70,5 +72,6 @@ __all__ = [
     "modality",
     "pack",
     "pack_cache",
+    "plan_batch",
     "prefix",
 ]

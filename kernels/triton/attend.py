@@ -195,7 +195,7 @@ def _fused(problem: Problem, out: Tensor) -> None:
     (key0, key1), (value0, value1) = problem.pair("key"), problem.pair("value")
     (key_basis0, key_basis1), (value_basis0, value_basis1) = problem.pair("key_basis"), problem.pair("value_basis")
     grid = (problem.query.shape[0] * problem.heads, cdiv(problem.group * problem.query.shape[2], problem.block_g))
-    wide = max(problem.block_r, problem.block_v, problem.block_d, problem.block_dv) > 128
+    wide = max(problem.block_r, problem.block_v, problem.block_d, problem.block_dv) > 128 or problem.block_g > 16
     wrap_triton(fused_kernel)[grid](
         key0=key0,
         key1=key1,
@@ -210,7 +210,7 @@ def _fused(problem: Problem, out: Tensor) -> None:
         BLOCK_ROWS=32,
         BLOCK_R=problem.block_r,
         BLOCK_V=problem.block_v,
-        num_warps=8 if wide or problem.block_g > 16 else 4,
+        num_warps=8 if wide or problem.query.dtype == torch.float32 else 4,
         num_stages=2,
         **arguments,
     )

@@ -166,7 +166,7 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
         SCORES=weights,
         BLOCK_N=tile,
         BLOCK_ROWS=16,  # more would spill
-        num_warps=4,
+        num_warps=8 if query.dtype == torch.float32 else 4,
         num_stages=2,
         **_named("basis", [each.basis for each in low_rank.keys], problem.index),
         **_named("scale", [each.scale for each in low_rank.keys], problem.index),
@@ -216,7 +216,7 @@ def _rebuild(problem: CodedProblem, scores: Tensor, weights: bool, rotary: Rotar
         BLOCK_ROWS=16,
         BLOCK_E=block(rotated // 2),
         BLOCK_REST=block(dim - rotated) if dim > rotated else 0,
-        num_warps=4 if rotary.axes is None else 8,
+        num_warps=4 if rotary.axes is None and query.dtype != torch.float32 else 8,
         num_stages=2 if rotary.axes is None else 1,  # staging gathered rows in shared memory would take all of it
         **_named("basis", [each.basis for each in low_rank.keys], problem.index),
         **_named("scale", [each.scale for each in low_rank.keys], problem.index),
@@ -239,7 +239,7 @@ def _tokens(problem: CodedProblem, latent: Tensor, shift: Tensor, scores: Tensor
     packed = _room(problem, [cdiv(tokens, tokens_per_split) for tokens in low_rank.tokens])
     arguments = problem.mask_arguments()
     del arguments["mask_tokens"]
-    wide = low_rank.widest * block_m > 64 * 64
+    wide = query.dtype == torch.float32 or low_rank.widest * block_m > 64 * 64
     wrap_triton(tokens_coded_kernel)[(sum(packed.splits), batch, row_blocks)](
         latent=latent,
         shift=shift,
