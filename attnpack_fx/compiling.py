@@ -54,10 +54,14 @@ def compile(
             raise PolicyError(f"{name}: got {options[name]!r}, which attnpack_fx.compile does not take; {instead}")
     policy, _ = PackPolicy.from_options(options, mode, dynamic)
     original = getattr(model, "_orig_mod", model)
+    known: dict[str, Any] = {}
     if policy.varies and policy.layer_count is None:
         # A graph break would hide from each graph how many layers there are.
-        count = hf.layer_count(original)
-        options |= {"policy": replace(policy, layer_count=count)} if "policy" in options else {"layer_count": count}
+        known["layer_count"] = hf.layer_count(original)
+    if hf.processes(original) > 1:
+        known["processes"] = hf.processes(original)
+    policy = replace(policy, **known)
+    options |= {"policy": policy} if "policy" in options else known
     # torch.compile takes either a mode or options: the mode rides along among the options.
     given = options if mode is None else {**options, "mode": mode}
     for module in (original, *hf.called_by_generate(original)):

@@ -115,6 +115,11 @@ def layer_count(model: Any) -> int | None:
     return _number(model, "num_hidden_layers")
 
 
+def processes(model: Any) -> int:
+    """How many tensor-parallel processes share the heads of the model's layers."""
+    return getattr(model, "tp_size", None) or 1
+
+
 def query_heads(model: Any) -> int | None:
     """How many heads the queries of a decoder layer have, where the model's configuration says so."""
     return _number(model, "num_attention_heads")

@@ -8,7 +8,7 @@ nothing later validates it again. `PackPolicy.layer` says what it comes to in on
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,8 @@ class PackPolicy:
     passes: methods that compose with all this, such as `(FastV(), H2O(budget=0.5), Quantize(bits=4))`, or mappings such
         as `{"method": "H2O", "budget": 0.5}`. Each acts at its own stage, whatever the order here.
     layer_count: the number of decoder layers, for graphs that do not show it.
+    processes: how many tensor-parallel processes share the heads of a layer. Ranks mean the whole layer, and each
+        process keeps its share of them. `attnpack_fx.compile` finds the number.
     strict: a rewrite that fails raises; otherwise the untouched graph is compiled and the reason is logged.
 
     Lists count as tuples and JSON forms as what they stand for. Raises `PolicyError`, a `ValueError`, for any field of
@@ -101,6 +103,7 @@ class PackPolicy:
     layers: tuple[LayerPlan, ...] | None = None
     passes: tuple[Method, ...] = ()
     layer_count: int | None = None
+    processes: int = 1
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -127,6 +130,12 @@ class PackPolicy:
         self._set("passes", checked_methods(self.passes))
         if self.layer_count is not None:
             checked_int("layer_count", self.layer_count, 1, "use None where the graph shows it")
+        checked_int("processes", self.processes, 1, "use 1 without tensor parallelism")
+        if self.processes > 1 and self.bases not in _BASES:
+            raise PolicyError(
+                f"bases: got {self.bases!r} with processes={self.processes}, expected one of {', '.join(_BASES)}: the "
+                "model's basis is one of all heads, and no part of it is one of some heads"
+            )
         checked_bool("strict", self.strict)
         _check_combinations(self)
 
@@ -182,8 +191,8 @@ class PackPolicy:
 
         number, count: of this layer, from 0, and of decoder layers; None where the graph does not show them (then
             `layer_count` counts). Settings that are the same in every layer need neither.
-        key_width, value_width: `H * D` of the cached keys and values. The number of tokens, which limits a rank too,
-            is not known here.
+        key_width, value_width: `H * D` of the cached keys and values, of the heads of this process. The number of
+            tokens, which limits a rank too, is not known here.
         vision: whether there are vision tokens; without, nothing is asked of their ranks, and the plan has none.
         rotary: whether keys have a rotary embedding that is recognised; without, they are stored as they are attended.
 
@@ -199,7 +208,7 @@ class PackPolicy:
             key_space = self.key_space
         elif self.layers is not None:
             key_space = self._planned(number, count).key_space
-        widths = key_width, value_width
+        widths = key_width * self.processes, value_width * self.processes
         seen = self._stored("vision", number, count, widths, key_space) if vision else None
         text = self._stored("text", number, count, widths, key_space)
         if seen is not None and self.partial is not None:
@@ -208,6 +217,7 @@ class PackPolicy:
             )
         for method in acting(self.passes, Stage.FACTORS):
             seen, text = (None if stored is None else method.stored(stored) for stored in (seen, text))
+        seen, text = (None if stored is None else stored.share(self.processes) for stored in (seen, text))
         return LayerPlan(seen, text, key_space)
 
     def skips(self, number: int | None, count: int | None) -> bool:
@@ -258,8 +268,11 @@ class PackPolicy:
         return cls(**values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy to a JSON file, which `load` reads. Raises OSError if it cannot be written."""
-        content = {"version": FILE_VERSION, "policy": self.to_dict()}
+        """Write the policy to a JSON file, which `load` reads, without `processes`: another run has its own.
+
+        Raises OSError if it cannot be written.
+        """
+        content = {"version": FILE_VERSION, "policy": replace(self, processes=1).to_dict()}
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

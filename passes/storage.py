@@ -75,6 +75,13 @@ class Columns:
             )
         return self
 
+    def share(self, processes: int) -> "Columns":
+        """What each of several processes keeps that share the heads: of every block its part, rounded up."""
+        if processes == 1:
+            return self
+        blocks = [(count if count == "full" else -(-count // processes), bits) for count, bits in self.blocks]
+        return replace(self, blocks=tuple(blocks))
+
     def cut(self, boundaries: Iterable[int]) -> "Columns":
         """The same columns in the same bits, with a block ending after each of `boundaries` (numbers of columns)."""
         wanted = sorted(boundaries)
@@ -118,6 +125,10 @@ class Stored:
         for name in ("key", "value"):
             if not isinstance(getattr(self, name), Columns):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected Columns; e.g. Columns(((64, 0),))")
+
+    def share(self, processes: int) -> "Stored":
+        """As `Columns.share`."""
+        return Stored(self.key.share(processes), self.value.share(processes))
 
 
 @dataclass(frozen=True)

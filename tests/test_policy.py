@@ -111,6 +111,7 @@ def test_defaults():
         "layers": None,
         "passes": [],
         "layer_count": None,
+        "processes": 1,
         "strict": False,
     }
 
