@@ -41,7 +41,6 @@ def test_a_dense_model_is_planned():
 @pytest.mark.parametrize(
     ("family", "policy", "tokens"),
     [
-        ("llava-mha", POLICY, 40),
         ("qwen2.5-vl", PackPolicy(vision_rank=4, text_rank=4, fold_every=8, recent=2), 20),
         ("gemma3", PackPolicy(vision_rank=4, passes=(Quantize(4),)), 40),
     ],

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 import attnpack_fx
 from attnpack_fx.kernels.triton import KERNELS
@@ -67,6 +68,7 @@ def found_in(case: Case) -> Found:
 def emitted(case: Case) -> Emitted:
     """What Inductor writes for a GPU while a case generates."""
     torch._dynamo.reset()
+    kernel_side_table.reset_table()  # PyTorch 2.11 goes through all kernels of the process for every graph
     model, inputs = case.model(), case.inputs()
     with recorded() as found:
         attnpack_fx.compile(model, policy=case.policy())
