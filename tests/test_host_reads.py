@@ -124,7 +124,7 @@ def _model():
 
 
 #: What no other policy here does.
-_FIRST = ("rotated", "folds", "partial reading", "KVQuant", "H2O")
+_FIRST = ("folds", "KVQuant", "H2O")
 
 
 @pytest.mark.parametrize(

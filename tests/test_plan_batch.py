@@ -60,6 +60,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     assert none.batch == 0
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(without_inductor):
     model = attnpack_fx.compile(ZOO["llava-gqa"].build("sdpa"), policy=PackPolicy())
     before = model._compiled_call_impl
