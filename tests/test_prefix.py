@@ -80,14 +80,16 @@ def check_forks(policy: PackPolicy, count: int) -> None:
     before = kept.nbytes
     forks = []
     for question in questions(count, 2):
-        shared = answered(model, kept.inputs(question), 10)
+        fork = answered(model, kept.inputs(question), 10)
         alone = answered(model, attnpack_fx.prefix(model, **inputs).inputs(question), 10)
-        assert torch.equal(shared.sequences, alone.sequences)
-        assert torch.equal(torch.stack(shared.logits), torch.stack(alone.logits))
-        forks.append(hf.cache_of(shared))
+        assert torch.equal(fork.sequences, alone.sequences)
+        assert torch.equal(torch.stack(fork.logits), torch.stack(alone.logits))
+        forks.append(hf.cache_of(fork))
     together = [kept.cache, *forks]
     assert kept.nbytes == before
-    assert cache_bytes(together) == sum(live_storages(together).values()) < sum(map(cache_bytes, together))
+    shared = sum(map(cache_bytes, together)) - cache_bytes(together)
+    assert cache_bytes(together) == sum(live_storages(together).values())
+    assert shared > 0 or policy == POLICIES["KIVI"]  # whose codes grow by concatenation
 
 
 @pytest.mark.parametrize(
