@@ -9,7 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import benchmarks.__main__ as benchmarks
-from attnpack_fx import bench, cli
+from attnpack_cli import bench
+from attnpack_cli import main as cli
 
 
 def test_the_rest_of_the_line_is_the_part_s(monkeypatch):

@@ -7,8 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
-from attnpack_fx import cli
-from attnpack_fx.demo import load
+from attnpack_cli import main as cli
+from attnpack_cli import models
 from tests.demo.models import save_text_model, trained
 
 
@@ -85,12 +85,12 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
 
 
 def test_without_a_checkout_the_demo_says_where_it_looked(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(load, "__file__", str(tmp_path / "site-packages" / "attnpack_fx" / "demo" / "load.py"))
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "site-packages" / "attnpack_cli" / "models.py"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     message = failed(capsys, "demo")
     for place in ("site-packages", "here"):
-        assert str(tmp_path / place / load.TRAINED) in message
+        assert str(tmp_path / place / models.TRAINED) in message
     assert "--model ID_OR_PATH" in message
 
 

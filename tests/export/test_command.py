@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from attnpack_fx import PackPolicy, cli
+from attnpack_cli import main as cli
+from attnpack_fx import PackPolicy
 from attnpack_fx.export import PackedGenerator
 from tests.demo.models import save_text_model
 from tests.test_cli import failed
