@@ -146,7 +146,8 @@ def _module(gm: GraphModule, graph: Graph) -> GraphModule:
 def _inductor(module: GraphModule, examples: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    if torch.__version__ < (2, 12) and all(each.device.type == "cpu" for each in examples if isinstance(each, Tensor)):
+    early = torch.__version__ < (2, 12)  # type: ignore[operator]  # a TorchVersion, which compares with tuples
+    if early and all(each.device.type == "cpu" for each in examples if isinstance(each, Tensor)):
         # Inductor may check the bounds of an index before it has computed it: https://github.com/pytorch/pytorch/pull/180212
         patches = {"assert_indirect_indexing": False} | patches
     compiled: Callable[..., Any] = compile_fx(module, examples, config_patches=patches or None)  # type: ignore[assignment]
