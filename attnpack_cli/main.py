@@ -2,8 +2,8 @@
 
 A command is a function that adds a parser to the commands and sets `check`, which takes the parsed arguments and raises
 `UserError`, and `run`, a function of the arguments or its name as `"module:function"`; what it returns is the exit
-code. Other packages add theirs as entry points of the group `attnpack_fx.commands`, as `export` and `run` are added.
-They are loaded for every help text, and must not import anything heavy.
+code. Other packages add theirs as entry points of the group `attnpack_fx.commands`, by the command's name; they are
+loaded for every help text, and must not import anything heavy.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from attnpack_cli.demo import add_demo
 from attnpack_cli.doctor import add_doctor
 from attnpack_cli.errors import UserError
 from attnpack_cli.explain import add_explain
+from attnpack_cli.export import add_export
+from attnpack_cli.run import add_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="attnpack", description="Generate from a packed key/value cache through torch.compile.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_demo, add_explain, add_bench, add_doctor):
+    for add in (add_demo, add_explain, add_export, add_run, add_bench, add_doctor):
         add(commands)
     for entry in sorted(entry_points(group="attnpack_fx.commands"), key=lambda entry: entry.name):
-        entry.load()(commands)
+        # An earlier release, of which metadata may be left, had commands of its own among them.
+        if entry.name not in commands.choices:
+            entry.load()(commands)
     return parser
