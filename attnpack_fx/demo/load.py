@@ -40,6 +40,7 @@ def load(name: str, dtype: str = "float32", ranks: Mapping[str, Any] | None = No
     Raises `UserError` when there is no such model, it cannot have these ranks, or transformers is missing.
     """
     require("transformers", "PIL")
+    from safetensors import SafetensorError
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
@@ -58,7 +59,8 @@ def load(name: str, dtype: str = "float32", ranks: Mapping[str, Any] | None = No
         models = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         model = models.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
         processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+    # RuntimeError: weights that do not fit the configuration.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name!r}: {error}") from error
     return Loaded(name, model, processor, vision)
 

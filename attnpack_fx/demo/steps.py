@@ -1,6 +1,7 @@
 """One line of progress on a terminal, and what is printed beside it."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -8,11 +9,14 @@ from typing import Self
 
 from tqdm import tqdm
 
+from attnpack_fx.warning import AttnpackWarning
+
 
 class Steps:
     """A line that says which of how many steps is under way; nothing where standard error is no terminal.
 
-    It vanishes at the end of the `with` block, whatever ends it.
+    It vanishes at the end of the `with` block, whatever ends it. Within that, of all warnings only this package's are
+    shown, one sentence each: others are for developers, who ask for them by `python -W`.
     """
 
     def __init__(self, total: int, *, disable: bool | None = None) -> None:
@@ -20,14 +24,19 @@ class Steps:
             total=total, unit="step", leave=False, file=sys.stderr, disable=disable, dynamic_ncols=True, delay=0
         )
         self._begun = False
+        self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> Self:
+        self._warnings.__enter__()
+        if not sys.warnoptions:
+            warnings.showwarning = self._warned
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._line.close()
+        self._warnings.__exit__(kind, error, trace)
 
     def begin(self, text: str) -> None:
         """The next step, which ends the one before."""
@@ -54,3 +63,8 @@ class Steps:
         """Print to standard output at once, whatever it is."""
         with self.aside():
             print(text, flush=True)
+
+    def _warned(self, message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, AttnpackWarning):
+            with self.aside():
+                print(message, file=sys.stderr, flush=True)
