@@ -1,5 +1,6 @@
 """One line of progress on a terminal, and what is printed beside it."""
 
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,15 +17,17 @@ class Steps:
     """A line that says which of how many steps is under way; nothing where standard error is no terminal.
 
     It vanishes at the end of the `with` block, whatever ends it. Within that, of all warnings only this package's are
-    shown, one sentence each: others are for developers, who ask for them by `python -W`.
+    shown, once and in a sentence: others are for developers, who ask for them by `python -W`.
     """
 
     def __init__(self, total: int, *, disable: bool | None = None) -> None:
-        self._line = tqdm(
-            total=total, unit="step", leave=False, file=sys.stderr, disable=disable, dynamic_ncols=True, delay=0
-        )
+        # tqdm finds no width where a terminal states none, and then shows nothing.
+        width = shutil.get_terminal_size().columns - 1
+        self._line = tqdm(total=total, unit="step", leave=False, file=sys.stderr, disable=disable, ncols=width)
         self._begun = False
         self._warnings = warnings.catch_warnings()
+        # Python forgets which warnings it has shown as soon as any library changes their filters.
+        self._said: set[str] = set()
 
     def __enter__(self) -> Self:
         self._warnings.__enter__()
@@ -65,6 +68,7 @@ class Steps:
             print(text, flush=True)
 
     def _warned(self, message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if issubclass(category, AttnpackWarning):
+        if issubclass(category, AttnpackWarning) and str(message) not in self._said:
+            self._said.add(str(message))
             with self.aside():
                 print(message, file=sys.stderr, flush=True)

@@ -52,11 +52,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Example:
-    """One question and what was answered; `right` is None where nobody knows."""
+    """One question and what was answered, None where it is not yet; `right` is None where nobody knows."""
 
     question: str
-    dense: str
-    packed: str
+    dense: str | None
+    packed: str | None
     right: str | None = None
 
 
@@ -190,10 +190,8 @@ def ahead(speeds: Sequence[Speed]) -> str:
 
 def example_text(example: Example) -> str:
     """A question and its answers, one under the other."""
-    lines = [f"  question  {example.question}"]
-    if example.right is not None:
-        lines.append(f"  right     {example.right}")
-    return "\n".join([*lines, f"  dense     {example.dense}", f"  packed    {example.packed}"])
+    lines = {"question": example.question, "right": example.right, "dense": example.dense, "packed": example.packed}
+    return "\n".join(f"  {name:<8}  {text}" for name, text in lines.items() if text is not None)
 
 
 def layers_table(report: dict[str, Any]) -> str:

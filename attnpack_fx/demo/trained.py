@@ -29,6 +29,7 @@ VISION_RANK: RankSpec = (32, 16)
 _ANSWER_TOKENS = 12
 _SEED = 0
 _EXAMPLES = 4
+_TITLES = {DENSE: "Answers of the dense cache", PACKED: "\nAnswers of both"}
 #: Seconds after which plain Inductor, the least of the comparisons, is left out.
 _PATIENCE = 150
 
@@ -78,12 +79,12 @@ def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, steps
             for case in (("read", settings.images[-1]), ("locate", settings.images[-2:][0])):
                 warm_up(loaded, inputs[case])
             answers[variant], speeds[variant] = {}, {}
-            if variant == PACKED:
-                steps.print("Answers")
+            if variant in _TITLES:
+                steps.print(_TITLES[variant])
             for case in cases if variant != INDUCTOR else []:
                 steps.begin(f"{variant}: {case[0]}, {case[1]} images")
                 answers[variant][case] = timed(loaded, inputs[case], _ANSWER_TOKENS)
-                if variant == PACKED and case in shown:
+                if case in shown:
                     steps.print("\n" + example_text(_example(loaded, case, questions[case][0], answers)))
             for images in settings.images:
                 steps.begin(f"{variant}: {settings.new_tokens} tokens, {images} images")
@@ -127,7 +128,10 @@ def _score(loaded: Loaded, case: Case, questions: list[digits.Question], dense: 
 
 
 def _example(loaded: Loaded, case: Case, question: digits.Question, answers: dict[str, dict[Case, Run]]) -> Example:
-    dense, packed = (texts(loaded, answers[variant][case])[0] for variant in (DENSE, PACKED))
+    """As far as there are answers: the packed ones come after all dense ones, and some time is spent on compiling."""
+    dense, packed = (
+        texts(loaded, answers[variant][case])[0] if variant in answers else None for variant in (DENSE, PACKED)
+    )
     return Example(f"{case[1]} images; {_short(question)}", dense, packed, question.answer)
 
 

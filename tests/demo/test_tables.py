@@ -119,6 +119,7 @@ def test_an_example_without_a_known_answer_shows_none():
         ["dense", "dense answer"],
         ["packed", "packed answer"],
     ]
+    assert "packed" not in example_text(Example("what?", "7", None, "7"))
     assert "right     7" in example_text(Example("what?", "7", "7", "7"))
 
 
