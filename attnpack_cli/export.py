@@ -58,6 +58,9 @@ def _check(arguments: argparse.Namespace) -> None:
     ranks = ranks_of(arguments)
     if arguments.to != "aoti" and arguments.dtype == "bfloat16":
         raise UserError(f"--dtype bfloat16: --to {arguments.to} takes none; expected float32 or float16")
+    for name, (least, most) in arguments.dim:
+        if arguments.to == "aoti" and least < 1:
+            raise UserError(f"--dim {name}={least}:{most}: --to aoti takes no empty tensors; expected sizes from 1 on")
     if arguments.policy is not None:
         if ranks or arguments.bits:
             raise UserError("--policy has ranks and bits of its own: leave --vision-rank, --text-rank, --bits out")

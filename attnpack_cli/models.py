@@ -63,9 +63,7 @@ def check_model(name: str, images: Sequence[str], ranks: Mapping[str, Any]) -> N
             raise UserError(f"{name} takes text only: leave --image out")
         check_ranks(config, ranks)
     elif place.exists():
-        raise UserError(
-            f"{name}: is a file; expected the folder of a model, such as {place.parent}, or an id of the hub"
-        )
+        raise UserError(f"{name}: is a file; expected the folder of a model, or an id of the hub")
     elif not _ID.fullmatch(name) or len(name) > 96:
         raise UserError(
             f"{name}: no such folder; expected the folder of a model, or an id of the hub such as owner/name"

@@ -28,6 +28,7 @@ LLAMA = {"hidden_size": 32, "num_attention_heads": 4}
         # What a nested configuration does not say is a default of its class.
         ({"text_config": LLAMA}, None),
         ({"text_config": {}}, None),
+        (LLAMA | {"text_config": LLAMA}, None),
         ({"n_head": 4, "n_embd": 32}, None),
         (LLAMA | {"num_attention_heads": [4, 2]}, None),
         # Latent attention, and layers of another size.

@@ -91,6 +91,10 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*EXPORT, "--dim", "batch_size"), ("got 'batch_size'", "expected NAME=LEAST:MOST", "e.g. batch_size=1:8")),
     ((*EXPORT, "--dim", "batch_sise=1:8"), ("got 'batch_sise'", "expected one of batch_size", "did you mean")),
     ((*EXPORT, "--dim", "batch_size=4:2"), ("got 'batch_size=4:2'", "expected a smallest and a larger", "e.g.")),
+    (
+        ("export", "model", "--to", "aoti", "--out", "new", "--dim", "text_length=0:8"),
+        ("--dim text_length=0:8", "expected sizes from 1 on"),
+    ),
     ((*EXPORT, "--policy", "no.json"), ("--policy no.json: no such file", "expected a file that PackPolicy.save")),
     ((*EXPORT, "--policy", "notes.txt"), ("--policy notes.txt: cannot be read as JSON", "PackPolicy.save")),
     ((*EXPORT, "--policy", "list.json"), ("--policy list.json: not a policy file", "PackPolicy.save")),
