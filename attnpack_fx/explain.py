@@ -12,6 +12,7 @@ from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.compiling import called_through
+from attnpack_fx.notebook import ShownAsText
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT, SiteReport
 from attnpack_fx.policy import PackPolicy
@@ -21,7 +22,7 @@ from attnpack_fx.taking_back import settle
 _DECODE_STEPS = 2
 
 
-class Report(dict[str, Any]):
+class Report(ShownAsText, dict[str, Any]):
     """What `explain` found, as a dict that prints as a table.
 
     graphs: for every graph compiled, in order, the list of its attention sites: `layer`, `kind`, `action`, `reason`,

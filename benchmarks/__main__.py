@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attnpack_fx.bench import PARTS
+from attnpack_cli.bench import PARTS
 from benchmarks import measure, results_file
 from benchmarks.report.command import FOLDER as REPORT
 

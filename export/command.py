@@ -1,102 +1,49 @@
-"""`attnpack export` and `attnpack run`."""
+"""`attnpack export` and `attnpack run`, once their arguments are checked."""
 
 import argparse
 import logging
 import sys
 import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from attnpack_fx.arguments import add_prompt, add_ranks, policy_of, positive, ranks_of, settle
-from attnpack_fx.demo.errors import UserError, require
+from attnpack_cli.arguments import ranks_of
+from attnpack_cli.errors import UserError
+from attnpack_fx import export as exporters
+from attnpack_fx.demo.load import Loaded, load, model_inputs, open_images
+from attnpack_fx.demo.printed import Printed
+from attnpack_fx.demo.steps import Steps
+from attnpack_fx.export.artefact import PROCESSOR
+from attnpack_fx.export.model import any_count
+from attnpack_fx.export.runtime import PackedGenerator
+from attnpack_fx.export.signature import DTYPES
+from attnpack_fx.passes.quantize import Quantize
+from attnpack_fx.policy import PackPolicy, PolicyError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from attnpack_fx.demo.load import Loaded
-    from attnpack_fx.policy import PackPolicy
-
-_TARGETS = ("onnx", "tensorrt", "aoti")
-
-
-def add_export(commands: Any) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="write a model and its packed cache for another runtime",
-        description="Write a transformers model, its decode step over a packed cache and the prefill that packs it: an "
-        "artefact that `attnpack run` and attnpack_fx.export.PackedGenerator load.",
-    )
-    parser.add_argument("model", metavar="ID_OR_PATH")
-    parser.add_argument("--to", required=True, choices=_TARGETS, help="the runtime")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="what to write")
-    parser.add_argument("--policy", type=Path, metavar="FILE.json", help="what PackPolicy.save wrote")
-    parser.add_argument("--bits", type=int, choices=(2, 4, 8), help="of coefficients and bases (as the weights)")
-    add_ranks(parser)
-    parser.add_argument(
-        "--image", metavar="FILE", help="a picture of the size to export the vision tower for, where it takes one size"
-    )
-    parser.add_argument(
-        "--dim",
-        action="append",
-        default=[],
-        type=_dim,
-        metavar="NAME=LEAST:MOST",
-        help="the sizes that a dimension may have, e.g. batch_size=1:8; may be repeated",
-    )
-    parser.set_defaults(run=_export)
+#: How often a target reports what comes next, but for what it reports of each step.
+_REPORTS = {"onnx": (1, 2), "tensorrt": (2, 2), "aoti": (1, 1)}
 
 
-def add_run(commands: Any) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="generate with an artefact",
-        description="Answer a prompt with an artefact of `attnpack export`; the text is printed as it comes.",
-    )
-    parser.add_argument("artefact", metavar="FOLDER")
-    add_prompt(parser)
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="length of the answer (64)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="of ONNX Runtime (as many as it likes)")
-    sampling = parser.add_argument_group("sampling", "greedy without --sample")
-    sampling.add_argument("--sample", action="store_true", help="draw tokens by their probability")
-    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T")
-    sampling.add_argument("--top-k", type=positive, metavar="K")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    sampling.add_argument("--seed", type=int, metavar="N", help="the same tokens every time")
-    parser.set_defaults(run=_run)
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    require("transformers", "PIL", "tqdm")
-    settle()
+def export(arguments: argparse.Namespace) -> None:
     # What PyTorch's exporters have to say about themselves.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from tqdm import tqdm
-
-    from attnpack_fx import export
-    from attnpack_fx.demo.load import load
-
-    write = getattr(export, f"export_{arguments.to}")
     policy = _policy(arguments)
-    loaded = load(arguments.model, arguments.dtype or "float32")
-    example = _example(loaded, arguments.image) if loaded.vision else None
-    with tqdm(unit="step", leave=False, file=sys.stderr) as progress:
-
-        def told(text: str) -> None:
-            progress.set_description(text)
-            progress.update()
-
+    with Steps(1) as steps:
+        steps.begin("loading the model")
+        loaded = load(arguments.model, arguments.dtype or "float32", ranks_of(arguments))
+        example = _example(loaded, arguments.image) if loaded.vision else None
+        steps.expect(_reports(arguments.to, policy, loaded.vision))
         try:
-            folder = write(
+            folder = getattr(exporters, f"export_{arguments.to}")(
                 loaded.model,
                 policy,
                 arguments.out,
                 example=example,
                 processor=loaded.processor,
                 dims=dict(arguments.dim),
-                progress=told,
+                progress=steps.begin,
             )
         except (NotImplementedError, ValueError, ImportError, FileExistsError) as error:
             raise UserError(str(error)) from error
@@ -104,61 +51,52 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{folder}: {arguments.to}, {size / 1e6:.1f} MB. attnpack run {folder} --prompt TEXT")
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    require("transformers", "PIL")
-    settle()
-    if arguments.prompt is None:
-        raise UserError("needs a question: --prompt TEXT")
-    from attnpack_fx.demo.load import model_inputs, open_images
-    from attnpack_fx.export.runtime import PackedGenerator
-
+def run(arguments: argparse.Namespace) -> None:
     images = open_images(arguments.image)
+    chosen = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
     try:
         generator = PackedGenerator(arguments.artefact, threads=arguments.threads)
         loaded = _loaded(generator)
         inputs = model_inputs(loaded, arguments.prompt, images)
-        printed = _Printed(loaded.tokenizer)
+        printed = Printed(loaded.tokenizer)
         began = time.perf_counter()
         generator.generate(
             **inputs,
             max_new_tokens=arguments.max_new_tokens,
             do_sample=arguments.sample,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
+            **{name: value for name, value in chosen.items() if value is not None},
             on_token=printed,
         )
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
     seconds = time.perf_counter() - began
     assert generator.state is not None
+    print(flush=True)
     print(
-        f"\n{len(printed.tokens)} tokens in {seconds:.2f} s after a prompt of {inputs['input_ids'].shape[1]}; "
+        f"{len(printed.tokens)} tokens in {seconds:.2f} s after a prompt of {inputs['input_ids'].shape[1]}; "
         f"cache {generator.state.bytes / 1e6:.2f} MB",
         file=sys.stderr,
     )
 
 
-def _policy(arguments: argparse.Namespace) -> "PackPolicy":
-    from attnpack_fx.passes.quantize import Quantize
-    from attnpack_fx.policy import PackPolicy, PolicyError
+def _reports(target: str, policy: PackPolicy, vision: bool) -> int:
+    """How often the exporter of `target` says what comes next: of prefill, decode, maybe vision and angles of folds."""
+    each, once = _REPORTS[target]
+    return each * (2 + vision + (policy.fold_every is not None)) + once
 
+
+def _policy(arguments: argparse.Namespace) -> PackPolicy:
     try:
         if arguments.policy is not None:
-            if ranks_of(arguments) or arguments.bits:
-                raise UserError("--policy has ranks and bits of its own: leave --vision-rank, --text-rank, --bits out")
             return PackPolicy.load(arguments.policy)
-        return policy_of(arguments, passes=(Quantize(bits=arguments.bits),) if arguments.bits else ())
+        passes = (Quantize(bits=arguments.bits),) if arguments.bits else ()
+        return PackPolicy(**ranks_of(arguments), passes=passes)
     except (PolicyError, OSError) as error:
         raise UserError(str(error)) from error
 
 
-def _example(loaded: "Loaded", file: str | None) -> dict[str, Any] | None:
+def _example(loaded: Loaded, file: str | None) -> dict[str, Any] | None:
     """Inputs with an image, by which the vision tower is exported, where it takes images of more than one size."""
-    from attnpack_fx.demo.load import model_inputs, open_images
-    from attnpack_fx.export.model import any_count
-
     if file is None:
         if any_count(loaded.model):
             return None
@@ -166,17 +104,11 @@ def _example(loaded: "Loaded", file: str | None) -> dict[str, Any] | None:
     return model_inputs(loaded, "", open_images([file]))
 
 
-def _loaded(generator: Any) -> "Loaded":
+def _loaded(generator: Any) -> Loaded:
     """The artefact's processor, and what prompts are made for."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    from attnpack_fx.demo.load import Loaded
-    from attnpack_fx.export.artefact import PROCESSOR
-    from attnpack_fx.export.signature import DTYPES
-
     place, facts = generator.folder / PROCESSOR, generator.manifest.model
-    if not place.is_dir():
-        raise UserError(f"{generator.folder}: holds no processor; export again with one, or use PackedGenerator")
     vision = bool(facts["image_tokens"])
     try:
         processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(place)
@@ -184,27 +116,3 @@ def _loaded(generator: Any) -> "Loaded":
         raise UserError(f"cannot load the processor in {place}: {error}") from error
     model = SimpleNamespace(dtype=DTYPES[facts["dtype"]], device="cpu")
     return Loaded(str(generator.folder), model, processor, vision)
-
-
-class _Printed:
-    """Prints text as tokens come: what they add to the text of those before."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokens: list[int] = []
-        self._tokenizer, self._text = tokenizer, ""
-
-    def __call__(self, new: "Tensor") -> None:
-        self.tokens.append(int(new[0]))
-        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
-        # A character may take several tokens: until they are there, it decodes to a replacement character.
-        if not text.endswith("\ufffd"):
-            print(text[len(self._text) :], end="", flush=True)
-            self._text = text
-
-
-def _dim(text: str) -> tuple[str, tuple[int, int]]:
-    name, _, bounds = text.partition("=")
-    least, _, most = bounds.partition(":")
-    if not name or not least.isdecimal() or not most.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=LEAST:MOST, e.g. batch_size=1:8")
-    return name, (int(least), int(most))

@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from attnpack_fx.arguments import add_prompt, add_ranks, policy_of, ranks_of
+from attnpack_cli.arguments import add_prompt, add_ranks, ranks_of
+from attnpack_fx import PackPolicy
 
 
 def _parsed(*arguments: str) -> argparse.Namespace:
@@ -17,10 +18,10 @@ def _parsed(*arguments: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("text", "rank"), [("64", 64), ("64,16", (64, 16)), ("full", "full"), ("full, 8", ("full", 8)), ("none", None)]
 )
-def test_ranks(tmp_path, text, rank):
+def test_ranks(text, rank):
     arguments = _parsed("--text-rank", text)
-    assert policy_of(arguments).text_rank == rank
-    assert policy_of(arguments, vision_rank=(3, 2)).vision_rank == (3, 2)
+    assert ranks_of(arguments) == {"text_rank": rank}
+    assert PackPolicy(**ranks_of(arguments)).text_rank == rank
 
 
 def test_what_is_not_given_is_left_to_the_policy():

@@ -1,14 +1,15 @@
-"""The command line: help at once, errors in one sentence, and the two commands end to end."""
+"""The command line: commands of other packages, errors that loading finds, and `demo` and `explain` end to end."""
 
 import json
-import subprocess
-import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from attnpack_fx import cli
-from attnpack_fx.demo import load
+from attnpack_cli import main as cli
+from attnpack_cli import models
+from attnpack_cli.errors import UserError
 from tests.demo.models import save_text_model, trained
 
 
@@ -24,58 +25,28 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-def test_help_needs_neither_transformers_nor_matplotlib():
-    code = (
-        "import sys\n"
-        "for name in ('transformers', 'matplotlib', 'PIL', 'sklearn', 'tqdm', 'onnx', 'onnxruntime'):\n"
-        "    sys.modules[name] = None\n"
-        "from attnpack_fx.cli import main\n"
-        "for arguments in (['--help'], *([name, '--help'] for name in ('demo', 'explain', 'export', 'run'))):\n"
-        "    try:\n"
-        "        main(arguments)\n"
-        "    except SystemExit as end:\n"
-        "        assert end.code == 0\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: attnpack") == 5
+def test_commands_of_other_packages_are_entry_points(capsys, monkeypatch):
+    def add_weigh(commands):
+        commands.add_parser("weigh", help="say what a cache weighs").set_defaults(run=lambda arguments: 7)
+
+    theirs = EntryPoint("weigh", "tests.test_cli:none", "attnpack_fx.commands")
+    monkeypatch.setattr(EntryPoint, "load", lambda entry: add_weigh)
+    # One of the same name as a command of ours, which metadata of an earlier release may hold, is not even loaded.
+    ours = EntryPoint("export", "attnpack_fx.nowhere:add_export", "attnpack_fx.commands")
+    monkeypatch.setattr(cli, "entry_points", lambda group: [theirs, ours])
+    assert cli.main(["weigh"]) == 7
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "say what a cache weighs" in capsys.readouterr().out
 
 
-def test_version(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["--version"])
-    assert end.value.code == 0
-    assert capsys.readouterr().out.startswith("attnpack-fx 0.")
+def test_an_interrupted_command_ends_without_a_traceback(monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
 
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "COMMAND"),
-        (("pack",), "invalid choice: 'pack'"),
-        (("demo", "--questions", "0"), "got '0', expected a whole number from 1 on"),
-        (("demo", "--images", "4,17"), "expected numbers from 1 to 16"),
-        (("demo", "--images", "4,,"), "got '', expected a whole number"),
-        (("demo", "--vision-rank", "0"), "got '0', expected a rank such as 64"),
-        (("explain", "some/model", "--vision-rank", "automatic"), "'full', 'none' or 'auto'"),
-        (("demo", "--text-rank", "8,4,2"), "expected a rank such as 64"),
-        (("demo", "--prompt", "what?"), "--prompt needs --model"),
-        (("demo", "--image", "a.png"), "--image needs --model"),
-        (("demo", "--dtype", "bfloat16"), "--dtype needs --model"),
-        (("demo", "--max-new-tokens", "9"), "--max-new-tokens needs --model"),
-        (("demo", "--model", "m", "--prompt", "p", "--quick"), "--quick is for the trained model"),
-        (("demo", "--model", "m", "--image", "a.png"), "--prompt TEXT"),
-        (("demo", "--model", "m", "--prompt", "p", "--image", "no-such.png"), "--image no-such.png: no such file"),
-        (("demo", "--out", "no-such-folder/a.png"), "there is no folder no-such-folder"),
-        (("demo", "--out", "a.gif"), "expected a name that ends in .png"),
-        (("explain",), "ID_OR_PATH"),
-        (("explain", "m", "--image", "no-such.png"), "--image no-such.png: no such file"),
-    ],
-)
-def test_wrong_arguments_end_with_what_to_do(capsys, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    assert message in failed(capsys, *arguments)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("attnpack_fx.demo.command.explain", interrupted)
+    monkeypatch.setattr("attnpack_cli.explain.check_model", lambda *_: None)
+    assert cli.main(["explain", "any"]) == 130
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):
@@ -85,28 +56,64 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
 
 
 def test_without_a_checkout_the_demo_says_where_it_looked(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(load, "__file__", str(tmp_path / "site-packages" / "attnpack_fx" / "demo" / "load.py"))
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "site-packages" / "attnpack_cli" / "models.py"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     message = failed(capsys, "demo")
     for place in ("site-packages", "here"):
-        assert str(tmp_path / place / load.TRAINED) in message
+        assert str(tmp_path / place / models.TRAINED) in message
     assert "--model ID_OR_PATH" in message
 
 
-def test_a_folder_that_holds_no_model(capsys, tmp_path):
-    assert "cannot load the model" in failed(capsys, "explain", str(tmp_path))
-
-
-def test_a_rank_the_model_cannot_have(capsys, tmp_path, without_inductor):
+def test_a_folder_with_weights_that_are_none(capsys, tmp_path):
     name = save_text_model(tmp_path)
-    assert "text_rank=4096 exceeds H * D" in failed(capsys, "explain", name, "--text-rank", "4096")
+    (Path(name) / "model.safetensors").write_bytes(b"none" * 1024)
+    assert f"cannot load the model {name!r}" in failed(capsys, "explain", name)
 
 
-def test_an_image_for_a_model_without_vision(capsys, tmp_path):
+def test_a_rank_that_only_the_whole_configuration_refuses(capsys, tmp_path):
+    name = Path(save_text_model(tmp_path))
+    config = json.loads((name / "config.json").read_text())
+    del config["hidden_size"], config["head_dim"]
+    (name / "config.json").write_text(json.dumps(config))
+    # Refused before the weights, which would not fit this configuration.
+    message = failed(capsys, "explain", str(name), "--text-rank", "8192")
+    assert "text_rank=8192 exceeds H * D = 4096" in message and "expected a rank from 1 to 4096" in message
+
+
+def test_an_image_for_a_model_without_vision(capsys, tmp_path, monkeypatch):
     name = save_text_model(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    # Where the files do not show it.
+    monkeypatch.setattr("attnpack_cli.explain.check_model", lambda *_: None)
     assert "takes text only" in failed(capsys, "explain", name, "--image", str(tmp_path / "a.png"))
+
+
+def test_answers_are_printed_before_what_comes_after_them(capsys, tmp_path, monkeypatch, without_inductor):
+    name = save_text_model(tmp_path)
+    capsys.readouterr()
+
+    def stopped(*_):
+        raise UserError("stopped")
+
+    monkeypatch.setattr("attnpack_fx.demo.own.explained", stopped)
+    arguments = [
+        "demo",
+        "--model",
+        name,
+        "--prompt",
+        "a b c",
+        "--max-new-tokens",
+        "2",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    for part in ("question  a b c", "  dense     ", "  packed    ", "Speed"):
+        assert part in captured.out
+    warning, error = captured.err.splitlines()
+    assert warning.startswith("attnpack: no attention site") and error == "attnpack demo: stopped"
 
 
 def test_explain_prints_the_report_as_json(capsys, tmp_path, without_inductor):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MAPPED = ("attnpack_fx", "kernels", "passes", "export")
+MAPPED = ("attnpack_cli", "attnpack_fx", "kernels", "passes", "export")
 
 
 def test_every_package_folder_is_listed():
@@ -14,7 +14,7 @@ def test_every_package_folder_is_listed():
     for top in MAPPED:
         for init in (ROOT / top).rglob("__init__.py"):
             name = ".".join(init.parent.relative_to(ROOT).parts)
-            found.add(name if top == "attnpack_fx" else f"attnpack_fx.{name}")
+            found.add(name if top.startswith("attnpack") else f"attnpack_fx.{name}")
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from attnpack_fx.notebook import ShownAsText
 from attnpack_fx.passes.storage import Columns, LayerPlan
 
 
@@ -20,7 +21,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(ShownAsText):
     """What `calibrate` found.
 
     layers: the plan; errors: what it is expected to change each layer's attention output by, relative to its norm

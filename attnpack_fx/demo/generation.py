@@ -14,6 +14,7 @@ import attnpack_fx
 from attnpack_fx import explain, hf
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.demo.load import Loaded
+from attnpack_fx.demo.printed import Printed
 from attnpack_fx.explain import Report
 from attnpack_fx.policy import PackPolicy
 
@@ -50,18 +51,21 @@ class Run:
 
 
 class _Watch:
-    """A streamer that notes when each token comes and what the cache holds; the noting is not timed."""
+    """A streamer that notes when each token comes and what the cache holds; noting and printing are not timed."""
 
-    def __init__(self, cache: object) -> None:
-        self._cache = cache
+    def __init__(self, cache: object, printed: Printed | None) -> None:
+        self._cache, self._printed = cache, printed
         self._left: float | None = None
         self.seconds: list[float] = []
         self.held: list[int] = []
 
-    def put(self, _: torch.Tensor) -> None:
+    def put(self, tokens: torch.Tensor) -> None:
+        # The first are the prompt.
         if self._left is not None:
             self.seconds.append(time.perf_counter() - self._left)
             self.held.append(cache_bytes(self._cache))
+            if self._printed is not None:
+                self._printed(tokens)
         self._left = time.perf_counter()
 
     def end(self) -> None:
@@ -83,11 +87,18 @@ def compiled(model: Any, variant: str, policy: PackPolicy) -> Iterator[None]:
         model._compiled_call_impl = None
 
 
-def timed(loaded: Loaded, inputs: dict[str, Any], tokens: int, exactly: bool = False) -> Run:
-    """Generate up to (or `exactly`) `tokens` tokens; repeated while anything is compiled during the run."""
+def timed(
+    loaded: Loaded, inputs: dict[str, Any], tokens: int, exactly: bool = False, printed: Printed | None = None
+) -> Run:
+    """Generate up to (or `exactly`) `tokens` tokens; repeated while anything is compiled during the run.
+
+    printed: is given the tokens as they come.
+    """
     for _ in range(_ATTEMPTS):
         before = _graphs()
-        run = _generate(loaded, inputs, tokens, exactly)
+        if printed is not None:
+            printed.begins()
+        run = _generate(loaded, inputs, tokens, exactly, printed)
         if _graphs() == before:
             return run
     log.warning("every one of %d runs compiled something: the times of the last one hold that too", _ATTEMPTS)
@@ -110,9 +121,11 @@ def texts(loaded: Loaded, run: Run) -> list[str]:
     return [text.strip() for text in loaded.tokenizer.batch_decode(run.tokens, skip_special_tokens=True)]
 
 
-def _generate(loaded: Loaded, inputs: dict[str, Any], tokens: int, exactly: bool) -> Run:
+def _generate(
+    loaded: Loaded, inputs: dict[str, Any], tokens: int, exactly: bool, printed: Printed | None = None
+) -> Run:
     cache = hf.empty_cache(loaded.model)
-    watch = _Watch(cache)
+    watch = _Watch(cache, printed)
     with torch.no_grad():
         found = loaded.model.generate(
             **inputs,

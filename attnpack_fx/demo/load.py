@@ -1,19 +1,16 @@
 """Models, processors and prompts from transformers: the only place of the command line that loads any."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnpack_fx.demo.errors import UserError, require
+from attnpack_cli.errors import UserError, require
+from attnpack_cli.models import check_ranks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-#: Where the trained model lies in a checkout of the repository.
-TRAINED = Path("benchmarks", "assets", "digits-llava")
 
 
 @dataclass(frozen=True)
@@ -34,30 +31,16 @@ class Loaded:
         return getattr(self.processor, "tokenizer", self.processor)
 
 
-def trained_model() -> Path:
-    """The folder of the trained model, in the checkout this package runs from or in the working directory.
-
-    Raises `UserError` when it is in neither.
-    """
-    places = [root / TRAINED for root in (Path(__file__).resolve().parents[2], Path.cwd())]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    raise UserError(
-        "the trained model of the demo is not installed with the package; looked in "
-        f"{' and in '.join(map(str, places))}. Run from a clone of the repository, or use a model of yours: "
-        "attnpack demo --model ID_OR_PATH --image FILE --prompt TEXT"
-    )
-
-
-def load(name: str, dtype: str = "float32") -> Loaded:
+def load(name: str, dtype: str = "float32", ranks: Mapping[str, Any] | None = None) -> Loaded:
     """Load a vision-language model with its processor, or a text-only model with its tokenizer.
 
-    name: a folder or a model id of the Hugging Face hub. dtype: torch's name of one.
+    name: a folder or a model id of the Hugging Face hub. dtype: torch's name of one. ranks: of a policy, checked when
+    the configuration is there, before the weights.
 
-    Raises `UserError` when there is no such model, or transformers is missing.
+    Raises `UserError` when there is no such model, it cannot have these ranks, or transformers is missing.
     """
     require("transformers", "PIL")
+    from safetensors import SafetensorError
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
@@ -71,11 +54,13 @@ def load(name: str, dtype: str = "float32") -> Loaded:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(name)
+        check_ranks(config.to_dict(), ranks or {})
         vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         models = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         model = models.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
         processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+    # RuntimeError: weights that do not fit the configuration.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name!r}: {error}") from error
     return Loaded(name, model, processor, vision)
 

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnpack_fx.demo.generation import DENSE, PACKED, Run, compiled, explained, texts, timed, warm_up
+from attnpack_fx.demo.generation import DENSE, PACKED, Run, compiled, explained, timed, warm_up
 from attnpack_fx.demo.load import Loaded, model_inputs
 from attnpack_fx.demo.picture import draw
+from attnpack_fx.demo.printed import Printed
 from attnpack_fx.demo.spectra import spectra
-from attnpack_fx.demo.tables import Example, Speed, report
+from attnpack_fx.demo.steps import Steps
+from attnpack_fx.demo.tables import Speed, found_text, section, speed_text
 from attnpack_fx.policy import PackPolicy
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from tqdm import tqdm
 
 
 def run(
@@ -23,26 +24,27 @@ def run(
     max_new_tokens: int,
     policy: PackPolicy,
     out: Path,
-    progress: "tqdm",
-) -> str:
-    """Answer, measure, draw to `out`; returns what to print."""
+    steps: Steps,
+) -> None:
+    """Answer, measure, draw to `out`; print each answer as its tokens come, each table as it is there."""
     inputs = model_inputs(loaded, prompt, images)
     runs: dict[str, Run] = {}
-    progress.total = 6
-    for variant in (DENSE, PACKED):
+    steps.expect(6)
+    steps.print(section("Answers", f"  question  {prompt}"))
+    for variant, label in ((DENSE, "dense"), (PACKED, "packed")):
         with compiled(loaded.model, variant, policy):
-            progress.set_description_str(f"{variant}: warming up")
+            steps.begin(f"{variant}: warming up")
             warm_up(loaded, inputs)
-            progress.update()
-            progress.set_description_str(f"{variant}: answering")
-            runs[variant] = timed(loaded, inputs, max_new_tokens)
-            progress.update()
-    progress.set_description_str("explain")
-    found = explained(loaded, inputs, policy)
-    progress.update()
-    progress.set_description_str("singular values, picture")
+            steps.begin(f"{variant}: answering")
+            with steps.aside():
+                print(f"  {label:<10}", end="", flush=True)
+                runs[variant] = timed(loaded, inputs, max_new_tokens, printed=Printed(loaded.tokenizer))
+                print()
     speed = Speed.of(runs, len(images), inputs)
+    steps.print(f"\n{speed_text([speed])}")
+    steps.begin("explain")
+    found = explained(loaded, inputs, policy)
+    steps.print(f"\n{found_text(found)}")
+    steps.begin("singular values, picture")
     draw(out, f"{Path(loaded.name).name}: the packed cache", prompt, images, spectra(loaded, inputs), speed, policy)
-    progress.update()
-    dense, packed = (texts(loaded, runs[variant])[0] for variant in (DENSE, PACKED))
-    return report([Example(prompt, dense, packed)], [], [speed], found, out)
+    steps.print(f"\nPicture: {out}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnpack_fx.demo.errors import UserError
+from attnpack_cli.errors import UserError
 from attnpack_fx.demo.generation import DENSE, PACKED
 from attnpack_fx.demo.spectra import Spectrum
 from attnpack_fx.demo.tables import Speed, ratio

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,46 +52,43 @@ class Speed:
 
 @dataclass(frozen=True)
 class Example:
-    """One question and what was answered; `right` is None where nobody knows."""
+    """One question and what was answered, None where it is not yet; `right` is None where nobody knows."""
 
     question: str
-    dense: str
-    packed: str
+    dense: str | None
+    packed: str | None
     right: str | None = None
 
 
-def report(
-    examples: Sequence[Example],
-    scores: Sequence[Score],
-    speeds: Sequence[Speed],
-    found: Report,
-    picture: Path,
-) -> str:
-    """Everything the demo prints."""
+def section(title: str, body: str) -> str:
+    """A title and what stands below it."""
+    return f"{title}\n\n{body}"
+
+
+def scores_text(scores: Sequence[Score], speeds: Sequence[Speed]) -> str:
+    """Accuracy and memory, as a section."""
+    title = "Accuracy and memory (cache bytes of one prompt at the end of its answer)"
+    return section(title, scores_table(scores, speeds))
+
+
+def speed_text(speeds: Sequence[Speed]) -> str:
+    """Speed, as a section."""
+    title = (
+        "Speed (tokens/s of the whole batch after the first token; compiling and warm-up not counted; "
+        f"CPU threads: {torch.get_num_threads()})"
+    )
+    return section(title, f"{speed_table(speeds)}\n\n{ahead(speeds)}")
+
+
+def found_text(found: Report) -> str:
+    """What `explain` found, as one section or two."""
     vision, text = (_rank(found["policy"][name]) for name in ("vision_rank", "text_rank"))
-    sections = [("Answers", examples_text(examples))]
-    if scores:
-        sections.append(
-            (
-                "Accuracy and memory (cache bytes of one prompt at the end of its answer)",
-                scores_table(scores, speeds),
-            )
-        )
-    sections += [
-        (
-            "Speed (tokens/s of the whole batch after the first token; compiling and warm-up not counted; "
-            f"CPU threads: {torch.get_num_threads()})",
-            f"{speed_table(speeds)}\n\n{ahead(speeds)}",
-        ),
-        (
-            f"Error per layer against the dense cache (vision rank {vision}, text rank {text}; attnpack_fx.explain)",
-            layers_table(found),
-        ),
-    ]
+    title = f"Error per layer against the dense cache (vision rank {vision}, text rank {text}; attnpack_fx.explain)"
+    sections = [section(title, layers_table(found))]
     if found.settings:
         title = "Attention alone, in all layers of one step of the batch, by setting, with no more error of keys"
-        sections.append((title, "\n".join(found.settings)))
-    return "\n\n".join(f"{title}\n\n{body}" for title, body in sections) + f"\n\nPicture: {picture}"
+        sections.append(section(title, "\n".join(found.settings)))
+    return "\n\n".join(sections)
 
 
 def _rank(spec: Any) -> str:
@@ -192,16 +188,10 @@ def ahead(speeds: Sequence[Speed]) -> str:
     return f"  Ahead, by images in a prompt: {found}."
 
 
-def examples_text(examples: Sequence[Example]) -> str:
-    """Questions and answers, one under the other."""
-    blocks = []
-    for example in examples:
-        lines = [f"  question  {example.question}"]
-        if example.right is not None:
-            lines.append(f"  right     {example.right}")
-        lines += [f"  dense     {example.dense}", f"  packed    {example.packed}"]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+def example_text(example: Example) -> str:
+    """A question and its answers, one under the other."""
+    lines = {"question": example.question, "right": example.right, "dense": example.dense, "packed": example.packed}
+    return "\n".join(f"  {name:<8}  {text}" for name, text in lines.items() if text is not None)
 
 
 def layers_table(report: dict[str, Any]) -> str:

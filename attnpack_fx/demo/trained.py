@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from attnpack_fx.demo import digits
 from attnpack_fx.demo.generation import (
@@ -20,17 +20,16 @@ from attnpack_fx.demo.generation import (
 from attnpack_fx.demo.load import Loaded, batch_inputs
 from attnpack_fx.demo.picture import draw
 from attnpack_fx.demo.spectra import spectra
-from attnpack_fx.demo.tables import Example, Score, Speed, report
+from attnpack_fx.demo.steps import Steps
+from attnpack_fx.demo.tables import Example, Score, Speed, example_text, found_text, scores_text, speed_text
 from attnpack_fx.policy import PackPolicy, RankSpec
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 #: Ranks of keys and values at which this model answers as it does dense; RoPE costs the keys rank.
 VISION_RANK: RankSpec = (32, 16)
 _ANSWER_TOKENS = 12
 _SEED = 0
 _EXAMPLES = 4
+_TITLES = {DENSE: "Answers of the dense cache", PACKED: "\nAnswers of both"}
 #: Seconds after which plain Inductor, the least of the comparisons, is left out.
 _PATIENCE = 150
 
@@ -54,8 +53,8 @@ class Settings:
 QUICK = Settings(images=(4,), questions=4, new_tokens=24, inductor=False)
 
 
-def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, progress: "tqdm") -> str:
-    """Answer, measure, draw to `out`; returns what to print."""
+def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, steps: Steps) -> None:
+    """Answer, measure, draw to `out`; print answers and tables, each as soon as it is there."""
     cases = [(task, images) for images in settings.images for task in digits.TASKS]
     questions = {
         (task, images): digits.held_out_questions(task, images, settings.questions, _SEED) for task, images in cases
@@ -67,45 +66,54 @@ def run(loaded: Loaded, settings: Settings, policy: PackPolicy, out: Path, progr
     answers: dict[str, dict[Case, Run]] = {}
     speeds: dict[str, dict[int, Run]] = {}
     variants = [DENSE, PACKED, *([INDUCTOR] if settings.inductor else [])]
-    progress.total = 2 + 2 * len(cases) + len(variants) * (1 + len(settings.images))
+    # What is printed: both answers to one question of each of the last cases.
+    shown = cases[-_EXAMPLES:]
+    steps.expect(2 + 2 * len(cases) + len(variants) * (1 + len(settings.images)))
     began = time.monotonic()
     for variant in variants:
         if variant == INDUCTOR and time.monotonic() - began > _PATIENCE:
             break
         with compiled(loaded.model, variant, policy):
-            progress.set_description_str(f"{variant}: warming up")
+            steps.begin(f"{variant}: warming up")
             # Two cases that differ in every size: what is compiled after the second holds for all others.
             for case in (("read", settings.images[-1]), ("locate", settings.images[-2:][0])):
                 warm_up(loaded, inputs[case])
-            progress.update()
             answers[variant], speeds[variant] = {}, {}
+            if variant in _TITLES:
+                steps.print(_TITLES[variant])
             for case in cases if variant != INDUCTOR else []:
-                progress.set_description_str(f"{variant}: {case[0]}, {case[1]} images")
+                steps.begin(f"{variant}: {case[0]}, {case[1]} images")
                 answers[variant][case] = timed(loaded, inputs[case], _ANSWER_TOKENS)
-                progress.update()
+                if case in shown:
+                    steps.print("\n" + example_text(_example(loaded, case, questions[case][0], answers)))
             for images in settings.images:
-                progress.set_description_str(f"{variant}: {settings.new_tokens} tokens, {images} images")
+                steps.begin(f"{variant}: {settings.new_tokens} tokens, {images} images")
                 speeds[variant][images] = timed(loaded, inputs["read", images], settings.new_tokens, exactly=True)
-                progress.update()
-    shown = ("read", settings.images[-1])
-    progress.set_description_str("explain")
-    found = explained(loaded, inputs[shown], policy)
-    progress.update()
-    progress.set_description_str("singular values, picture")
-    measured = [
+        if variant == PACKED:
+            scores = [
+                _score(loaded, case, questions[case], answers[DENSE][case], answers[PACKED][case]) for case in cases
+            ]
+            steps.print("\n" + scores_text(scores, _measured(speeds, settings, inputs)))
+    measured = _measured(speeds, settings, inputs)
+    steps.print("\n" + speed_text(measured))
+    if settings.inductor and INDUCTOR not in speeds:
+        steps.print(f"\nPlain Inductor was not timed: the rest took longer than {_PATIENCE} seconds.")
+    last = ("read", settings.images[-1])
+    steps.begin("explain")
+    steps.print("\n" + found_text(explained(loaded, inputs[last], policy)))
+    steps.begin("singular values, picture")
+    asked = questions[last][0]
+    title = f"{Path(loaded.name).name}: the packed cache of {last[1]} images of handwritten digits"
+    draw(out, title, _short(asked), asked.images, spectra(loaded, inputs[last]), measured[-1], policy)
+    steps.print(f"\nPicture: {out}")
+
+
+def _measured(speeds: dict[str, dict[int, Run]], settings: Settings, inputs: dict[Case, dict[str, Any]]) -> list[Speed]:
+    """Of the variants that ran so far, by the number of images."""
+    return [
         Speed.of({variant: runs[images] for variant, runs in speeds.items()}, images, inputs["read", images])
         for images in settings.images
     ]
-    scores = [_score(loaded, case, questions[case], answers[DENSE][case], answers[PACKED][case]) for case in cases]
-    asked = questions[shown][0]
-    title = f"{Path(loaded.name).name}: the packed cache of {shown[1]} images of handwritten digits"
-    draw(out, title, _short(asked), asked.images, spectra(loaded, inputs[shown]), measured[-1], policy)
-    progress.update()
-    examples = [_example(loaded, case, questions[case][0], answers) for case in cases[-_EXAMPLES:]]
-    text = report(examples, scores, measured, found, out)
-    if settings.inductor and INDUCTOR not in speeds:
-        text += f"\n\nPlain Inductor was not timed: the rest took longer than {_PATIENCE} seconds."
-    return text
 
 
 def _score(loaded: Loaded, case: Case, questions: list[digits.Question], dense: Run, packed: Run) -> Score:
@@ -120,7 +128,10 @@ def _score(loaded: Loaded, case: Case, questions: list[digits.Question], dense: 
 
 
 def _example(loaded: Loaded, case: Case, question: digits.Question, answers: dict[str, dict[Case, Run]]) -> Example:
-    dense, packed = (texts(loaded, answers[variant][case])[0] for variant in (DENSE, PACKED))
+    """As far as there are answers: the packed ones come after all dense ones, and some time is spent on compiling."""
+    dense, packed = (
+        texts(loaded, answers[variant][case])[0] if variant in answers else None for variant in (DENSE, PACKED)
+    )
     return Example(f"{case[1]} images; {_short(question)}", dense, packed, question.answer)
 
 

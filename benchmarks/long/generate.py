@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from attnpack_cli.models import trained_model
 from attnpack_fx import cache_bytes, hf
 from attnpack_fx.demo import digits
-from attnpack_fx.demo.load import batch_inputs, load, trained_model
+from attnpack_fx.demo.load import batch_inputs, load
 from attnpack_fx.taking_back import settle
 from benchmarks import allocator, measure
 from benchmarks.graphs import compiled, op_by_op

@@ -9,8 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from attnpack_cli.models import trained_model
 from attnpack_fx import PackPolicy, cache_bytes
-from attnpack_fx.demo.load import load, trained_model
+from attnpack_fx.demo.load import load
 from benchmarks.long import command, generate
 from benchmarks.long.contenders import CONTENDERS, FEW
 from benchmarks.long.generate import Length

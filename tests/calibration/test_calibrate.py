@@ -147,8 +147,9 @@ def test_a_model_whose_layers_stay_dense_is_refused():
 
 def test_calibrated_is_better_than_uniform_on_a_trained_model():
     pytest.importorskip("sklearn")
+    from attnpack_cli.models import trained_model
     from attnpack_fx.demo import digits
-    from attnpack_fx.demo.load import batch_inputs, load, trained_model
+    from attnpack_fx.demo.load import batch_inputs, load
 
     loaded = load(str(trained_model()))
     asked = digits.held_out_questions("read", 2, 2, 7, "train")

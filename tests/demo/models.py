@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from attnpack_fx.demo.load import Loaded, load, trained_model
+from attnpack_cli.models import trained_model
+from attnpack_fx.demo.load import Loaded, load
 from tests.zoo import ZOO
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghij"]

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from attnpack_cli.errors import UserError
 from attnpack_fx import hf
-from attnpack_fx.demo.errors import UserError
 from attnpack_fx.demo.load import Loaded, _templated, load, model_inputs, open_images
 from tests.demo.models import loaded_trained, save_text_model
 

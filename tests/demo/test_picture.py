@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attnpack_cli.errors import UserError
 from attnpack_fx.demo import picture
-from attnpack_fx.demo.errors import UserError
 from attnpack_fx.demo.generation import DENSE, INDUCTOR, PACKED
 from attnpack_fx.demo.spectra import Spectrum
 from attnpack_fx.demo.tables import Speed

@@ -1,7 +1,6 @@
 """What is printed holds the numbers it was made from."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +11,17 @@ from attnpack_fx.demo.tables import (
     Score,
     Speed,
     ahead,
-    examples_text,
+    example_text,
+    found_text,
     layers_table,
     rate,
     ratio,
-    report,
     scores_table,
+    scores_text,
+    section,
     size,
     speed_table,
+    speed_text,
     table,
 )
 from attnpack_fx.explain import Report
@@ -111,24 +113,25 @@ def test_layers():
 
 
 def test_an_example_without_a_known_answer_shows_none():
-    lines = examples_text([Example("what?", "dense answer", "packed answer")]).splitlines()
+    lines = example_text(Example("what?", "dense answer", "packed answer")).splitlines()
     assert [line.split(maxsplit=1) for line in lines] == [
         ["question", "what?"],
         ["dense", "dense answer"],
         ["packed", "packed answer"],
     ]
-    assert "right     7" in examples_text([Example("what?", "7", "7", "7")])
+    assert "packed" not in example_text(Example("what?", "7", None, "7"))
+    assert "right     7" in example_text(Example("what?", "7", "7", "7"))
 
 
-def test_the_report_holds_every_section():
-    text = report([Example("what?", "a", "b")], [SCORE], [speed()], FOUND, Path("picture.png"))
-    for part in ("Answers", "Accuracy", "Speed", "vision rank 32 for keys and 16 for values", "picture.png"):
-        assert part in text
+def test_sections_have_titles():
+    assert section("Answers", "none") == "Answers\n\nnone"
+    assert scores_text([SCORE], []).startswith("Accuracy and memory") and "87.5%" in scores_text([SCORE], [])
+    assert speed_text([speed()]).startswith("Speed (tokens/s") and "Ahead" in speed_text([speed()])
+    text = found_text(FOUND)
+    assert "vision rank 32 for keys and 16 for values" in text and "12.34%" in text
     assert "1.500 ms  vision_rank=(40, 16)" in text and "2.000 ms  this policy" in text
     assert "2.500 ms  dense keys and values" in text
-    nothing = Report({**FOUND, "fastest": []})
-    assert "Attention alone" not in report([Example("what?", "a", "b")], [SCORE], [speed()], nothing, Path("p"))
-    assert "Accuracy" not in report([Example("what?", "a", "b")], [], [speed()], FOUND, Path("picture.png"))
+    assert "Attention alone" not in found_text(Report({**FOUND, "fastest": []}))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from attnpack_fx import PackPolicy, cli
+from attnpack_cli import main as cli
+from attnpack_fx import PackPolicy
 from attnpack_fx.export import PackedGenerator
 from tests.demo.models import save_text_model
 from tests.test_cli import failed
@@ -42,31 +43,13 @@ def _picture(folder: Path) -> Path:
     return folder / "a.png"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--to", "onnx"), "--out"),
-        (("--to", "coreml", "--out", "o"), "invalid choice: 'coreml'"),
-        (("--to", "onnx", "--out", "o", "--dim", "batch_size"), "expected NAME=LEAST:MOST"),
-        (("--to", "onnx", "--out", "o", "--bits", "3"), "invalid choice: 3"),
-        (("--to", "onnx", "--out", "o", "--policy", "p.json", "--bits", "4"), "leave --vision-rank"),
-        (("--to", "onnx", "--out", "o", "--policy", "nowhere.json"), "nowhere.json"),
-        (("--to", "onnx", "--out", "o", "--dtype", "bfloat16"), "expected float32 or float16"),
-        (("--to", "onnx", "--out", "o", "--dim", "length=1:8"), "dims: got 'length'"),
-        (("--to", "aoti", "--out", "o", "--dim", "batch_size=4:2"), "dims: batch_size"),
-    ],
-)
-def test_wrong_arguments(capsys, monkeypatch, tmp_path, model, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    assert message in failed(capsys, "export", model, *arguments)
+def test_a_policy_that_only_its_class_refuses(capsys, tmp_path, model):
+    (tmp_path / "policy.json").write_text('{"version": 1, "policy": {"vision_rank": "most"}}')
+    message = failed(capsys, "export", model, "--to", "onnx", "--out", "o", "--policy", str(tmp_path / "policy.json"))
+    assert "vision_rank: got 'most'" in message
 
 
-def test_an_artefact_that_is_none(capsys, tmp_path):
-    assert "no manifest.json there" in failed(capsys, "run", str(tmp_path), "--prompt", "a")
-    assert "needs a question" in failed(capsys, "run", str(tmp_path))
-
-
-def test_what_is_no_artefact_is_not_replaced(capsys, tmp_path, model):
-    (tmp_path / "mine").write_text("mine")
-    assert "is there already" in failed(capsys, "export", model, "--to", "onnx", "--out", str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+def test_a_prompt_for_a_changed_artefact(capsys, tmp_path):
+    (tmp_path / "processor").mkdir()
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    assert "got no attnpack-fx artefact" in failed(capsys, "run", str(tmp_path), "--prompt", "a")

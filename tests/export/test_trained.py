@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 import attnpack_fx
-from attnpack_fx import PackPolicy, cli
+from attnpack_cli import main as cli
+from attnpack_cli.models import trained_model
+from attnpack_fx import PackPolicy
 from attnpack_fx.demo.digits import held_out_questions
-from attnpack_fx.demo.load import Loaded, load, trained_model
+from attnpack_fx.demo.load import Loaded, load
 from attnpack_fx.export import ArtefactError, PackedGenerator, export_onnx, manifest
 from tests.export.artefacts import written
 

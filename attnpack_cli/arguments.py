@@ -1,13 +1,12 @@
 """Arguments that several commands take, and what their text means."""
 
 import argparse
-import os
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from attnpack_fx.policy import PackPolicy, Rank, RankSpec
+import math
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+Rank = int | str
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +18,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a picture for the prompt; may be repeated",
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="the question to the model")
+    parser.add_argument("--prompt", type=words, metavar="TEXT", help="the question to the model")
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +42,10 @@ def ranks_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("vision_rank", "text_rank") if hasattr(arguments, name)}
 
 
-def policy_of(arguments: argparse.Namespace, **defaults: Any) -> "PackPolicy":
-    from attnpack_fx.policy import PackPolicy
-
-    return PackPolicy(**defaults | ranks_of(arguments))
-
-
-def settle() -> None:
-    """Keep what libraries have to say to developers off the terminal, unless it is asked for."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+def words(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a question, e.g. --prompt 'What is this?'")
+    return text
 
 
 def positive(text: str) -> int:
@@ -60,7 +54,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def rank(text: str) -> "RankSpec":
+def above_zero(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0, e.g. 0.7")
+    return value
+
+
+def share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share above 0 and up to 1, e.g. 0.9")
+    return value
+
+
+def rank(text: str) -> Rank | tuple[Rank, Rank] | None:
     if text == "none":
         return None
     if text == "auto":
@@ -72,3 +80,11 @@ def rank(text: str) -> "RankSpec":
         )
     ranks: list[Rank] = ["full" if part == "full" else int(part) for part in parts]
     return ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])
+
+
+def _number(text: str) -> float:
+    """NaN, which no comparison lets through, for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attnpack_fx.demo.errors import UserError
+from attnpack_cli.errors import UserError
 
 PARTS = ("quality", "memory", "speed", "report", "all")
 
@@ -21,10 +21,11 @@ def add_bench(commands: Any) -> None:
     )
     parser.add_argument("part", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="--quick, --full, and other options")
-    parser.set_defaults(run=_bench)
+    parser.set_defaults(check=lambda _: _root(), run=_bench)
 
 
-def _bench(arguments: argparse.Namespace) -> None:
+def _root() -> Path:
+    """The clone of the repository. Raises `UserError` where there is none."""
     places = [Path(__file__).resolve().parents[1], Path.cwd()]
     root = next((place for place in places if (place / "benchmarks" / "__main__.py").is_file()), None)
     if root is None:
@@ -32,9 +33,12 @@ def _bench(arguments: argparse.Namespace) -> None:
             "the benchmarks are not installed with the package; looked in "
             f"{' and in '.join(map(str, places))}. Run from a clone of the repository"
         )
+    return root
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    root = _root()
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     # A process of its own: measuring sets how memory is allocated, which is read when a process starts.
     command = [sys.executable, "-m", "benchmarks", arguments.part, *arguments.arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
