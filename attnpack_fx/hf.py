@@ -116,8 +116,18 @@ def layer_count(model: Any) -> int | None:
 
 
 def processes(model: Any) -> int:
-    """How many tensor-parallel processes share the heads of the model's layers."""
-    return getattr(model, "tp_size", None) or 1
+    """How many tensor-parallel processes share the heads of the model's layers.
+
+    One where transformers has no plan for a model: each process then has all of it.
+    """
+    count = getattr(model, "tp_size", None) or 1
+    if count == 1:
+        return 1
+    from torch.distributed.tensor import DTensor
+
+    attention = (each for name, each in model.named_parameters() if "attn" in name or "attention" in name)
+    shared = any(isinstance(each, DTensor) and any(part.is_shard() for part in each.placements) for each in attention)
+    return count if shared else 1
 
 
 def query_heads(model: Any) -> int | None:
