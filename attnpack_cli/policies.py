@@ -20,6 +20,7 @@ FIELDS = (
     "layers",
     "passes",
     "layer_count",
+    "processes",
     "strict",
 )
 #: Names in `attnpack_fx.passes.catalogue`.
