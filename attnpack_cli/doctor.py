@@ -14,6 +14,7 @@ _PACKAGES = ("attnpack-fx", "torch", "triton", "transformers", "numpy")
 #: Modules that come with the extras.
 EXTRAS = {
     "hf": ("transformers",),
+    "distributed": ("transformers", "accelerate"),
     "demo": ("transformers", "sklearn", "PIL", "matplotlib", "tqdm"),
     "export": ("transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     "tensorrt": ("torch_tensorrt", "tensorrt"),
