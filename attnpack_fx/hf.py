@@ -125,7 +125,8 @@ def processes(model: Any) -> int:
         return 1
     from torch.distributed.tensor import DTensor
 
-    attention = (each for name, each in model.named_parameters() if "attn" in name or "attention" in name)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # a vision encoder may be shared alone
+    attention = (each for name, each in decoder.named_parameters() if "attn" in name or "attention" in name)
     shared = any(isinstance(each, DTensor) and any(part.is_shard() for part in each.placements) for each in attention)
     return count if shared else 1
 
