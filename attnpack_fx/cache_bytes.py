@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
@@ -10,15 +10,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attnpack_fx.packed_tensor import PackedTensor
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 #: What an object must have to pass for a cache while it holds no tensor yet.
 _CACHE_ATTRIBUTES = ("layers", "self_attention_cache", "keys", "key_cache")
 
 
-def cache_bytes(past_key_values: object) -> int:
-    """Bytes of memory behind a cache, on all devices together.
-
-    past_key_values: a transformers cache of any kind (dynamic, static, quantized, encoder-decoder), an object
-        of your own with tensors in its attributes, tuples, lists or mappings of those, or a single tensor.
+def cache_bytes(past_key_values: object, *, group: "ProcessGroup | None" = None) -> int:
+    """Count the bytes of memory behind a cache, on all devices together.
 
     Counted is every storage that the cache keeps alive and that holds numbers, on whatever device, once, and *whole*: a
     view costs what it is a view of, and spare room counts. Of a `PackedTensor` these are
@@ -32,10 +32,30 @@ def cache_bytes(past_key_values: object) -> int:
     What layers, keys and values share counts once. A basis of the model counts as well, since the cache refers to it,
     though requests share it. Any other wrapper subclass counts as its parts. Weak references keep nothing, and are not
     followed: a cache remembers what was derived from it only in this way. Not counted are Python's own objects, and
-    memory that an allocator holds back. A cache that holds nothing yet is 0 bytes.
+    memory that an allocator holds back.
 
-    Raises `ValueError` for something that is no cache, and for meta and fake tensors, which have no bytes.
+    Args:
+        past_key_values: a transformers cache of any kind (dynamic, static, quantized, encoder-decoder), an object of
+            your own with tensors in its attributes, tuples, lists or mappings of those, or a single tensor.
+        group: processes of `torch.distributed` that hold parts of one cache, as tensor-parallel ones do
+            (`torch.distributed.group.WORLD` is all there are). Every one of them must make the call. None counts this
+            process alone.
+
+    Returns:
+        Bytes, of all processes of the group together; 0 for a cache that holds nothing yet.
+
+    Raises:
+        ValueError: for something that is no cache, and for meta and fake tensors, which have no bytes.
     """
+    held = _held(past_key_values)
+    if group is None:
+        return held
+    parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(parts, held, group)
+    return sum(parts)
+
+
+def _held(past_key_values: object) -> int:
     if isinstance(past_key_values, torch.nn.Module) or hasattr(past_key_values, "past_key_values"):
         raise ValueError(
             f"cache_bytes: got {type(past_key_values).__name__}, expected a cache; "

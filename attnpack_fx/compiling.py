@@ -54,12 +54,7 @@ def compile(
             raise PolicyError(f"{name}: got {options[name]!r}, which attnpack_fx.compile does not take; {instead}")
     policy, _ = PackPolicy.from_options(options, mode, dynamic)
     original = getattr(model, "_orig_mod", model)
-    known: dict[str, Any] = {}
-    if policy.varies and policy.layer_count is None:
-        # A graph break would hide from each graph how many layers there are.
-        known["layer_count"] = hf.layer_count(original)
-    if hf.processes(original) > 1:
-        known["processes"] = hf.processes(original)
+    known = _known(original, policy)
     policy = replace(policy, **known)
     options |= {"policy": policy} if "policy" in options else known
     # torch.compile takes either a mode or options: the mode rides along among the options.
@@ -71,6 +66,22 @@ def compile(
         assert module._compiled_call_impl is not None
         module._compiled_call_impl = WatchedCall(module._compiled_call_impl, policy)
     return original
+
+
+def policy_for(model: Any, policy: PackPolicy) -> PackPolicy:
+    """Return the policy with what the model says of itself: how many layers it has, how many processes share them."""
+    return replace(policy, **_known(model, policy))
+
+
+def _known(model: Any, policy: PackPolicy) -> dict[str, int | None]:
+    known: dict[str, int | None] = {}
+    if policy.varies and policy.layer_count is None:
+        # A graph break would hide from each graph how many layers there are.
+        known["layer_count"] = hf.layer_count(model)
+    processes = hf.processes(model)
+    if processes > 1:
+        known["processes"] = processes
+    return known
 
 
 def _recompiles(module: torch.nn.Module) -> dict[str, Any]:

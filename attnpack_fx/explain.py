@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
-from attnpack_fx.compiling import called_through
+from attnpack_fx.compiling import called_through, policy_for
 from attnpack_fx.notebook import ShownAsText
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import TEXT, SiteReport
@@ -35,7 +35,9 @@ class Report(ShownAsText, dict[str, Any]):
     fastest: settings that lose no more of the keys than the policy does: it itself, dense keys and values (policy None)
         and rotated keys at a rank that is enough, with `milliseconds` of all packed layers, the fastest first; empty
         where none is packed.
-    bytes_before, bytes_after: what the dense and the packed cache hold after the same tokens.
+    bytes_before, bytes_after: what the dense and the packed cache hold after the same tokens, in this process.
+    processes: how many tensor-parallel processes share the heads of each layer.
+    bytes_before_in_all, bytes_after_in_all: what the caches hold in all of them.
     policy: the policy, as a dict.
     """
 
@@ -61,11 +63,10 @@ class Report(ShownAsText, dict[str, Any]):
                 f"{layer['bytes']:>11,} {layer['dense_bytes']:>11,} "
                 f"{_milliseconds(layer['packed_step']):>17} {_milliseconds(layer['dense_step']):>17}"
             )
-        before, after = self["bytes_before"], self["bytes_after"]
-        ratio = "no cache"
-        if after:
-            ratio = f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x larger"
-        lines.append(f"  cache: {before:,} bytes dense, {after:,} bytes packed, {ratio}")
+        lines.append(f"  cache: {_compared(self['bytes_before'], self['bytes_after'])}")
+        if self["processes"] > 1:
+            both = _compared(self["bytes_before_in_all"], self["bytes_after_in_all"])
+            lines.append(f"  cache, in all {self['processes']} processes: {both}")
         if self["fastest"]:
             lines += ["", "attention of a decode step in all packed layers, as measured, with no more error of keys"]
             lines += self.settings
@@ -93,10 +94,10 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
         module is called once with `inputs`, and the packed tensors among its results are reported.
     policy: default `PackPolicy()`. inputs: what the model or its processor would be given.
     """
-    policy = policy or PackPolicy()
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"explain: model: got {type(model).__name__}, expected a torch.nn.Module")
+    policy = policy_for(model, policy or PackPolicy())
     graphs: list[list[SiteReport]] = []
     with torch.no_grad():
         with called_through(model, None):
@@ -112,6 +113,7 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
         steps, settings = step_costs(policy, list(timed.values()))
         for number, (of_dense, of_packed) in zip(timed, steps, strict=True):
             layers[number] |= {"dense_step": _step(of_dense), "packed_step": _step(of_packed)}
+    group = torch.distributed.group.WORLD if policy.processes > 1 else None
     return Report(
         policy=policy.to_dict(),
         graphs=[[asdict(site) for site in sites] for sites in graphs],
@@ -121,6 +123,9 @@ def explain(model: torch.nn.Module, *, policy: PackPolicy | None = None, **input
         ],
         bytes_before=cache_bytes(dense),
         bytes_after=cache_bytes(packed),
+        processes=policy.processes,
+        bytes_before_in_all=cache_bytes(dense, group=group),
+        bytes_after_in_all=cache_bytes(packed, group=group),
     )
 
 
@@ -152,6 +157,13 @@ def _timed(model: torch.nn.Module, dense: tuple[Tensor, Tensor], packed: tuple[T
 
 def _step(step: Step) -> dict[str, float]:
     return {name: 1e3 * seconds for name, seconds in asdict(step).items()}
+
+
+def _compared(dense: int, packed: int) -> str:
+    ratio = "no cache"
+    if packed:
+        ratio = f"{dense / packed:.2f}x smaller" if packed <= dense else f"{packed / dense:.2f}x larger"
+    return f"{dense:,} bytes dense, {packed:,} bytes packed, {ratio}"
 
 
 def _milliseconds(step: dict[str, float] | None) -> str:

@@ -131,6 +131,13 @@ def processes(model: Any) -> int:
     return count if shared else 1
 
 
+def check_whole(model: Any, what: str, way_out: str) -> None:
+    """Raise `ValueError` where tensor-parallel processes share the model, and `what` is for one that has all of it."""
+    count = processes(model)
+    if count > 1:
+        raise ValueError(f"{what}: got a model whose heads {count} processes share, expected all of it; {way_out}")
+
+
 def query_heads(model: Any) -> int | None:
     """How many heads the queries of a decoder layer have, where the model's configuration says so."""
     return _number(model, "num_attention_heads")

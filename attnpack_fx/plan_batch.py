@@ -11,7 +11,7 @@ from torch import Tensor
 from attnpack_fx import hf
 from attnpack_fx.backend import attnpack_backend
 from attnpack_fx.cache_bytes import cache_bytes
-from attnpack_fx.compiling import called_through
+from attnpack_fx.compiling import called_through, policy_for
 from attnpack_fx.policy import PackPolicy
 
 #: Times the example is repeated at first. One prompt alone takes ways of its own, which larger batches do not.
@@ -103,7 +103,7 @@ def plan_batch(
     if policy is None:
         found = _line(model, example, prompts, new_tokens, memory - weights)
     else:
-        with called_through(model, functools.partial(attnpack_backend, options={"policy": policy})):
+        with called_through(model, functools.partial(attnpack_backend, options={"policy": policy_for(model, policy)})):
             found = _line(model, example, prompts, new_tokens, memory - weights)
     (few, less), (many, more) = found
     prefill, decode, cache = (-(-(most - least) // (many - few)) for least, most in zip(less, more, strict=True))

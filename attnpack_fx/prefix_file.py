@@ -27,6 +27,7 @@ def save(path: str | os.PathLike[str], model: Any, cache: Any, contents: dict[st
     """Write a cache of keys and values, and `contents` of tensors beside it."""
     from safetensors.torch import save_file
 
+    hf.check_whole(model, "Prefix.save", "each process holds a part: keep the prefix in memory")
     written = _Written()
     layers = [_layer(number, layer) for number, layer in enumerate(hf.self_attention_layers(cache))]
     parts = written.plain({"layers": layers, "contents": contents})
@@ -38,6 +39,7 @@ def load(path: str | os.PathLike[str], model: Any) -> tuple[Any, dict[str, Any]]
     """The cache and the contents beside it, on the model's device. Raises ValueError where they are not the model's."""
     from safetensors import SafetensorError, safe_open
 
+    hf.check_whole(model, "load_prefix", "read the prefix again, with attnpack_fx.prefix")
     device = next(model.parameters()).device
     try:
         with safe_open(path, "pt", device=str(device)) as file:

@@ -38,6 +38,7 @@ def calibrate_bases(
     full = PackPolicy(vision_rank="full", text_rank="full" if text else None, key_space=key_space)  # type: ignore[arg-type]
     found: dict[tuple[int, str, str], Tensor] = {}
     original = getattr(model, "_orig_mod", model)
+    hf.check_whole(original, "calibrate_bases", "a basis is one of all heads; leave bases out")
     count = 0
     with torch.no_grad(), called_through(original, partial(attnpack_backend, options={"policy": full})):
         for sample in samples:

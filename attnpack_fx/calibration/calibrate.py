@@ -101,6 +101,7 @@ def calibrate(
     _check(model, budget, max_error, new_tokens, prefer)
     checked_bool("text", text)
     original = getattr(model, "_orig_mod", model)
+    hf.check_whole(original, "calibrate", "calibrate in one process: the policy serves any number of them")
     study = _Study(text, new_tokens)
     with study.observer.watching(original):
         for number, sample in enumerate(samples):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnpack_fx import hf
 from attnpack_fx.calibration.capture import Observed, Observer
 from attnpack_fx.checks import PolicyError
 from attnpack_fx.kernels.aten.codebook import gathered, k_means
@@ -48,6 +49,7 @@ def calibrate_codebooks(
     """
     KVQuant(bits, outliers)  # refuses what it does not know before anything is run
     original = getattr(model, "_orig_mod", model)
+    hf.check_whole(original, "calibrate_codebooks", "calibrate in one process")
     seen: dict[int, _Layer] = defaultdict(_Layer)
     observer = _Observer()
     count = 0
