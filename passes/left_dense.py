@@ -35,7 +35,9 @@ def leave(state: GraphState, site: Site) -> SiteReport:
     if is_static(site.key):
         return dense("static cache (index_copy_): packed static decode is not offered yet")
     if base.op == "placeholder" and _returned_by_a_break(base):
-        return dense("the graph breaks where keys and values are stored, as it does with a paged cache")
+        return dense(
+            "the graph breaks where keys and values are stored, as with a paged cache, which has its memory already"
+        )
     if base.op == "placeholder":
         return dense("cross-attention or a shared cache: the keys are only read here")
     if site.obstacle is not None and site.kind == "flex_attention":

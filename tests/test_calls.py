@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import attnpack_fx
 from attnpack_fx import AttnpackWarning, PackedTensor, hf, modality
@@ -213,28 +212,6 @@ def test_a_break_in_the_loop_over_more_layers_than_dynamo_compiles_a_function(wi
     attnpack_fx.compile(model, **OPTIONS)
     _, layers = stored(model, family.inputs(0))
     assert [tokens["vision"] for tokens in layers] == [family.vision] * 12
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of "paged|", which later versions of transformers do without
-def test_a_paged_cache_is_said_to_stay_dense(without_inductor):
-    """Batches that transformers fills as requests come, with a cache in pages."""
-    family = FAMILIES["llama"]
-    model, prompt = family.build(), family.inputs(0)["input_ids"][0, 10:].tolist()
-    model.set_attn_implementation("paged|sdpa")
-    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=2)
-    pages = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=256)
-    results = []
-    for compiled in (False, True):
-        if compiled:
-            attnpack_fx.compile(model, text_rank=8)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            made = model.generate_batch([prompt], settings, pages, warmup=False)
-        results.append([each.generated_tokens for each in made.values()])
-    assert results[0] == results[1]
-    told = [str(each.message) for each in caught if issubclass(each.category, AttnpackWarning)]
-    assert told and all("paged cache" in text for text in told)
 
 
 def test_a_warning_points_at_the_line_of_the_caller(without_inductor):

@@ -42,6 +42,9 @@ def main(family: str, folder: str) -> None:
         )
         model = attnpack_fx.compile(model.eval(), policy=PackPolicy.from_dict(fields))
         found[name] = generated(model, ZOO[family].inputs(2, 3))
+    report = attnpack_fx.explain(model, policy=PackPolicy.from_dict(fields), **ZOO[family].inputs(2, 3))
+    found["explained"] = {name: each for name, each in report.items() if "bytes" in name or name == "processes"}
+    found["explained"]["text"] = str(report)
     rank = torch.distributed.get_rank()
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -46,6 +46,7 @@ def test_two_processes(family, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=_environment(root))
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    check_explained(family, *(each["explained"] for each in ranks))
     for name, policy in policies.items():
         torch._dynamo.reset()
         alone = generated(attnpack_fx.compile(ZOO[family].build("sdpa"), policy=policy), inputs)
@@ -65,6 +66,13 @@ def test_two_processes(family, tmp_path):
             assert all(rank <= -(-whole.get(modality, 12) // parts) for modality, rank in mine.items())
         if policy == LOSSLESS:
             assert first["tokens"] == dense["tokens"]
+
+
+def check_explained(family: str, first: dict, second: dict) -> None:
+    for name in ("bytes_before", "bytes_after"):
+        together = first[name] if family in WHOLE else first[name] + second[name]
+        assert first[f"{name}_in_all"] == second[f"{name}_in_all"] == together
+    assert ("cache, in all 2 processes: " in first["text"]) == (first["processes"] == 2) == (family not in WHOLE)
 
 
 def _environment(root: Path) -> dict[str, str]:
