@@ -11,6 +11,10 @@ from attnpack_fx import PackPolicy, explain
 from tests.decoder import Decoder, prompt
 from tests.packing_inputs import FULL
 
+REPORT_KEYS = {
+    *("policy", "graphs", "layers", "fastest", "bytes_before", "bytes_after"),
+    *("processes", "bytes_before_in_all", "bytes_after_in_all"),
+}
 LAYER_KEYS = {"layer", "tokens", "key_rank", "value_rank", "key_space", "key_error", "value_error", "fold_error"}
 LAYER_KEYS |= {"bytes", "dense_bytes", "dense_step", "packed_step"}
 
@@ -33,7 +37,7 @@ def decoder_report():
 
 def test_the_report_is_a_plain_dict(decoder_report):
     assert isinstance(decoder_report, dict)
-    assert set(decoder_report) == {"policy", "graphs", "layers", "fastest", "bytes_before", "bytes_after"}
+    assert set(decoder_report) == REPORT_KEYS
     assert json.loads(json.dumps(decoder_report)) == decoder_report
     assert decoder_report["policy"] == POLICY.to_dict()
 
