@@ -73,8 +73,8 @@ def policy_for(model: Any, policy: PackPolicy) -> PackPolicy:
     return replace(policy, **_known(model, policy))
 
 
-def _known(model: Any, policy: PackPolicy) -> dict[str, int | None]:
-    known: dict[str, int | None] = {}
+def _known(model: Any, policy: PackPolicy) -> dict[str, Any]:
+    known: dict[str, Any] = {}
     if policy.varies and policy.layer_count is None:
         # A graph break would hide from each graph how many layers there are.
         known["layer_count"] = hf.layer_count(model)
