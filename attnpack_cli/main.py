@@ -21,6 +21,7 @@ from attnpack_cli.errors import UserError
 from attnpack_cli.explain import add_explain
 from attnpack_cli.export import add_export
 from attnpack_cli.run import add_run
+from attnpack_cli.serve import add_serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="attnpack", description="Generate from a packed key/value cache through torch.compile.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_demo, add_explain, add_export, add_run, add_bench, add_doctor):
+    for add in (add_demo, add_explain, add_serve, add_export, add_run, add_bench, add_doctor):
         add(commands)
     for entry in sorted(entry_points(group="attnpack_fx.commands"), key=lambda entry: entry.name):
         # An earlier release, of which metadata may be left, had commands of its own among them.

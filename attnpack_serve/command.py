@@ -1,0 +1,78 @@
+"""`attnpack serve`: load, compile, measure, and answer until it is told to stop."""
+
+import argparse
+import os
+from pathlib import Path
+
+import uvicorn
+from PIL import Image
+
+import attnpack_fx
+from attnpack_cli.arguments import ranks_of
+from attnpack_cli.errors import UserError
+from attnpack_fx.demo.load import load
+from attnpack_fx.policy import PackPolicy, PolicyError
+from attnpack_serve.app import create_app
+from attnpack_serve.capacity import measured
+from attnpack_serve.engine import Engine
+from attnpack_serve.images import ImageLimits
+from attnpack_serve.limits import Limits
+from attnpack_serve.prompts import BadPromptError, Prompts
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Serve a model until the process is told to stop.
+
+    Raises:
+        UserError: for a model without a chat template, a policy it cannot have, or memory in which no prompt fits.
+    """
+    loaded = load(arguments.model, arguments.dtype or "float32", ranks_of(arguments))
+    try:
+        policy = PackPolicy.load(arguments.policy) if arguments.policy else PackPolicy(**ranks_of(arguments))
+        attnpack_fx.compile(loaded.model, policy=policy)
+        prompts = Prompts(loaded)
+    except (PolicyError, BadPromptError, OSError) as error:
+        raise UserError(str(error)) from error
+    memory = arguments.memory or _available()
+    prefixes = memory // 8 if arguments.prefixes is None else arguments.prefixes
+    print(f"compiling, and measuring what a prompt takes of {memory / 1e9:.1f} GB", flush=True)
+    shown = [Image.new("RGB", arguments.size)] * arguments.images if loaded.vision else []
+    content = [*({"type": "image"} for _ in shown), {"type": "text", "text": "What is this?"}]
+    example = prompts.prepare([{"role": "user", "content": content}], shown)
+    capacity, batch = measured(loaded.model, example, memory, prefixes)
+    if not batch:
+        raise UserError(f"--memory {memory}: no prompt fits beside the model; give more")
+    batch = min(batch, arguments.batch)
+    limits = Limits(
+        batch=batch,
+        memory=memory,
+        prefixes=prefixes,
+        queue=arguments.queue,
+        new_tokens=arguments.max_new_tokens,
+        seconds=arguments.timeout,
+        body=arguments.max_body,
+    )
+    images = ImageLimits(hosts=tuple(arguments.allow_urls))
+    name = arguments.name or Path(arguments.model).name
+    engine = Engine(loaded.model, loaded.tokenizer, capacity, limits)
+    engine.warm(example)
+    key = arguments.api_key or os.environ.get("ATTNPACK_API_KEY") or None
+    app = create_app(name, prompts, engine, limits, images, key)
+    print(f"{name} answers up to {batch} prompts at once on http://{arguments.host}:{arguments.port}", flush=True)
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        timeout_graceful_shutdown=round(arguments.timeout),
+        timeout_keep_alive=5,
+    )
+
+
+def _available() -> int:
+    """Half of what is free: of the GPU's memory where there is one, else of the machine's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2

@@ -1,0 +1,86 @@
+"""Jobs that wait, and which of them are answered together."""
+
+import threading
+import time
+from collections import deque
+
+from attnpack_serve.capacity import Capacity
+from attnpack_serve.job import Job
+from attnpack_serve.limits import Limits
+
+#: Seconds to wait for more of a kind before a batch begins: clients that ask together do not arrive together.
+_GATHER = 0.02
+
+
+class FullError(Exception):
+    """There is no room for another job; it may be tried again."""
+
+
+class TooLargeError(ValueError):
+    """A job takes more than there is, however long it waits."""
+
+
+class Queue:
+    """Jobs in the order of their arrival, from any thread.
+
+    Args:
+        limits: how many may wait, and how many bytes of inputs.
+        capacity: of those that are answered together.
+    """
+
+    def __init__(self, limits: Limits, capacity: Capacity) -> None:
+        self._limits, self._capacity = limits, capacity
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, job: Job) -> None:
+        """Append a job.
+
+        Raises:
+            TooLargeError: for one that would not fit alone.
+            FullError: where too many wait, or too large ones, or the queue is closed.
+        """
+        needed = self._capacity.bytes(job.tokens, job.new_tokens)
+        if needed > self._capacity.free:
+            raise TooLargeError(
+                f"got {job.tokens} tokens and an answer of up to {job.new_tokens}, which take about {needed:,} bytes; "
+                f"expected at most {self._capacity.free:,}: send fewer or smaller images, or a smaller max_tokens"
+            )
+        with self._changed:
+            if self._closed:
+                raise FullError("the server is shutting down")
+            if len(self._waiting) >= self._limits.queue:
+                raise FullError(f"{len(self._waiting)} requests are waiting, and no more may")
+            if self._waiting and sum(each.nbytes for each in self._waiting) + job.nbytes > self._limits.waiting:
+                raise FullError(f"{len(self._waiting)} requests with many images are waiting")
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take no more jobs; those that wait are still given out."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def take(self) -> list[Job]:
+        """Wait for jobs, and remove the oldest with others of its kind, as many as fit; none once closed and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return []
+        time.sleep(_GATHER)
+        with self._changed:
+            chosen: list[Job] = []
+            room = self._capacity.free
+            for job in list(self._waiting):
+                needed = self._capacity.bytes(job.tokens, job.new_tokens)
+                if chosen and (job.kind != chosen[0].kind or needed > room or len(chosen) >= self._limits.batch):
+                    continue
+                chosen.append(job)
+                self._waiting.remove(job)
+                room -= needed
+            return chosen
