@@ -1,0 +1,1 @@
+"""`attnpack serve`: an OpenAI-compatible server that answers about images from a packed cache."""
