@@ -16,6 +16,7 @@ EXTRAS = {
     "hf": ("transformers",),
     "distributed": ("transformers", "accelerate"),
     "demo": ("transformers", "sklearn", "PIL", "matplotlib", "tqdm"),
+    "serve": ("transformers", "fastapi", "uvicorn", "h11", "PIL", "prometheus_client"),
     "export": ("transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     "tensorrt": ("torch_tensorrt", "tensorrt"),
     "tensorrt-rtx": ("tensorrt_rtx", "torch_tensorrt"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MAPPED = ("attnpack_cli", "attnpack_fx", "kernels", "passes", "export")
+MAPPED = ("attnpack_cli", "attnpack_fx", "attnpack_serve", "kernels", "passes", "export")
 
 
 def test_every_package_folder_is_listed():
