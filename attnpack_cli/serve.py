@@ -42,7 +42,7 @@ def add_serve(commands: Any) -> None:
     sizes = parser.add_argument_group("memory")
     sizes.add_argument("--memory", type=_bytes, metavar="BYTES", help="for everything, e.g. 40G (what is free)")
     sizes.add_argument("--prefixes", type=_bytes, metavar="BYTES", help="for prompts that are kept (an eighth), or 0")
-    sizes.add_argument("--batch", type=positive, default=64, metavar="N", help="prompts at once, at most (64)")
+    sizes.add_argument("--batch", type=positive, default=8, metavar="N", help="prompts at once, at most (8)")
     sizes.add_argument("--images", type=positive, default=1, metavar="N", help="of the prompt that is measured (1)")
     sizes.add_argument(
         "--size", type=_size, default=(448, 448), metavar="WxH", help="of the images that are measured (448x448)"

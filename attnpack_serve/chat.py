@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from attnpack_serve.job import Sampling
 
@@ -38,6 +38,12 @@ class Part(BaseModel):
     @classmethod
     def _plain(cls, value: Any) -> Any:
         return {"url": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Part":
+        if (self.type == "image_url") != (self.image_url is not None):
+            raise ValueError("expected image_url in parts of the type image_url, and there alone")
+        return self
 
 
 class Message(BaseModel):

@@ -39,19 +39,21 @@ class Engine:
         self.queue = Queue(limits, capacity)
         self.prefixes = Prefixes(model, limits.prefixes)
         self.running = 0
+        self._batch = limits.batch
         ends = model.generation_config.eos_token_id
         self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def warm(self, inputs: dict[str, Tensor]) -> None:
-        """Compile what prompts alone take, new ones, kept ones and those that continue a kept one, before `start`.
+        """Compile what prompts of this kind take, alone and in batches, kept and continued, before `start`.
 
         Args:
             inputs: of a prompt, as `generate` takes them.
         """
-        for _ in range(3 if self.prefixes.most else 1):
-            with torch.no_grad():
-                self._generate([Job(inputs, Sampling(), _WARM, (), math.inf, _unheard)])
+        sizes = [1 << power for power in range(self._batch.bit_length())]
+        with torch.no_grad():
+            for size in [1, 1, *sizes] if self.prefixes.most else sizes:
+                self._generate([Job(inputs, Sampling(), _WARM, (), math.inf, _unheard) for _ in range(size)])
         self.prefixes.clear()
 
     def start(self) -> None:

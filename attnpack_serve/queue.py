@@ -67,7 +67,11 @@ class Queue:
             self._changed.notify()
 
     def take(self) -> list[Job]:
-        """Wait for jobs, and remove the oldest with others of its kind, as many as fit; none once closed and empty."""
+        """Wait for jobs, and remove the oldest with others of its kind; none once closed and empty.
+
+        As many are given as fit, or fewer, so that they are a power of two: a model may be compiled for every size of a
+        batch, as LLaVA is for the number of its images.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
@@ -81,6 +85,8 @@ class Queue:
                 if chosen and (job.kind != chosen[0].kind or needed > room or len(chosen) >= self._limits.batch):
                     continue
                 chosen.append(job)
-                self._waiting.remove(job)
                 room -= needed
+            del chosen[1 << len(chosen).bit_length() - 1 :]
+            for job in chosen:
+                self._waiting.remove(job)
             return chosen

@@ -45,6 +45,8 @@ def test_what_would_change_the_answer_is_named_and_other_fields_are_let_through(
         {"messages": []},
         {"messages": [{"role": "robot", "content": ""}]},
         {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "image_url": "data:,"}]}]},
         {"max_tokens": 0},
         {"temperature": 3},
         {"temperature": float("nan")},

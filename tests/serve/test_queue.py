@@ -42,6 +42,14 @@ def test_jobs_of_a_kind_are_taken_together_and_the_oldest_first():
     assert len(queue) == 0
 
 
+def test_batches_are_powers_of_two():
+    queue = Queue(limits(batch=16), CAPACITY)
+    jobs = [job(tokens=1) for _ in range(11)]
+    for each in jobs:
+        queue.put(each)
+    assert [queue.take(), queue.take(), queue.take()] == [jobs[:8], jobs[8:10], jobs[10:]]
+
+
 def test_no_more_are_taken_than_fit():
     queue = Queue(limits(), CAPACITY)
     jobs = [job() for _ in range(6)]
