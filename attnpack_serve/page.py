@@ -1,2 +1,0 @@
-def page():
-    return b"<!doctype html><title>attnpack</title>", {}
