@@ -111,8 +111,8 @@ def _unpack(url: str, limits: ImageLimits) -> bytes:
     head = _DATA.match(url)
     if head is None:
         raise BadImage(
-            f"got {shown(url)}, expected data:image/png;base64,... (or jpeg, webp, gif, bmp), or the http address of an "
-            "image at a host that this server allows; send the file's content as a data: URL"
+            f"got {shown(url)}, expected data:image/png;base64,... (or jpeg, webp, gif, bmp), or the address of an "
+            "image (http) at a host that this server allows; send the file's content as a data: URL"
         )
     coded = len(url) - head.end()
     size = coded // 4 * 3 - url[-2:].count("=")
