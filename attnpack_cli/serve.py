@@ -11,6 +11,8 @@ from attnpack_cli.errors import UserError, require
 from attnpack_cli.models import check_model
 from attnpack_cli.policies import check_policy_file
 
+#: Addresses that this machine alone can reach.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 #: A name, or an address without its scheme.
 _HOST = re.compile(r"\.?[\w-]+(\.[\w-]+)*(:\d{1,5})?")
@@ -57,10 +59,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError("--policy has ranks of its own: leave --vision-rank, --text-rank out")
         check_policy_file(arguments.policy)
     known = arguments.api_key or os.environ.get("ATTNPACK_API_KEY")
-    if arguments.host not in ("127.0.0.1", "localhost", "::1") and not known:
+    if arguments.host not in LOOPBACK and not known:
         raise UserError(f"--host {arguments.host}: others can reach it; give --api-key KEY, or ATTNPACK_API_KEY")
     check_model(arguments.model, (), ranks)
-    require("transformers", "PIL", "fastapi", "uvicorn", "httpx", "prometheus_client")
+    require("transformers", "PIL", "fastapi", "uvicorn", "h11", "prometheus_client")
 
 
 def _port(text: str) -> int:

@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from attnpack_serve.answers import Answer, abandon_when
@@ -27,7 +28,14 @@ _RETRY = "2"
 
 
 def create_app(
-    name: str, prompts: Prompts, engine: Engine, limits: Limits, images: ImageLimits, api_key: str | None = None
+    name: str,
+    prompts: Prompts,
+    engine: Engine,
+    limits: Limits,
+    images: ImageLimits,
+    *,
+    api_key: str | None = None,
+    hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
     """Return the server of one model, which starts the engine, and stops it when it is shut down.
 
@@ -38,6 +46,7 @@ def create_app(
         limits: of requests.
         images: of the images in a request.
         api_key: what clients must send; None lets all in.
+        hosts: names under which it may be asked; others are those of pages that would have a browser ask for them.
     """
     metrics = Metrics(engine)
 
@@ -50,6 +59,7 @@ def create_app(
     app = FastAPI(title="attnpack serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     add_refusals(app)
     app.add_middleware(BodyLimit, most=limits.body)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
     async def allowed(request: Request) -> None:
         given = request.headers.get("authorization", "")

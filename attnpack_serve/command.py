@@ -10,6 +10,7 @@ from PIL import Image
 import attnpack_fx
 from attnpack_cli.arguments import ranks_of
 from attnpack_cli.errors import UserError
+from attnpack_cli.serve import LOOPBACK
 from attnpack_fx.demo.load import load
 from attnpack_fx.policy import PackPolicy, PolicyError
 from attnpack_serve.app import create_app
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     engine = Engine(loaded.model, loaded.tokenizer, capacity, limits)
     engine.warm(example)
     key = arguments.api_key or os.environ.get("ATTNPACK_API_KEY") or None
-    app = create_app(name, prompts, engine, limits, images, key)
+    hosts = LOOPBACK if arguments.host in LOOPBACK else ("*",)
+    app = create_app(name, prompts, engine, limits, images, api_key=key, hosts=hosts)
     print(f"{name} answers up to {batch} prompts at once on http://{arguments.host}:{arguments.port}", flush=True)
     uvicorn.run(
         app,

@@ -79,7 +79,7 @@ class Engine:
 def served(request):
     limits = Limits(**{"batch": 1, "memory": 0, "prefixes": 0, "seconds": 5.0, "body": 10**6, **_given(request)})
     engine = Engine(limits)
-    app = create_app("words", Prompts(), engine, limits, ImageLimits(), api_key="secret")
+    app = create_app("words", Prompts(), engine, limits, ImageLimits(), api_key="secret", hosts=["testserver"])
     with TestClient(app, headers={"Authorization": "Bearer secret"}) as client:
         yield client, engine
 
@@ -207,6 +207,12 @@ def test_a_model_that_fails_says_no_more_than_its_error(served):
     response = client.post("/v1/chat/completions", json=ASKED)
     assert response.status_code == 500 and "raised RuntimeError" in response.json()["error"]["message"]
     assert client.get("/health").json()["status"] == "ok"
+
+
+def test_another_name_of_the_machine_is_refused(served):
+    """A page elsewhere may let its own name mean this machine, to read what a browser gets here."""
+    client, _ = served
+    assert client.get("/v1/models", headers={"Host": "elsewhere.example"}).status_code == 400
 
 
 def test_metrics(served):
