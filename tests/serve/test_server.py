@@ -1,83 +1,38 @@
 """`attnpack serve` as a process, on the trained model, with OpenAI's own client."""
 
 import base64
-import contextlib
-import io
-import os
 import random
 import signal
-import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from attnpack_fx.demo.digits import Question, held_out_questions
+from benchmarks.serving import KEY, MODEL, data_url, messages, serving
 
-ROOT = Path(__file__).parents[2]
-MODEL = "digits-llava"
 IMAGES = 4
 TOKENS = 12
+TOLD = ("--memory", "2G", "--images", str(IMAGES), "--size", "64x64", "--max-new-tokens", "40")
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
-
-
-@contextlib.contextmanager
-def serving(*arguments: str):
-    """A server that is ready; its process and its address."""
-    port = free_port()
-    command = [sys.executable, "-m", "attnpack_cli", "serve", str(ROOT / "benchmarks" / "assets" / MODEL)]
-    told = ["--port", str(port), "--memory", "2G", "--images", str(IMAGES), "--size", "64x64", *arguments]
-    process = subprocess.Popen([*command, *told], cwd=ROOT, env=os.environ | {"ATTNPACK_API_KEY": "secret"})
-    try:
-        until = time.monotonic() + 600
-        while time.monotonic() < until:
-            assert process.poll() is None, "the server has ended"
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            time.sleep(0.5)
-        yield process, f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def served():
-    with serving("--batch", "8", "--queue", "40", "--max-new-tokens", "40") as (process, address):
-        yield process, address
-
-
-@pytest.fixture
-def client(served):
-    with openai.OpenAI(base_url=f"{served[1]}/v1", api_key="secret", max_retries=0, timeout=300) as made:
-        yield made
-
-
-def messages(question: Question) -> list[dict]:
-    text = question.prompt.split("question : ")[1].removesuffix(" answer :")
-    content: list[dict] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in question.images]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-
-
-def data_url(image) -> str:
-    written = io.BytesIO()
-    image.save(written, "PNG")
-    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+@pytest.mark.slow
+def test_a_server():
+    """One for all, since it takes long to begin; the last check ends it."""
+    with (
+        serving(*TOLD, "--queue", "40") as served,
+        openai.OpenAI(base_url=f"{served.address}/v1", api_key=KEY, max_retries=0, timeout=300) as client,
+    ):
+        check_answers_are_right_whole_and_as_they_come(client, served)
+        check_many_at_once_some_of_which_go_away(client, served)
+        check_what_cannot_be_answered_is_refused(client, served)
+        check_told_to_stop_it_answers_what_was_asked(client, served)
 
 
 def questions(count: int, seed: int = 0) -> list[Question]:
@@ -88,30 +43,7 @@ def asked(client: openai.OpenAI, question: Question, **given):
     return client.chat.completions.create(model=MODEL, messages=messages(question), max_tokens=TOKENS, **given)
 
 
-def metrics(address: str) -> dict[str, float]:
-    text = httpx.get(f"{address}/metrics", headers={"Authorization": "Bearer secret"}).text
-    lines = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
-    return {name: float(value) for name, value in lines}
-
-
-def idle(address: str) -> None:
-    """Wait until nothing is answered and nothing waits."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        state = httpx.get(f"{address}/health").json()
-        if not state["running"] and not state["waiting"]:
-            return
-        time.sleep(0.1)
-    raise AssertionError(state)
-
-
-def resident(process: subprocess.Popen) -> int:
-    text = Path(f"/proc/{process.pid}/status").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmRSS"))) * 1024
-
-
-@pytest.mark.slow
-def test_answers_are_right_whole_and_as_they_come(client, served):
+def check_answers_are_right_whole_and_as_they_come(client, served):
     assert [each.id for each in client.models.list()] == [MODEL]
     for question in questions(3):
         whole = asked(client, question)
@@ -126,23 +58,21 @@ def test_answers_are_right_whole_and_as_they_come(client, served):
         again = asked(client, question)
         assert again.usage.prompt_tokens_details.cached_tokens > 64 * IMAGES
         assert again.choices[0].message.content.strip() == question.answer
-    found = metrics(served[1])
+    found = served.metrics()
     assert found["attnpack_prefixes"] == 3 and 0 < found["attnpack_prefix_cache_bytes"] < 3e6
     assert found["attnpack_cache_ratio"] > 2
 
 
-@pytest.mark.slow
-def test_many_at_once_some_of_which_go_away(client, served):
-    process, address = served
+def check_many_at_once_some_of_which_go_away(client, served):
     first = questions(32, seed=1)
     held = []
     for _ in range(2):
         gone, right = at_once(client, first)
-        idle(address)
+        served.rest()
         assert gone == 8 and right >= 22, (gone, right)
-        held.append(resident(process))
+        held.append(served.resident())
     assert held[1] < 1.1 * held[0]
-    found = metrics(address)
+    found = served.metrics()
     assert found["attnpack_queue"] == found["attnpack_running"] == 0
 
 
@@ -173,9 +103,8 @@ def large_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-@pytest.mark.slow
-def test_what_cannot_be_answered_is_refused(client, served):
-    _, address = served
+def check_what_cannot_be_answered_is_refused(client, served):
+    address = served.address
     image = data_url(questions(1)[0].images[0])
     base = {"model": MODEL, "messages": [{"role": "user", "content": "read"}], "max_tokens": 4}
 
@@ -203,21 +132,18 @@ def test_what_cannot_be_answered_is_refused(client, served):
         ({"tools": [{"type": "function"}]}, 400),
         ({"messages": [{"role": "user", "content": "1 " * 300_000}]}, 400),
     ]
-    headers = {"Authorization": "Bearer secret"}
+    headers = {"Authorization": f"Bearer {KEY}"}
     for given, status in table:
         response = httpx.post(f"{address}/v1/chat/completions", json=base | given, headers=headers, timeout=60)
         assert (response.status_code, bool(response.json()["error"]["message"])) == (status, True), given
     assert httpx.post(f"{address}/v1/chat/completions", json=base).status_code == 401
     long = httpx.post(f"{address}/v1/chat/completions", content=b" " * (65 << 20), headers=headers, timeout=60)
     assert long.status_code == 413
-    idle(address)
+    served.rest()
     assert asked(client, questions(1)[0]).choices[0].message.content.strip() == questions(1)[0].answer
 
 
-@pytest.mark.slow
-def test_told_to_stop_it_answers_what_was_asked(client, served):
-    """The last test of the server: it ends here."""
-    process, _ = served
+def check_told_to_stop_it_answers_what_was_asked(client, served):
     answers = []
     threads = [
         threading.Thread(
@@ -228,7 +154,7 @@ def test_told_to_stop_it_answers_what_was_asked(client, served):
     for thread in threads:
         thread.start()
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    served.process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(120)
-    assert len(answers) == 4 and process.wait(120) in (0, -signal.SIGTERM)
+    assert len(answers) == 4 and served.process.wait(120) in (0, -signal.SIGTERM)
