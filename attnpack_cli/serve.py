@@ -31,6 +31,7 @@ def add_serve(commands: Any) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the model, as clients ask for it (the folder's)")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8000, metavar="N", help="to listen on (8000)")
+    parser.add_argument("--device", metavar="DEVICE", help="of the model, such as cuda:1 (a GPU, where there is one)")
     safety = parser.add_argument_group("who may ask, and for what")
     safety.add_argument("--api-key", metavar="KEY", help="that clients send; or set ATTNPACK_API_KEY")
     safety.add_argument(

@@ -41,7 +41,8 @@ def measured(model: Any, example: Mapping[str, Any], memory: int, prefixes: int)
     Returns:
         The capacity, and the largest batch of such prompts.
     """
-    plan = attnpack_fx.plan_batch(model, None, example, memory=memory - prefixes, new_tokens=_MEASURED)
+    placed = {name: each.to(model.device) for name, each in example.items()}
+    plan = attnpack_fx.plan_batch(model, None, placed, memory=memory - prefixes, new_tokens=_MEASURED)
     one, tokens = max(plan.prefill, plan.decode, 1), example["input_ids"].shape[1]
     return Capacity(plan.batch * one, one / tokens, dense_bytes(model)), plan.batch
 

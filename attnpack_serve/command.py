@@ -3,7 +3,9 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
 import uvicorn
 from PIL import Image
 
@@ -28,13 +30,15 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: for a model without a chat template, a policy it cannot have, or memory in which no prompt fits.
     """
     loaded = load(arguments.model, arguments.dtype or "float32", ranks_of(arguments))
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        loaded.model.to(device)
         policy = PackPolicy.load(arguments.policy) if arguments.policy else PackPolicy(**ranks_of(arguments))
         attnpack_fx.compile(loaded.model, policy=policy)
         prompts = Prompts(loaded)
-    except (PolicyError, BadPromptError, OSError) as error:
+    except (PolicyError, BadPromptError, OSError, RuntimeError) as error:
         raise UserError(str(error)) from error
-    memory = arguments.memory or _available()
+    memory = arguments.memory or _available(loaded.model)
     prefixes = memory // 8 if arguments.prefixes is None else arguments.prefixes
     print(f"compiling, and measuring what a prompt takes of {memory / 1e9:.1f} GB", flush=True)
     shown = [Image.new("RGB", arguments.size)] * arguments.images if loaded.vision else []
@@ -71,10 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _available() -> int:
-    """Half of what is free: of the GPU's memory where there is one, else of the machine's."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+def _available(model: Any) -> int:
+    """What is free for the model and all else: on its GPU, or half of what the machine has free."""
+    if model.device.type == "cuda":
+        return torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_allocated(model.device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2

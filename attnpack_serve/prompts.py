@@ -33,7 +33,7 @@ class Prompts:
         self._alone = threading.Lock()
 
     def prepare(self, messages: Sequence[dict[str, Any]], images: Sequence["Image"]) -> dict[str, Tensor]:
-        """Return the inputs of one prompt, tensors with a batch of one.
+        """Return the inputs of one prompt, tensors with a batch of one on the CPU, where they wait.
 
         Args:
             messages: as chat templates take them.
@@ -54,7 +54,7 @@ class Prompts:
                     self._of_template(messages), tokenize=False, add_generation_prompt=True
                 )
                 if self._loaded.vision:
-                    return batch_inputs(self._loaded, [text], [images])
+                    return batch_inputs(self._loaded, [text], [images], device="cpu")
                 return dict(self._loaded.processor(text, return_tensors="pt", add_special_tokens=False))
             except (UserError, TemplateError) as error:
                 raise BadPromptError(str(error)) from error

@@ -97,15 +97,20 @@ def model_inputs(loaded: Loaded, prompt: str, images: Sequence["Image"]) -> dict
     return batch_inputs(loaded, [text], [images])
 
 
-def batch_inputs(loaded: Loaded, texts: Sequence[str], images: Sequence[Sequence["Image"]]) -> dict[str, Any]:
-    """Processed prompts of equal length, one sequence of images for each; `texts` hold the image tokens."""
+def batch_inputs(
+    loaded: Loaded, texts: Sequence[str], images: Sequence[Sequence["Image"]], device: Any = None
+) -> dict[str, Any]:
+    """Processed prompts of equal length, one sequence of images for each; `texts` hold the image tokens.
+
+    device: where they go, the model's unless given.
+    """
     pictures: dict[str, Any] = {"images": [list(group) for group in images]} if any(images) else {}
     try:
         inputs = loaded.processor(text=list(texts), return_tensors="pt", **pictures)
     # StopIteration: more image tokens than images, where the processor does not count them.
     except (ValueError, TypeError, ImportError, StopIteration) as error:
         raise UserError(f"the processor of {loaded.name} refuses this prompt: {error}") from error
-    return dict(inputs.to(dtype=loaded.model.dtype, device=loaded.model.device))
+    return dict(inputs.to(dtype=loaded.model.dtype, device=device or loaded.model.device))
 
 
 def _templated(loaded: Loaded, prompt: str, images: int) -> str:
