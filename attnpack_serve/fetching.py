@@ -23,12 +23,12 @@ _REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 #: What the standard library counts as public, in some versions or all, and is not: protocol assignments, relays and
-#: tunnels to IPv4, documentation, and what lies outside global unicast.
+#: tunnels to IPv4, documentation, site-local addresses.
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in (
         *("192.0.0.0/24", "192.88.99.0/24"),
-        *("::/3", "4000::/2", "8000::/1", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "fec0::/10"),
     )
 )
 #: NAT64: IPv4 addresses in the last four bytes.

@@ -18,6 +18,16 @@ def test_every_package_folder_is_listed():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 
+def test_every_file_that_is_no_code_is_listed():
+    found = {
+        top: sorted(
+            file.name for file in (ROOT / top).rglob("*") if file.is_file() and not file.suffix.startswith(".py")
+        )
+        for top in MAPPED
+    }
+    assert PROJECT["tool"]["setuptools"]["package-data"] == {top: names for top, names in found.items() if names}
+
+
 def test_the_backend_is_registered_by_its_entry_point_alone():
     entries = importlib.metadata.entry_points(group="torch_dynamo_backends", name="attnpack")
     assert [entry.value for entry in entries] == ["attnpack_fx.backend:attnpack_backend"]

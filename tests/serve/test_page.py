@@ -7,6 +7,8 @@ import hashlib
 import io
 import re
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -54,6 +56,14 @@ def test_every_control_has_a_name():
     html, _ = page()
     labelled = set(re.findall(r'<label for="(\w+)"', html))
     assert set(re.findall(r'<(?:input|textarea|select)[^>]*\bid="(\w+)"', html)) == labelled
+
+
+def test_neither_images_nor_the_page_need_pytorch():
+    code = (
+        "import sys, attnpack_serve.images, attnpack_serve.page\n"
+        "assert not {'torch', 'transformers', 'numpy', 'attnpack_fx'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (32, 24), form: str = "PNG") -> bytes:
