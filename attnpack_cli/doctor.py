@@ -15,6 +15,7 @@ _PACKAGES = ("attnpack-fx", "torch", "triton", "transformers", "numpy")
 EXTRAS = {
     "hf": ("transformers",),
     "distributed": ("transformers", "accelerate"),
+    "ray": ("transformers", "PIL", "tqdm", "ray", "pandas", "pyarrow"),
     "demo": ("transformers", "sklearn", "PIL", "matplotlib", "tqdm"),
     "export": ("transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     "tensorrt": ("torch_tensorrt", "tensorrt"),
