@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from attnpack_cli.errors import UserError
 from attnpack_cli.rows import Row, continue_answers
@@ -29,8 +29,7 @@ def batch(arguments: argparse.Namespace) -> int:
     failed = 0
     workers: set[str] = set()
     if rows:
-        with arguments.out.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            failed, workers = _asked(arguments, rows, options, file)
+        failed, workers = _asked(arguments, rows, options)
     there = len(arguments.rows) - len(rows)
     print(
         f"{arguments.out}: {len(rows) - failed} answered, {failed} failed, {there} were there; "
@@ -39,9 +38,7 @@ def batch(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _asked(
-    arguments: argparse.Namespace, rows: Sequence[Row], options: dict[str, Any], file: TextIO
-) -> tuple[int, set[str]]:
+def _asked(arguments: argparse.Namespace, rows: Sequence[Row], options: dict[str, Any]) -> tuple[int, set[str]]:
     """How many rows failed, and which workers there were, once all are written."""
     failed = 0
     written: set[int] = set()
@@ -55,8 +52,9 @@ def _asked(
             new = [each for each in told if each.number not in written]
             written.update(each.number for each in new)
             workers.update(each.worker for each in told)
-            file.writelines(_line(rows[each.number], each) for each in new)
-            file.flush()
+            # A batch that is written is closed: a file of answers is there once there are any, and holds all so far.
+            with arguments.out.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(_line(rows[each.number], each) for each in new)
             failed += sum(bool(each.error) for each in new)
             for text in {text for each in told for text in each.warned}:
                 warnings.warn(text, AttnpackWarning, stacklevel=1)

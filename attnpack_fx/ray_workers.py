@@ -192,7 +192,12 @@ def _start(workers: int | None, address: str | None) -> None:
         with _silenced():
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--address {address}: no cluster of Ray answers: {error}") from error
+        if address is None:
+            raise UserError(f"Ray does not start on this machine: {error}") from error
+        raise UserError(
+            f"--address {address}: no cluster of Ray answers ({error}); expected the head of one, with the same "
+            "versions of Ray and Python. Where it asks for a token, set RAY_AUTH_MODE=token"
+        ) from error
 
 
 @contextmanager
