@@ -150,7 +150,8 @@ def answered(
             Worker,
             fn_constructor_kwargs={"options": dict(options), "begun": ray.remote(num_cpus=0)(Begun).remote()},
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=count),
+            # Rows wait for the next worker that is free, and not for one of their own.
+            compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
             num_cpus=cpus,
             num_gpus=gpus,
         )

@@ -153,7 +153,7 @@ def test_actors_of_a_data_set_answer_as_one_process_does(expected):
                 Named,
                 fn_constructor_kwargs={"model": str(trained()), "max_new_tokens": TOKENS},
                 batch_size=8,
-                compute=ray.data.ActorPoolStrategy(size=2),
+                compute=ray.data.ActorPoolStrategy(size=2, max_tasks_in_flight_per_actor=1),
                 num_cpus=1,
             )
             .take_all()
