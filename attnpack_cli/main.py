@@ -27,7 +27,7 @@ from attnpack_cli.run import add_run
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit code: 0; 2 for what the user can put right; 1 where `doctor` finds a fault, or rows of `batch` fail.
+    Returns the exit code: 0; 2 for what the user can put right; 1 where `doctor` finds a fault or rows of `batch` fail.
     """
     arguments = _parser().parse_args(argv)
     try:
