@@ -86,6 +86,7 @@ def continue_answers(out: Path, kept: Kept) -> None:
     """Leave in a file, which is replaced at once, the lines with answers alone, each ended."""
     if not kept.left_out and kept.ended:
         return
+    out = out.resolve()
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     seen: set[Id] = set()
     try:

@@ -122,7 +122,9 @@ class Answers:
         """Answers and errors of prompts of one shape."""
         try:
             batch = self._batch or self._fitting(prompts[0])
-        except ValueError as error:
+        except NOT_A_ROW:
+            raise
+        except Exception as error:
             yield from [("", _told(error))] * len(prompts)
             return
         for first in range(0, len(prompts), batch):

@@ -192,7 +192,8 @@ def _start(workers: int | None, address: str | None) -> None:
     try:
         with _silenced():
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    # Ray raises no more than Exception where it does not start in time.
+    except Exception as error:
         if address is None:
             raise UserError(f"Ray does not start on this machine: {error}") from error
         raise UserError(
