@@ -15,6 +15,7 @@ _PACKAGES = ("attnpack-fx", "torch", "triton", "transformers", "numpy")
 EXTRAS = {
     "hf": ("transformers",),
     "distributed": ("transformers", "accelerate"),
+    "ray": ("transformers", "PIL", "tqdm", "ray", "pandas", "pyarrow"),
     "demo": ("transformers", "sklearn", "PIL", "matplotlib", "tqdm"),
     "serve": ("transformers", "fastapi", "uvicorn", "h11", "PIL", "prometheus_client"),
     "export": ("transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points, version
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+from attnpack_cli.batch import add_batch
 from attnpack_cli.bench import add_bench
 from attnpack_cli.demo import add_demo
 from attnpack_cli.doctor import add_doctor
@@ -25,7 +26,10 @@ from attnpack_cli.serve import add_serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0; 2 for what the user can put right; 1 where `doctor` finds a fault."""
+    """Run one command.
+
+    Returns the exit code: 0; 2 for what the user can put right; 1 where `doctor` finds a fault or rows of `batch` fail.
+    """
     arguments = _parser().parse_args(argv)
     try:
         getattr(arguments, "check", lambda _: None)(arguments)
@@ -59,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="attnpack", description="Generate from a packed key/value cache through torch.compile.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_demo, add_explain, add_serve, add_export, add_run, add_bench, add_doctor):
+    for add in (add_demo, add_explain, add_batch, add_serve, add_export, add_run, add_bench, add_doctor):
         add(commands)
     for entry in sorted(entry_points(group="attnpack_fx.commands"), key=lambda entry: entry.name):
         # An earlier release, of which metadata may be left, had commands of its own among them.

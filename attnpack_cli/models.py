@@ -50,17 +50,17 @@ def trained_model() -> Path:
     )
 
 
-def check_model(name: str, images: Sequence[str], ranks: Mapping[str, Any]) -> None:
+def check_model(name: str, images: Sequence[str], ranks: Mapping[str, Any], way_out: str = "leave --image out") -> None:
     """Raise `UserError` for what is no model, for images it cannot see and ranks it cannot have, as far as files tell.
 
-    images: files; ranks: as `arguments.ranks_of` gives them. A model of the hub is looked for only where the hub is not
-    to be asked.
+    images: files; ranks: as `arguments.ranks_of` gives them; way_out: for images that it cannot see. A
+    model of the hub is looked for only where the hub is not to be asked.
     """
     place = Path(name).expanduser()
     if place.is_dir():
         config = _config(place, bool(images))
         if images and _reads_only(config):
-            raise UserError(f"{name} takes text only: leave --image out")
+            raise UserError(f"{name} takes text only: {way_out}")
         check_ranks(config, ranks)
     elif place.exists():
         raise UserError(f"{name}: is a file; expected the folder of a model, or an id of the hub")

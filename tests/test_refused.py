@@ -19,8 +19,19 @@ from attnpack_fx.export import artefact, manifest, program
 from attnpack_fx.passes.catalogue import METHODS
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "transformers", "numpy", "triton", "attnpack_fx", "onnx", "onnxruntime", "matplotlib", "sklearn")
-COMMANDS = ("bench", "demo", "doctor", "explain", "export", "run")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "triton",
+    "attnpack_fx",
+    "onnx",
+    "onnxruntime",
+    "matplotlib",
+    "sklearn",
+    "ray",
+)
+COMMANDS = ("batch", "bench", "demo", "doctor", "explain", "export", "run")
 
 #: Runs every list of arguments it is given, and tells what came of each.
 RUN = f"""
@@ -40,6 +51,8 @@ print(json.dumps(told))
 """
 
 EXPORT = ("export", "model", "--to", "onnx", "--out", "new")
+BATCH = ("batch", "rows.jsonl", "--model", "model", "--out", "new.jsonl")
+FOLDER = ("batch", "pictures", "--model", "model", "--out", "new.jsonl")
 RUN_IT = ("run", "artefact", "--prompt", "p")
 #: Arguments, and what is said of them: what was got, what is expected, the way out.
 REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
@@ -121,6 +134,27 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*RUN_IT, "--sample", "--temperature", "nan"), ("got 'nan'", "expected a number above 0", "e.g. 0.7")),
     ((*RUN_IT, "--sample", "--top-p", "1.5"), ("got '1.5'", "expected a share above 0 and up to 1")),
     ((*RUN_IT, "--threads", "none"), ("--threads: got 'none'", "expected a whole number")),
+    (("batch", "rows.jsonl", "--model", "model"), ("--out", "see attnpack batch --help")),
+    (("batch", "none.jsonl", *BATCH[2:]), ("none.jsonl: no such file or folder", "expected a folder of pictures, or")),
+    ((*BATCH, "--prompt", "p"), ("--prompt is for a folder of pictures", "leave it out")),
+    (FOLDER, ("pictures is a folder of pictures and needs a question", "--prompt TEXT")),
+    (("batch", "empty", *FOLDER[2:], "--prompt", "p"), ("empty: no pictures in it", "expected files that end in")),
+    (("batch", "no-rows.jsonl", *BATCH[2:]), ("no-rows.jsonl: no rows in it", "expected lines such as")),
+    (("batch", "notes.txt", *BATCH[2:]), ("notes.txt, line 1: cannot be read as JSON", "expected {")),
+    (("batch", "list.json", *BATCH[2:]), ("list.json, line 1: got list", "expected {")),
+    (("batch", "no-id.jsonl", *BATCH[2:]), ("no-id.jsonl, line 2: got the id None", "expected a text or a whole")),
+    (("batch", "twice.jsonl", *BATCH[2:]), ("twice.jsonl, line 3: got the id 'a' again", "expected each once")),
+    (("batch", "one-image.jsonl", *BATCH[2:]), ("got the images 'a.png'", "expected a list of paths")),
+    (("batch", "no-prompt.jsonl", *BATCH[2:]), ("got the prompt None", "expected a text")),
+    ((*BATCH[:5], "rows.jsonl"), ("--out rows.jsonl: holds the rows that are asked for", "choose another place")),
+    ((*BATCH[:5], "twice.jsonl"), ("--out twice.jsonl, line 1: not an answer", "expected {", "choose another place")),
+    ((*BATCH[:5], "new.txt"), ("--out new.txt", "expected a name that ends in .jsonl or .ndjson", "e.g. new.jsonl")),
+    ((*BATCH, "--workers", "0"), ("--workers: got '0'", "expected a whole number from 1 on")),
+    ((*BATCH, "--batch", "4", "--memory", "9"), ("--memory finds the batch that fits", "leave one of them out")),
+    ((*BATCH, "--policy", "field.json"), ("got the field 'vison_rank'", "did you mean 'vision_rank'")),
+    ((*BATCH, "--address", "ray://head"), ("--address ray://head: expected HOST:PORT", "e.g. 10.0.0.1:6379, or auto")),
+    ((*BATCH, "--address", "127.0.0.1:9"), ("nothing listens there", "ray start --head")),
+    ((*BATCH[:2], "--model", "seen", *BATCH[4:]), ("seen takes text only", "leave images out of the rows")),
     (("bench", "taste"), ("invalid choice: 'taste'", "quality")),
 ]
 
@@ -184,6 +218,13 @@ def _files() -> dict[str, str]:
         "list.json": "[]",
         "field.json": json.dumps({"version": 1, "policy": {"vison_rank": 8}}),
         "method.json": json.dumps(method),
+        "rows.jsonl": json.dumps({"id": 1, "images": ["a.png"], "prompt": "p"}) + "\n",
+        "no-rows.jsonl": "\n\n",
+        "no-id.jsonl": '{"id": "a", "prompt": "p"}\n{"prompt": "p"}\n',
+        "twice.jsonl": '{"id": "a", "prompt": "p"}\n\n{"id": "a", "prompt": "q"}\n',
+        "one-image.jsonl": '{"id": "a", "prompt": "p", "images": "a.png"}',
+        "no-prompt.jsonl": '{"id": "a"}',
+        "pictures/b.png": "",
         "artefact/manifest.json": json.dumps({"files": {"decode.onnx": {}}}),
         "artefact/processor/tokenizer.json": "",
     }

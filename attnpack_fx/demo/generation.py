@@ -81,7 +81,7 @@ def compiled(model: Any, variant: str, policy: PackPolicy) -> Iterator[None]:
     elif variant == PACKED:
         attnpack_fx.compile(model, policy=policy)
     try:
-        with nullcontext() if variant == DENSE else _without_checks():
+        with nullcontext() if variant == DENSE else without_checks():
             yield
     finally:
         model._compiled_call_impl = None
@@ -112,7 +112,7 @@ def warm_up(loaded: Loaded, inputs: dict[str, Any]) -> None:
 
 def explained(loaded: Loaded, inputs: dict[str, Any], policy: PackPolicy) -> Report:
     """`attnpack_fx.explain` on these inputs."""
-    with _without_checks():
+    with without_checks():
         return explain(loaded.model, policy=policy, **inputs)
 
 
@@ -145,7 +145,7 @@ def _graphs() -> int:
 
 
 @contextmanager
-def _without_checks() -> Iterator[None]:
+def without_checks() -> Iterator[None]:
     """Leave out transformers' checks that read a tensor's value: each would break the graph in two."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)

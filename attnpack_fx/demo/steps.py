@@ -20,10 +20,10 @@ class Steps:
     shown, once and in a sentence: others are for developers, who ask for them by `python -W`.
     """
 
-    def __init__(self, total: int, *, disable: bool | None = None) -> None:
+    def __init__(self, total: int, *, unit: str = "step", disable: bool | None = None) -> None:
         # tqdm finds no width where a terminal states none, and then shows nothing.
         width = shutil.get_terminal_size().columns - 1
-        self._line = tqdm(total=total, unit="step", leave=False, file=sys.stderr, disable=disable, ncols=width)
+        self._line = tqdm(total=total, unit=unit, leave=False, file=sys.stderr, disable=disable, ncols=width)
         self._begun = False
         self._warnings = warnings.catch_warnings()
         # Python forgets which warnings it has shown as soon as any library changes their filters.
@@ -52,6 +52,11 @@ class Steps:
         """As many steps more than were known of."""
         self._line.total += more
         self._line.refresh()
+
+    def advance(self, count: int, text: str) -> None:
+        """So many steps are done at once, and this is under way."""
+        self._line.set_description_str(text, refresh=False)
+        self._line.update(count)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
