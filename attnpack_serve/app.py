@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from attnpack_serve.answers import Answer, abandon_when
 from attnpack_serve.chat import ChatRequest
 from attnpack_serve.engine import Engine
-from attnpack_serve.images import BadImage, ImageLimits, load_images
+from attnpack_serve.images import BadImageError, ImageLimits, load_images
 from attnpack_serve.job import Job, Used
 from attnpack_serve.limits import Limits
 from attnpack_serve.metrics import Metrics
@@ -128,7 +128,7 @@ def create_app(
                 arrived=arrived,
             )
             engine.queue.put(job)
-        except (BadImage, BadPromptError) as error:
+        except (BadImageError, BadPromptError) as error:
             raise RefusedError(400, str(error)) from error
         except TooLargeError as error:
             raise RefusedError(400, str(error), "context_length_exceeded") from error

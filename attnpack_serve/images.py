@@ -41,7 +41,7 @@ _TURNED = {
 }
 
 
-class BadImage(ValueError):  # noqa: N818 (what is wrong is the image)
+class BadImageError(ValueError):  # noqa: N818 (what is wrong is the image)
     """Why an image is refused, and what would be taken instead; made for whoever sent it."""
 
 
@@ -83,10 +83,10 @@ async def load_images(urls: Sequence[str], limits: ImageLimits, network: Network
         transparent, 16-bit grey scaled to 8 bits.
 
     Raises:
-        BadImage: for the first that is found to be wrong; the others are given up.
+        BadImageError: for the first that is found to be wrong; the others are given up.
     """
     if len(urls) > limits.images:
-        raise BadImage(f"got {len(urls)} images, expected at most {limits.images}; send fewer in one request")
+        raise BadImageError(f"got {len(urls)} images, expected at most {limits.images}; send fewer in one request")
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_load(number, url, limits, network)) for number, url in enumerate(urls, 1)]
@@ -101,27 +101,27 @@ async def _load(number: int, url: str, limits: ImageLimits, network: Network | N
             found = await fetch(url, limits.hosts, limits.bytes, limits.seconds, network)
             return await asyncio.to_thread(_decode, found, limits)
         return await asyncio.to_thread(lambda: _decode(_unpack(url, limits), limits))
-    except (BadImage, FetchError) as error:
+    except (BadImageError, FetchError) as error:
         # From None: what the error came of may hold the image.
-        raise BadImage(f"image {number}: {error}") from None
+        raise BadImageError(f"image {number}: {error}") from None
 
 
 def _unpack(url: str, limits: ImageLimits) -> bytes:
     """The bytes of a data: URL."""
     head = _DATA.match(url)
     if head is None:
-        raise BadImage(
+        raise BadImageError(
             f"got {shown(url)}, expected data:image/png;base64,... (or jpeg, webp, gif, bmp), or the address of an "
             "image (http) at a host that this server allows; send the file's content as a data: URL"
         )
     coded = len(url) - head.end()
     size = coded // 4 * 3 - url[-2:].count("=")
     if size > limits.bytes:
-        raise BadImage(f"got {size:,} bytes, expected at most {limits.bytes:,}; send a smaller image")
+        raise BadImageError(f"got {size:,} bytes, expected at most {limits.bytes:,}; send a smaller image")
     try:
         return base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError):
-        raise BadImage(
+        raise BadImageError(
             f"got {coded:,} characters that are not base64, expected letters, digits, + and /, padded with = to a "
             "multiple of four; encode the file's bytes, without line breaks"
         ) from None
@@ -132,11 +132,11 @@ def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
         image = _open(data, limits)
         image.load()
         return _rgb(_upright(image))
-    except BadImage:
+    except BadImageError:
         raise
     # Of a file made to break them, Pillow's readers raise whatever their code stumbles over.
     except Exception as error:
-        raise BadImage(
+        raise BadImageError(
             f"got a file that cannot be decoded ({type(error).__name__}), expected {_EXPECTED}; it may be cut short: "
             "send it again, or save it anew"
         ) from None
@@ -146,18 +146,18 @@ def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
     """The image with its header read, and nothing beyond it."""
     opener = next((opener for start, opener in _FORMATS if re.match(start, data, re.DOTALL)), None)
     if opener is None:
-        raise BadImage(f"got {len(data):,} bytes of another kind, expected {_EXPECTED}; convert it")
+        raise BadImageError(f"got {len(data):,} bytes of another kind, expected {_EXPECTED}; convert it")
     if opener is WebPImagePlugin.WebPImageFile:
         _check_pixels(_webp_canvas(data), limits)
     try:
         image = opener(io.BytesIO(data))
     except Image.DecompressionBombError:
         # A GIF's first frame may lie outside the screen that its header tells.
-        raise BadImage(f"got too many pixels, expected at most {limits.pixels:,}; send a smaller image") from None
+        raise BadImageError(f"got too many pixels, expected at most {limits.pixels:,}; send a smaller image") from None
     _check_pixels(image.size, limits)
     if opener is BmpImagePlugin.BmpImageFile and image.info.get("compression") in _RUN_LENGTHS:
         # Pillow's reader of these is Python, slow, and before version 13 took memory for rows that are not there.
-        raise BadImage("got a BMP with run-length coding, expected one without; save it as PNG")
+        raise BadImageError("got a BMP with run-length coding, expected one without; save it as PNG")
     return image
 
 
@@ -178,7 +178,7 @@ def _webp_canvas(data: bytes) -> tuple[int, int]:
 def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
     width, height = size
     if not 0 < width * height <= limits.pixels:
-        raise BadImage(
+        raise BadImageError(
             f"got {width:,} x {height:,} pixels, expected from one to {limits.pixels:,} in all; send a smaller image"
         )
 

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("h11", reason="the extra serve is not installed")
 
 from attnpack_serve.fetching import FetchError, Host, Network, fetch, is_public
-from attnpack_serve.images import BadImage, ImageLimits, load_images
+from attnpack_serve.images import BadImageError, ImageLimits, load_images
 from tests.serve.test_images import PNG, data_url
 
 PUBLIC = "93.184.215.14"
@@ -150,7 +150,7 @@ INWARDS = {
 @pytest.mark.parametrize("allowed", [False, True])
 def test_what_leads_inwards_is_refused(host, allowed):
     web = {"addresses": {host.strip("[]"): INWARDS[host]}}
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(BadImageError) as caught:
         loaded(f"http://{host}/a.png", (host,) if allowed else HOSTS, **web)
     said = str(caught.value)
     assert said.startswith(f"image 2: got 'http://{host}/a.png'"[:40])
@@ -188,7 +188,9 @@ def test_other_addresses_are_public(address):
 
 
 def test_without_allowed_hosts_nothing_is_looked_up():
-    with pytest.raises(BadImage, match=r"image 2: got 'http.*', but this server fetches no images; send .* data: URL"):
+    with pytest.raises(
+        BadImageError, match=r"image 2: got 'http.*', but this server fetches no images; send .* data: URL"
+    ):
         loaded("https://images.example.com/a.png")
     said, web = fetched(URL, hosts=())
     assert "fetches no images" in said and web.resolved == []
@@ -267,7 +269,7 @@ def test_an_image_is_fetched():
 
 
 def test_what_is_fetched_is_decoded_like_the_rest():
-    with pytest.raises(BadImage, match="image 2: got 5 bytes of another kind, expected a PNG"):
+    with pytest.raises(BadImageError, match="image 2: got 5 bytes of another kind, expected a PNG"):
         asyncio.run(_load_text())
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("h11", reason="the extra serve is not installed")
 
 from PIL import Image, ImageFile
 
-from attnpack_serve.images import BadImage, ImageLimits, load_images
+from attnpack_serve.images import BadImageError, ImageLimits, load_images
 
 LIMITS = ImageLimits()
 
@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_ones_are_refused(name):
     url, parts = REFUSED[name]
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(BadImageError) as caught:
         loaded(data_url(PNG), url)
     said = str(caught.value)
     assert said.startswith("image 2: got ")
@@ -123,7 +123,7 @@ def test_bad_ones_are_refused(name):
 def test_too_many_pixels_are_refused_by_the_header(size, monkeypatch):
     decompressed = []
     monkeypatch.setattr(ImageFile.ImageFile, "load", decompressed.append)
-    with pytest.raises(BadImage, match=rf"got {size[0]:,} x {size[1]:,} pixels, expected .* 16,777,216 in all"):
+    with pytest.raises(BadImageError, match=rf"got {size[0]:,} x {size[1]:,} pixels, expected .* 16,777,216 in all"):
         loaded(data_url(huge_png(*size)))
     assert decompressed == []
 
@@ -135,7 +135,7 @@ def test_pixels_beyond_what_pillow_takes_for_a_bomb_are_the_limits_alone(monkeyp
 
 
 def test_the_limit_of_pixels_is_the_last_that_passes():
-    with pytest.raises(BadImage, match="got 24 x 16 pixels, expected from one to 383 in all"):
+    with pytest.raises(BadImageError, match="got 24 x 16 pixels, expected from one to 383 in all"):
         loaded(data_url(PNG), limits=ImageLimits(pixels=24 * 16 - 1))
     assert loaded(data_url(PNG), limits=ImageLimits(pixels=24 * 16))[0].size == (24, 16)
 
@@ -144,13 +144,15 @@ def test_the_limit_of_pixels_is_the_last_that_passes():
 def test_the_limit_of_bytes_is_the_last_that_passes(padding):
     # What is behind the end of a PNG is ignored, and makes the file longer.
     data = PNG + bytes((padding - len(PNG)) % 3)
-    with pytest.raises(BadImage, match=rf"got {len(data)} bytes, expected at most {len(data) - 1}; send a smaller"):
+    with pytest.raises(
+        BadImageError, match=rf"got {len(data)} bytes, expected at most {len(data) - 1}; send a smaller"
+    ):
         loaded(data_url(data), limits=ImageLimits(bytes=len(data) - 1))
     assert loaded(data_url(data), limits=ImageLimits(bytes=len(data)))[0].size == (24, 16)
 
 
 def test_too_many_images_are_refused_before_any_is_read():
-    with pytest.raises(BadImage, match="got 17 images, expected at most 16; send fewer"):
+    with pytest.raises(BadImageError, match="got 17 images, expected at most 16; send fewer"):
         loaded(*["no image"] * 17)
     assert loaded() == [] and len(loaded(*[data_url(PNG)] * 16)) == 16
 
