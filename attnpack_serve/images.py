@@ -41,7 +41,7 @@ _TURNED = {
 }
 
 
-class BadImageError(ValueError):  # noqa: N818 (what is wrong is the image)
+class BadImageError(ValueError):
     """Why an image is refused, and what would be taken instead; made for whoever sent it."""
 
 
