@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from attnpack_cli.errors import UserError, require
@@ -57,8 +58,13 @@ def check_new_folder(flag: str, path: Path, marker: str) -> None:
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())):
         raise UserError(f"{flag} {path}: is there already, and no artefact; choose another place, or remove it")
     above = next(folder for folder in path.absolute().parents if folder.exists())
+    refused = f"{flag} {path}: nothing can be written to {above}; choose another place"
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"{flag} {path}: nothing can be written to {above}; choose another place")
+        raise UserError(refused)
+    try:  # whoever may do everything may still not write everywhere
+        TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise UserError(f"{refused} ({error.strerror or error})") from None
 
 
 def read_json(flag: str, path: Path, expected: str) -> Any:

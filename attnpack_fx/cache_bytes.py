@@ -50,6 +50,11 @@ def cache_bytes(past_key_values: object, *, group: "ProcessGroup | None" = None)
     held = _held(past_key_values)
     if group is None:
         return held
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise ValueError(
+            f"group: got {group!r}, expected processes of torch.distributed, such as torch.distributed.group.WORLD "
+            "after they were started"
+        )
     parts: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(parts, held, group)
     return sum(parts)

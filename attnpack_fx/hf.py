@@ -128,7 +128,15 @@ def processes(model: Any) -> int:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # a vision encoder may be shared alone
     attention = (each for name, each in decoder.named_parameters() if "attn" in name or "attention" in name)
     shared = any(isinstance(each, DTensor) and any(part.is_shard() for part in each.placements) for each in attention)
-    return count if shared else 1
+    if not shared:
+        return 1
+    heads = _number(model, "num_key_value_heads") or _number(model, "num_attention_heads") or count
+    if heads % count:
+        raise ValueError(
+            f"model: got {heads} heads of keys and values for {count} processes, expected a number of processes that "
+            "divides them: transformers cuts the others in two"
+        )
+    return count
 
 
 def check_whole(model: Any, what: str, way_out: str) -> None:

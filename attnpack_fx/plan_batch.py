@@ -1,6 +1,7 @@
 """How many prompts fit into a memory at once: measured on small batches, and carried on to large ones."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,16 @@ from attnpack_fx.policy import PackPolicy
 _FIRST = 2
 #: Doubled until the two before foretell a peak this closely: the worst moment of small batches is another one.
 _CLOSE = 0.01
+#: What a prompt takes is taken for a thousandth more: allocators round sizes up, by the size.
+_ROUNDED = 1.001
 #: Largest batch that is measured.
 _MOST = 64
 #: Of the memory, what is left alone: allocators round sizes up, and free blocks that fit nothing stay.
 _HEADROOM = 0.05
+#: Arguments of `generate` that are given here.
+_SET = frozenset(
+    ("max_new_tokens", "min_new_tokens", "max_length", "do_sample", "num_beams", "return_dict_in_generate")
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class BatchPlan:
             ("  of that its cache", self.cache),
             (f"batch {self.batch} at its peak", self.peak(self.batch)),
         )
-        return "\n".join(f"{name:<24}{size / 1e6:>12,.1f} MB" for name, size in rows)
+        return "\n".join(f"{name:<24}{size / 1e6:>14,.3f} MB" for name, size in rows)
 
 
 def plan_batch(
@@ -83,14 +90,11 @@ def plan_batch(
         The plan; five hundredths of the memory are left alone.
 
     Raises:
-        ValueError: on a CPU without `memory`, without `input_ids`, and for a number of tokens below 2.
+        ValueError: on a CPU without `memory`, for a model that several processes share, and for other wrong arguments.
     """
+    model = getattr(model, "_orig_mod", model)
+    ids = _checked(model, policy, example, memory, new_tokens)
     device = next(model.parameters()).device
-    ids = example.get("input_ids")
-    if not isinstance(ids, Tensor):
-        raise ValueError(f"example: got {sorted(example)}, expected input_ids among the arguments of generate")
-    if not isinstance(new_tokens, int) or new_tokens < 2:
-        raise ValueError(f"new_tokens: got {new_tokens!r}, expected an int of at least 2")
     if memory is None:
         if device.type != "cuda":
             raise ValueError(f"memory: got none for a model on {device}, expected a number of bytes")
@@ -106,11 +110,38 @@ def plan_batch(
         with called_through(model, functools.partial(attnpack_backend, options={"policy": policy_for(model, policy)})):
             found = _line(model, example, prompts, new_tokens, memory - weights)
     (few, less), (many, more) = found
-    prefill, decode, cache = (-(-(most - least) // (many - few)) for least, most in zip(less, more, strict=True))
+    prefill, decode, cache = (
+        math.ceil((most - least) / (many - few) * _ROUNDED) for least, most in zip(less, more, strict=True)
+    )
     # Of a batch, beyond what its prompts take; the line is not below the peaks that were measured.
     fixed = max(0, *(peak - batch * max(prefill, decode) for batch, peaks in found for peak in peaks[:2]))
     room = int(memory * (1 - _HEADROOM)) - weights - fixed
     return BatchPlan(max(0, room // max(prefill, decode, 1)), memory, weights, fixed, prefill, decode, cache)
+
+
+def _checked(model: Any, policy: Any, example: Any, memory: Any, new_tokens: Any) -> Tensor:
+    """The example's token ids. Raises ValueError for an argument that is none."""
+    if not isinstance(model, torch.nn.Module) or not callable(getattr(model, "generate", None)):
+        raise ValueError(f"model: got {type(model).__name__}, expected a transformers model with generate")
+    hf.check_whole(model, "plan_batch", "plan in one process: each of several takes about its share of the bytes")
+    if policy is not None and not isinstance(policy, PackPolicy):
+        raise ValueError(f"policy: got {type(policy).__name__}, expected a PackPolicy, or None for the model as it is")
+    ids = example.get("input_ids") if isinstance(example, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError(
+            f"example: got {sorted(example) if isinstance(example, Mapping) else type(example).__name__}, expected the "
+            "arguments of generate by name, input_ids [B, T] among them"
+        )
+    taken = sorted(_SET.intersection(example))
+    if taken:
+        raise ValueError(
+            f"example: got {', '.join(taken)}, which plan_batch sets itself; leave out, and give new_tokens"
+        )
+    if memory is not None and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 1):
+        raise ValueError(f"memory: got {memory!r}, expected a number of bytes, e.g. 80 * 10**9")
+    if not isinstance(new_tokens, int) or isinstance(new_tokens, bool) or new_tokens < 2:
+        raise ValueError(f"new_tokens: got {new_tokens!r}, expected an int of at least 2")
+    return ids
 
 
 def _line(

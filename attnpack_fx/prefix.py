@@ -11,7 +11,15 @@ from torch import Tensor
 from attnpack_fx import hf, prefix_file
 from attnpack_fx.cache_bytes import cache_bytes
 from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.warning import warn
 
+#: Arguments of `generate` that are given here, or that have no place in reading.
+_SET = frozenset(
+    (
+        *("max_new_tokens", "min_new_tokens", "max_length", "do_sample", "num_beams", "num_return_sequences"),
+        *("return_dict_in_generate", "use_cache", "streamer", "stopping_criteria"),
+    )
+)
 #: What Qwen-VL models remember of the last prompt beside its cache: how far text positions are behind.
 _BESIDE = "rope_deltas"
 
@@ -49,23 +57,26 @@ class Prefix:
             memo[id(tensor)] = tensor.handle() if isinstance(tensor, PackedTensor) else tensor
         return copy.deepcopy(self.cache, memo)
 
-    def inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, copies: int = 1) -> dict[str, Any]:
         """Arguments of `model.generate` that continue a fork with more tokens.
 
         Args:
             input_ids: int64 `[B, T]`, the tokens behind the prefix, without special tokens of a new sequence; images
                 belong in the prefix.
             attention_mask: `[B, T]`, 0 where a token is padding; none is unless given.
+            copies: how many continuations `generate` makes of each sample: its `num_beams` or `num_return_sequences`.
 
         Returns:
-            The tokens of prefix and continuation with their mask, and a fork of the cache. Where the model remembers
-            something of the prompt beside the cache, as Qwen-VL models do, the model is made to remember it again: use
-            one such call before another.
+            The tokens of prefix and continuation with their mask, and a fork of the cache, for one call. Where the
+            model remembers something of the prompt beside the cache, as Qwen-VL models do, the model is made to
+            remember it again: use one such call before another.
 
         Raises:
-            ValueError: for another batch size, no tokens, image tokens, or a mask of another shape.
+            ValueError: for another batch size, no tokens, image tokens, a mask of another shape, or no copies.
         """
         self._check(input_ids, attention_mask)
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+            raise ValueError(f"copies: got {copies!r}, expected a whole number from 1 on, such as num_beams")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         behind = {"input_ids": input_ids, "attention_mask": mask}
         given = {
@@ -74,7 +85,10 @@ class Prefix:
         }
         for name, value in self._beside.items():
             setattr(self._model.get_submodule(name), _BESIDE, value)
-        return given | hf.cache_argument(self.fork())
+        cache = self.fork()
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+        return given | hf.cache_argument(cache)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prefix as a safetensors file; `attnpack_fx.load_prefix` reads it.
@@ -87,6 +101,9 @@ class Prefix:
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         known = self._by_token["input_ids"]
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+            got = getattr(input_ids, "dtype", type(input_ids).__name__)
+            raise ValueError(f"input_ids: got {got}, expected token ids [B, T]: tokenizer(...).input_ids")
         if input_ids.dim() != 2 or input_ids.shape[0] != known.shape[0] or input_ids.shape[1] == 0:
             raise ValueError(
                 f"input_ids: got shape {tuple(input_ids.shape)}, expected [{known.shape[0]}, T] with at least one "
@@ -126,6 +143,13 @@ def prefix(model: Any, **inputs: Any) -> Prefix:
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         got = "none" if ids is None else f"{type(ids).__name__}"
         raise ValueError(f"input_ids: got {got}, expected an int64 tensor [B, T], as the processor gives it")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model: got what torch.compile returned, whose generate runs uncompiled; expected a model compiled in "
+            "place, by attnpack_fx.compile(model)"
+        )
+    if taken := sorted(_SET.intersection(inputs)):
+        raise ValueError(f"{', '.join(taken)}: not of a prompt; give it to the generate that continues the prefix")
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"model: got {type(model).__name__}, expected a decoder with generate; the prompt of an encoder-decoder "
@@ -149,6 +173,8 @@ def prefix(model: Any, **inputs: Any) -> Prefix:
                 packed = packed.handle()
                 packed.taken_back = None  # nothing of a prefix is taken back, as of tokens guessed
                 setattr(layer, name, packed)
+    if not any(isinstance(tensor, PackedTensor) for tensor in _kept(cache)):
+        warn("the cache of this prefix is dense: compile the model with attnpack_fx.compile, and look at explain")
     return Prefix(model, cache, by_token, beside)
 
 

@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnpack_fx import hf
@@ -25,6 +26,7 @@ _SAMPLED = 8
 
 def save(path: str | os.PathLike[str], model: Any, cache: Any, contents: dict[str, Any]) -> None:
     """Write a cache of keys and values, and `contents` of tensors beside it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     hf.check_whole(model, "Prefix.save", "each process holds a part: keep the prefix in memory")
@@ -32,13 +34,21 @@ def save(path: str | os.PathLike[str], model: Any, cache: Any, contents: dict[st
     layers = [_layer(number, layer) for number, layer in enumerate(hf.self_attention_layers(cache))]
     parts = written.plain({"layers": layers, "contents": contents})
     described = {"format": _FORMAT, "parts": json.dumps(parts)} | _origin(model)
-    save_file({str(number): each.contiguous() for number, each in enumerate(written.tensors)}, path, described)
+    tensors = {str(number): each.contiguous() for number, each in enumerate(written.tensors)}
+    try:
+        save_file(tensors, path, described)
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
 
 
 def load(path: str | os.PathLike[str], model: Any) -> tuple[Any, dict[str, Any]]:
     """The cache and the contents beside it, on the model's device. Raises ValueError where they are not the model's."""
     from safetensors import SafetensorError, safe_open
 
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a compiled transformers model behind the file")
+    if os.path.isdir(path):
+        raise ValueError(f"{os.fspath(path)}: got a folder, expected a file that Prefix.save wrote")
     hf.check_whole(model, "load_prefix", "read the prefix again, with attnpack_fx.prefix")
     device = next(model.parameters()).device
     try:
@@ -142,11 +152,16 @@ def _origin(model: Any) -> dict[str, str]:
         few = each.detach().flatten()[:: max(1, each.numel() // _SAMPLED)].double().cpu()
         weights.update(name.encode() + few.numpy().tobytes())
     policy = getattr(model._compiled_call_impl, "policy", None)
+    if policy is None:
+        raise ValueError(
+            f"model: got a {type(model).__name__} whose policy is not known, expected one that attnpack_fx.compile "
+            "compiled: a prefix in a file is of a policy"
+        )
     text = json.dumps(config, sort_keys=True, default=str)
     return {
         "configuration": hashlib.sha256(text.encode()).hexdigest(),
         "weights": weights.hexdigest(),
-        "policy": "unknown" if policy is None else repr(policy),
+        "policy": repr(policy),
     }
 
 

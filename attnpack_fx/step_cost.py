@@ -243,7 +243,9 @@ def _rotated(policy: PackPolicy, layers: Sequence[Layer]) -> Setting | None:
                 return None  # it would stay dense
     seconds = sum(packed_step(layer, _repacked(layer, ranks)).measured for layer in layers)
     of_values = {name: max(layer.packed[1].ranks.get(name, 0) for layer in layers) for name in ranks}
-    pairs: Any = {f"{name}_rank": (rank, of_values[name]) for name, rank in ranks.items()}
+    # A policy's ranks mean the whole layer, of which these are one process's share.
+    shares = policy.processes
+    pairs: Any = {f"{name}_rank": (rank * shares, of_values[name] * shares) for name, rank in ranks.items()}
     return Setting(replace(policy, key_space="rotated", **pairs), seconds)
 
 

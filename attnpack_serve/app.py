@@ -25,6 +25,8 @@ from attnpack_serve.refusals import BodyLimit, RefusedError, add_refusals
 
 #: Seconds that a client is asked to wait before it tries again.
 _RETRY = "2"
+#: Requests whose images are decoded at once: each may have several hundred megabytes of them.
+_PREPARED = 2
 
 
 def create_app(
@@ -49,6 +51,7 @@ def create_app(
         hosts: names under which it may be asked; others are those of pages that would have a browser ask for them.
     """
     metrics = Metrics(engine)
+    preparing = asyncio.Semaphore(_PREPARED)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -116,8 +119,11 @@ def create_app(
 
     async def _job(asked: ChatRequest, answer: Answer, arrived: float) -> Job:
         try:
-            pictures = await load_images(asked.image_urls(), images)
-            inputs = await asyncio.to_thread(prompts.prepare, asked.for_template(), pictures)
+            engine.queue.check()
+            async with preparing:
+                pictures = await load_images(asked.image_urls(), images)
+                inputs = await asyncio.to_thread(prompts.prepare, asked.for_template(), pictures)
+                del pictures
             job = Job(
                 inputs=inputs,
                 sampling=asked.sampling(),

@@ -37,6 +37,13 @@ class Queue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def check(self) -> None:
+        """Raise `FullError` where no job would be taken, before work is put into one."""
+        if self._closed:
+            raise FullError("the server is shutting down")
+        if len(self._waiting) >= self._limits.queue:
+            raise FullError(f"{len(self._waiting)} requests are waiting, and no more may")
+
     def put(self, job: Job) -> None:
         """Append a job.
 
@@ -51,10 +58,7 @@ class Queue:
                 f"expected at most {self._capacity.free:,}: send fewer or smaller images, or a smaller max_tokens"
             )
         with self._changed:
-            if self._closed:
-                raise FullError("the server is shutting down")
-            if len(self._waiting) >= self._limits.queue:
-                raise FullError(f"{len(self._waiting)} requests are waiting, and no more may")
+            self.check()
             if self._waiting and sum(each.nbytes for each in self._waiting) + job.nbytes > self._limits.waiting:
                 raise FullError(f"{len(self._waiting)} requests with many images are waiting")
             self._waiting.append(job)

@@ -46,6 +46,10 @@ def add_refusals(app: FastAPI) -> None:
         told = "; ".join(f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors())
         return JSONResponse(body(400, told), 400)
 
+    async def failed(_: Request, error: Any) -> JSONResponse:
+        return JSONResponse(body(500, f"the server raised {type(error).__name__}; its log says where"), 500)
+
+    app.add_exception_handler(Exception, failed)
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(AnyHTTPException, other)
     app.add_exception_handler(RequestValidationError, invalid)

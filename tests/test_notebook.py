@@ -9,7 +9,7 @@ from attnpack_fx.calibration.report import Calibration, Candidate
 from attnpack_fx.explain import Report
 
 SITE = {"layer": "<b>layer</b>", "action": "dense", "reason": "a & b"}
-REPORT = Report(graphs=[[SITE]], layers=[], fastest=[], bytes_before=4, bytes_after=2, policy={})
+REPORT = Report(graphs=[[SITE]], layers=[], fastest=[], bytes_before=4, bytes_after=2, processes=1, policy={})
 CANDIDATES = (Candidate("<b>layer</b> & b", 0.1, 0.1, 2),)
 CALIBRATION = Calibration((), (), 0.1, CANDIDATES, "none", 2, 4, 1, samples=1, queries=1, notes=("a & b",))
 

@@ -16,7 +16,7 @@ _PLENTY = 1 << 30
 POLICY = PackPolicy(vision_rank=4)
 
 
-def check(family: str, policy: PackPolicy | None, new_tokens: int) -> None:
+def check(family: str, policy: PackPolicy | None, new_tokens: int, batches: tuple[int, ...] = (12, 40)) -> None:
     """Never under what a larger batch takes, and at most a tenth over."""
     torch._dynamo.reset()
     model, example = ZOO[family].build("sdpa"), ZOO[family].inputs(1, 0)
@@ -26,7 +26,7 @@ def check(family: str, policy: PackPolicy | None, new_tokens: int) -> None:
     )
     backend = functools.partial(attnpack_fx.attnpack_backend, options={"policy": policy})
     with called_through(model, None if policy is None else backend):
-        for batch in (12, 40):
+        for batch in batches:
             prefill, decode, cache = _measured(model, _repeated(example, batch), new_tokens, _CPU)
             measured = plan.weights + max(prefill, decode)
             assert measured <= plan.peak(batch) <= 1.1 * measured
@@ -46,7 +46,7 @@ def test_a_dense_model_is_planned():
     ],
 )
 def test_larger_batches_take_what_is_planned(family, policy, tokens):
-    check(family, policy, tokens)
+    check(family, policy, tokens, (24,))
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
@@ -72,7 +72,27 @@ def test_bad_input_is_refused():
     model, example = ZOO["llava-gqa"].build("sdpa"), ZOO["llava-gqa"].inputs(1, 0)
     with pytest.raises(ValueError, match="memory: got none for a model on cpu"):
         plan_batch(model, None, example)
-    with pytest.raises(ValueError, match=r"example: got \['pixel_values'\], expected input_ids"):
+    with pytest.raises(ValueError, match=r"example: got \['pixel_values'\], expected the arguments"):
         plan_batch(model, None, {"pixel_values": example["pixel_values"]}, memory=1)
     with pytest.raises(ValueError, match="new_tokens: got 1, expected an int of at least 2"):
         plan_batch(model, None, example, memory=1, new_tokens=1)
+    for given, told in (
+        ({"memory": "80GB"}, "memory: got '80GB', expected a number of bytes"),
+        ({"memory": -5}, "memory: got -5"),
+        ({"policy": {"vision_rank": 4}}, "policy: got dict, expected a PackPolicy"),
+        ({"example": example | {"max_new_tokens": 4}}, "got max_new_tokens, which plan_batch sets itself"),
+        ({"example": None}, "example: got NoneType"),
+        ({"model": torch.nn.Linear(1, 1)}, "model: got Linear, expected a transformers model"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            plan_batch(**({"model": model, "policy": None, "example": example, "memory": 10**9} | given))
+
+
+@pytest.mark.slow
+def test_the_policy_is_that_of_the_model_behind_a_wrapper(without_inductor):
+    model, example = ZOO["llava-gqa"].build("sdpa"), ZOO["llava-gqa"].inputs(1, 0)
+    found = [
+        plan_batch(each, PackPolicy(vision_rank=4), example, memory=10**8, new_tokens=2).cache
+        for each in (model, torch.compile(model))
+    ]
+    assert found[0] == found[1] != plan_batch(model, None, example, memory=10**8, new_tokens=2).cache

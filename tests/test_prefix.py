@@ -199,3 +199,44 @@ def test_questions_of_unequal_length_are_padded_between(without_inductor):
     one = attnpack_fx.prefix(model, **shorter)
     expected = answered(model, one.inputs(question[:1, 2:]))
     assert torch.equal(together.sequences[0, -6:], expected.sequences[0, -6:])
+
+
+def test_beams_and_several_answers_continue_copies(without_inductor):
+    model, eager = compiled("llava-gqa", LOSSLESS), ZOO["llava-gqa"].build("sdpa")
+    inputs = ZOO["llava-gqa"].inputs(2, 3)
+    kept, (question,) = attnpack_fx.prefix(model, **inputs), questions(1, batch=2)
+    beams = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    expected = eager.generate(**with_question(inputs, question), **beams)
+    actual = model.generate(**kept.inputs(question, copies=3), **beams)
+    assert torch.equal(actual[:, -5:], expected[:, -5:])
+    drawn = model.generate(**kept.inputs(question, copies=2), max_new_tokens=3, do_sample=True, num_return_sequences=2)
+    assert drawn.shape[0] == 4
+    with pytest.raises(ValueError, match="copies: got 0"):
+        kept.inputs(question, copies=0)
+
+
+def test_a_dense_prefix_is_said_to_be_one():
+    with pytest.warns(attnpack_fx.AttnpackWarning, match="prefix is dense: compile the model"):
+        attnpack_fx.prefix(ZOO["llava-gqa"].build("sdpa"), **ZOO["llava-gqa"].inputs(1, 0))
+
+
+def test_what_is_no_argument_of_a_prefix(without_inductor, tmp_path):
+    model, inputs = compiled("llava-gqa", LOSSLESS), ZOO["llava-gqa"].inputs(1, 0)
+    with pytest.raises(ValueError, match=r"expected a model compiled in place, by attnpack_fx.compile"):
+        attnpack_fx.prefix(torch.compile(model), **inputs)
+    with pytest.raises(ValueError, match="do_sample: not of a prompt"):
+        attnpack_fx.prefix(model, **inputs, do_sample=True)
+    kept = attnpack_fx.prefix(model, **inputs)
+    for wrong in ([[1, 2]], {"input_ids": torch.ones(1, 2)}, torch.ones(1, 2)):
+        with pytest.raises(ValueError, match=r"expected token ids \[B, T\]: tokenizer"):
+            kept.inputs(wrong)
+    with pytest.raises(OSError, match="cannot be written"):
+        kept.save(tmp_path / "missing" / "prefix")
+    with pytest.raises(ValueError, match="got a folder"):
+        attnpack_fx.load_prefix(tmp_path, model)
+    with pytest.raises(ValueError, match="model: got PosixPath"):
+        attnpack_fx.load_prefix(model, tmp_path)
+    plain = ZOO["llava-gqa"].build("sdpa")
+    kept.save(tmp_path / "prefix")
+    with pytest.raises(ValueError, match=r"expected one that attnpack_fx.compile compiled"):
+        attnpack_fx.load_prefix(tmp_path / "prefix", plain)

@@ -40,6 +40,7 @@ def sizes_of(answers: Answers, monkeypatch: pytest.MonkeyPatch, spoilt: int | No
     return sizes
 
 
+@pytest.mark.slow
 def test_equal_shapes_share_a_batch_and_a_row_that_fails_is_alone(without_inductor, monkeypatch, tmp_path):
     answers = Answers(trained(), max_new_tokens=3, batch=3)
     asked = questions()[:5]

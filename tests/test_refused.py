@@ -31,7 +31,7 @@ HEAVY = (
     "sklearn",
     "ray",
 )
-COMMANDS = ("batch", "bench", "demo", "doctor", "explain", "export", "run")
+COMMANDS = ("batch", "bench", "demo", "doctor", "explain", "export", "run", "serve")
 
 #: Runs every list of arguments it is given, and tells what came of each.
 RUN = f"""

@@ -106,7 +106,7 @@ def test_packed_or_reported(name: str, without_inductor: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bloom", "falcon-alibi", "lfm2-vl", "idefics3"])
+@pytest.mark.parametrize("name", ["bloom", "idefics3"])
 def test_through_inductor(name: str, fresh_dynamo: None) -> None:
     """One of each kind of graph that the families of the grid do not have."""
     _check(name)

@@ -34,6 +34,7 @@ def check(family: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_layer_is_packed(without_inductor):
     check("qwen2.5-vl")
 

@@ -19,11 +19,14 @@ LOSSLESS = PackPolicy(vision_rank="full", text_rank="full", strict=True)
 _PLAN = LayerPlan(Stored(Columns(((12, 0),)), Columns(((9, 8),))), None, "unrotated")
 #: By family: policies, through Inductor. A rank of 40 is more than the heads of one process have.
 POLICIES = {
-    "llava-mha": {"lossless": LOSSLESS, "rank": PackPolicy(vision_rank=40), "plan": PackPolicy(layers=(_PLAN, _PLAN))},
+    "llava-mha": {
+        "lossless": LOSSLESS,
+        "rank": PackPolicy(vision_rank=40, passes=(H2O(0.6), Quantize(4))),
+        "plan": PackPolicy(layers=(_PLAN, _PLAN)),
+    },
     "qwen2.5-vl": {
         "lossless": LOSSLESS,
         "folds": PackPolicy(vision_rank=8, text_rank=8, fold_every=4, recent=2),
-        "4 bits, H2O": PackPolicy(vision_rank=8, passes=(H2O(0.6), Quantize(4))),
     },
     "qwen3-vl": {"rank": PackPolicy(vision_rank=8)},
 }

@@ -199,6 +199,18 @@ def test_onnx_of_codes(bits: int, tolerance: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_inductor")
+def test_onnx_in_half_precision(tmp_path: Path) -> None:
+    policy = PackPolicy(vision_rank=(8, 6))
+    model, inputs = of("llava-gqa")
+    halved = {name: each.half() if each.is_floating_point() else each for name, each in inputs.items()}
+    export_onnx(model.half(), policy, tmp_path / "artefact", example=halved)
+    made = PackedGenerator(tmp_path / "artefact", threads=1)
+    packed = attnpack_fx.compile(EVERY["llava-gqa"].build("sdpa").half(), policy=policy)
+    assert_same(of_artefact(made, halved), of_model(packed, halved), 2e-2)
+
+
+@pytest.mark.slow
 def test_onnx_of_an_older_opset(tmp_path: Path) -> None:
     """Without RMSNormalization, RotaryEmbedding and Attention; and without an example, as images are of one size."""
     model, inputs = of("llava-gqa")

@@ -27,6 +27,8 @@ class Prompts:
     """Ten tokens for each message."""
 
     def prepare(self, messages, images):
+        if messages[0]["content"] == [{"type": "text", "text": "break"}]:
+            raise RuntimeError("the processor is broken")
         if len(images) > 2:
             raise BadPromptError("the processor takes two images")
         return {"input_ids": torch.ones(1, 10 * len(messages), dtype=torch.int64)}
@@ -213,6 +215,15 @@ def test_another_name_of_the_machine_is_refused(served):
     """A page elsewhere may let its own name mean this machine, to read what a browser gets here."""
     client, _ = served
     assert client.get("/v1/models", headers={"Host": "elsewhere.example"}).status_code == 400
+
+
+def test_what_nobody_foresaw_is_told_in_the_same_form(served):
+    client, _ = served
+    lenient = TestClient(client.app, headers=client.headers, raise_server_exceptions=False)
+    broken = ASKED | {"messages": [{"role": "user", "content": "break"}]}
+    response = lenient.post("/v1/chat/completions", json=broken)
+    assert response.status_code == 500 and "raised RuntimeError" in response.json()["error"]["message"]
+    assert client.post("/v1/chat/completions", json=ASKED).status_code == 200
 
 
 def test_metrics(served):
