@@ -17,7 +17,7 @@ from attnpack_serve.engine import Engine
 from attnpack_serve.images import BadImageError, ImageLimits, load_images
 from attnpack_serve.job import Job, Used
 from attnpack_serve.limits import Limits
-from attnpack_serve.metrics import Metrics
+from attnpack_serve.metrics import CountStatus, Metrics
 from attnpack_serve.page import page
 from attnpack_serve.prompts import BadPromptError, Prompts
 from attnpack_serve.queue import FullError, TooLargeError
@@ -62,6 +62,7 @@ def create_app(
     app = FastAPI(title="attnpack serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     add_refusals(app)
     app.add_middleware(BodyLimit, most=limits.body)
+    app.add_middleware(CountStatus, metrics=metrics)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
     async def allowed(request: Request) -> None:
@@ -70,12 +71,6 @@ def create_app(
             raise RefusedError(
                 401, "got no valid key, expected the header Authorization: Bearer KEY", "invalid_api_key"
             )
-
-    @app.middleware("http")
-    async def counted(request: Request, call: Any) -> Response:
-        response: Response = await call(request)
-        metrics.response(response.status_code)
-        return response
 
     @app.get("/")
     async def index() -> Response:

@@ -22,6 +22,9 @@ from attnpack_serve.images import ImageLimits
 from attnpack_serve.limits import Limits
 from attnpack_serve.prompts import BadPromptError, Prompts
 
+#: Connections beyond those that are answered or wait: of clients that keep theirs, or are told to come again.
+_CONNECTIONS = 64
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve a model until the process is told to stop.
@@ -72,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
         log_level="warning",
         timeout_graceful_shutdown=round(arguments.timeout),
         timeout_keep_alive=5,
+        # Bodies are read before anything can be said of them: connections are few, too.
+        limit_concurrency=limits.queue + limits.batch + _CONNECTIONS,
     )
 
 

@@ -1,6 +1,7 @@
 """What Prometheus reads of a server."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from attnpack_serve.engine import Engine
 from attnpack_serve.job import Used
@@ -59,3 +60,23 @@ class Metrics:
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class CountStatus:
+    """Counts every response by its status.
+
+    Args:
+        app: what is served.
+        metrics: where it is counted.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.response(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, sent)

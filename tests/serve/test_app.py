@@ -3,11 +3,13 @@
 import base64
 import io
 import json
+import socket
 import threading
 import time
 
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -215,6 +217,31 @@ def test_another_name_of_the_machine_is_refused(served):
     """A page elsewhere may let its own name mean this machine, to read what a browser gets here."""
     client, _ = served
     assert client.get("/v1/models", headers={"Host": "elsewhere.example"}).status_code == 400
+
+
+def test_a_client_that_goes_away_ends_its_answer():
+    """On a real connection: the test's client has none that could be closed."""
+    limits = Limits(batch=1, memory=0, prefixes=0)
+    engine = Engine(limits)
+    engine.go.clear()
+    app = create_app("words", Prompts(), engine, limits, ImageLimits())
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    body = json.dumps(ASKED)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+        assert engine.began.wait(10)
+    until = time.monotonic() + 10
+    while not engine.ended and time.monotonic() < until:
+        time.sleep(0.01)
+    server.should_exit = True
+    thread.join(10)
+    assert engine.ended == ["cancelled"] and not engine.thread.is_alive()
 
 
 def test_what_nobody_foresaw_is_told_in_the_same_form(served):

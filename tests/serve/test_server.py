@@ -60,7 +60,7 @@ def check_answers_are_right_whole_and_as_they_come(client, served):
         assert again.choices[0].message.content.strip() == question.answer
     found = served.metrics()
     assert found["attnpack_prefixes"] == 3 and 0 < found["attnpack_prefix_cache_bytes"] < 3e6
-    assert found["attnpack_cache_ratio"] > 2
+    assert found["attnpack_cache_ratio"] > 1.7
 
 
 def check_many_at_once_some_of_which_go_away(client, served):
