@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(arguments, "check", lambda _: None)(arguments)
         # What transformers has to say to developers stays off the terminal, unless it is asked for.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # Nor does PyTorch's profiler, which measures a prompt's memory, say when it starts and stops.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         run = resolve_name(arguments.run) if isinstance(arguments.run, str) else arguments.run
         return run(arguments) or 0
     except UserError as error:

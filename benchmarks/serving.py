@@ -11,6 +11,7 @@ import argparse
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
 import socket
@@ -23,7 +24,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,33 +174,45 @@ def compare(server: Server, clients: int, asked: Sequence[Question], rounds: int
 
 
 def load_it(server: Server, clients: int, asked: Sequence[Question], minutes: float) -> None:
-    """Ask on and on, and print what came of it, and the server's memory at the beginning and at the end."""
+    """Ask on and on, and print what came of it, and the server's memory at the beginning and once a minute."""
     until, found, lock = time.monotonic() + 60 * minutes, Counter[str](), threading.Lock()
 
     def client(number: int) -> None:
-        turn = number
-        while time.monotonic() < until:
+        for turn in itertools.count():
+            if time.monotonic() >= until:
+                return
             try:
-                said = ask(server, asked[turn % len(asked)], leave=turn % 8 == 0)
-            except (OSError, urllib.error.URLError) as error:
+                # One answer of eight is left after its first event, by every client in its turn.
+                said = ask(server, asked[(number + turn * clients) % len(asked)], leave=(number + turn) % 8 == 0)
+            except urllib.error.HTTPError as error:
+                said = f"status {error.code}"
+                time.sleep(1)
+            except OSError as error:
                 said = type(error).__name__
             with lock:
                 found[said] += 1
-            turn += clients
 
     server.rest()
-    before, began = server.resident(), time.monotonic()
+    memory, first, began = [server.resident()], server.metrics(), time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(client, range(clients)))
+        answers = [pool.submit(client, number) for number in range(clients)]
+        while wait(answers, timeout=60).not_done:
+            memory.append(server.resident())
+        for answer in answers:
+            answer.result()
     seconds = time.monotonic() - began
     server.rest()
-    tokens = server.metrics()['attnpack_tokens_total{kind="completion"}']
-    memory = f"{before / 1e6:.0f} MB before, {server.resident() / 1e6:.0f} MB after"
+    memory.append(server.resident())
+    last = server.metrics()
+    tokens, kept = 'attnpack_tokens_total{kind="completion"}', "attnpack_prefix_cache_bytes"
     print(
         f"{seconds / 60:.1f} minutes, {clients} clients: {sum(found.values())} requests, "
         f"{sum(found.values()) / seconds:.2f} a second; "
         + ", ".join(f"{count} {said}" for said, count in sorted(found.items()))
-        + f"; {tokens:.0f} tokens since it began; memory {memory}"
+        + f"; {last[tokens] - first[tokens]:.0f} tokens\n"
+        + f"prompts kept MB: {first[kept] / 1e6:.0f} before, {last[kept] / 1e6:.0f} after; "
+        + "resident MB, before, once a minute, at rest: "
+        + " ".join(f"{each / 1e6:.0f}" for each in memory)
     )
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests of the backend, and how tests share a machine."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,17 @@ def pytest_configure() -> None:
     """One thread a process: problems this small lose more to threads than they gain, and pytest-xdist has the cores."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+def pytest_collection_finish() -> None:
+    """Modules that are there for good are not looked through for garbage, and Dynamo's many objects less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries count what is left when Python ends
 
 
 @pytest.hookimpl(optionalhook=True)

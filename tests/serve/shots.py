@@ -1,4 +1,4 @@
-"""Screenshots of the page for the documentation: `python -m tests.serve.shots FOLDER [URL IMAGE QUESTION]`.
+"""Screenshots of the page for the documentation: `python -m tests.serve.shots FOLDER [URL QUESTION IMAGE...]`.
 
 Without a URL the page is that of the test's own server, with an answer that is made up.
 """
@@ -14,14 +14,14 @@ from tests.serve.test_page import BROWSER, NARROW, WIDE, picture
 VIEWS = {"wide": {**WIDE, "color_scheme": "light"}, "wide-dark": WIDE, "narrow": NARROW}
 
 
-def shoot(folder: Path, url: str, image: Path, question: str) -> None:
+def shoot(folder: Path, url: str, question: str, *images: Path) -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         for name, options in VIEWS.items():
             page = browser.new_context(**options).new_page()
             page.goto(url)
-            page.get_by_label("Add images").set_input_files(image)
-            page.get_by_role("img", name="Image 1").wait_for()
+            page.get_by_label("Add images").set_input_files(images)
+            page.get_by_role("img", name=f"Image {len(images)}").wait_for()
             page.screenshot(path=folder / f"{name}-empty.png")
             page.get_by_label("Your question").fill(question)
             page.get_by_role("button", name="Ask", exact=True).click()
@@ -33,14 +33,14 @@ def shoot(folder: Path, url: str, image: Path, question: str) -> None:
 def main() -> None:
     folder, *given = sys.argv[1:]
     if given:
-        url, image, question = given
-        shoot(Path(folder), url, Path(image), question)
+        url, question, *images = given
+        shoot(Path(folder), url, question, *map(Path, images))
         return
     with serving() as server:
         server.answers += [streamed("It is red all over: a plain rectangle, wider than it is high.")] * len(VIEWS)
         image = Path(folder, "image.png")
         image.write_bytes(picture("red", (320, 200)))
-        shoot(Path(folder), server.url, image, "What is to be seen here?")
+        shoot(Path(folder), server.url, "What is to be seen here?", image)
 
 
 if __name__ == "__main__":
