@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as _pad
 
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.aten.rotary import per_slot
 from attnpack_fx.kernels.parts import Angles
 from attnpack_fx.kernels.rotary_axes import tabulate
 from attnpack_fx.shared import Memo, copies, version_of
@@ -209,7 +209,7 @@ class SharedAngles:
             for number in (0, 1):
                 parts = []
                 for angles, batch, sizes in zip(every, batches, counts, strict=True):
-                    rows = per_slot(Rotary(*_plain(angles.packed)), 0, sum(sizes))[number]
+                    rows = per_slot(angles.packed, 0, sum(sizes))[number]
                     parts.append(rows.expand(batch, -1, -1).split(list(sizes), 1))
                 joined.append(torch.cat([_stack(alike) for alike in zip(*parts, strict=True)], 1))
             return SharedAngles(Angles(joined[0], joined[1], None, self.packed.interleaved))

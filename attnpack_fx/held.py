@@ -23,7 +23,10 @@ from attnpack_fx.kernels.parts import (
     code_bytes,
     formats,
     kind,
+    rank_of,
     row_extras,
+    tensors_of,
+    tokens_of,
 )
 from attnpack_fx.placement import Placement
 from attnpack_fx.resting import Resting
@@ -140,15 +143,7 @@ class Held:
         """The tensors a compiled graph takes, by name, but for `slot`, which is found when it is asked for."""
         found = {"index": self.placement.index}
         for number, block in enumerate(self.blocks):
-            if isinstance(block, Rows):
-                found[f"coefficient_{number}"], found[f"basis_{number}"] = block.codes, block.scale
-                found |= {f"{name}_{number}": tensor for name, tensor in block.extras.items()}
-                continue
-            found[f"coefficient_{number}"], found[f"basis_{number}"] = block.coefficient, block.basis
-            if block.scale is not None:
-                found[f"scale_{number}"] = block.scale
-            if block.owner is not None:
-                found[f"owner_{number}"] = block.owner
+            found |= {f"{name}_{number}": tensor for name, tensor in tensors_of(block).items()}
         if self.angles is not None:
             held = self.angles.packed
             found |= {"cos": held.cos, "sin": held.sin} | ({} if held.axes is None else {"axes": held.axes})
@@ -334,14 +329,9 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def tokens_of(block: Block[Tensor] | Rows[Tensor]) -> int:
-    """How many tokens a block covers."""
-    return (block.codes if isinstance(block, Rows) else block.coefficient).shape[1]
-
-
 def map_rows(block: Rows[Tensor], function: Callable[[str, Tensor], Tensor]) -> Rows[Tensor]:
     """Rows with another tensor for every one, by its name."""
-    return Rows(block.form, **{name: function(name, tensor) for name, tensor in block.tensors.items()})
+    return Rows(block.form, **{name: function(name, tensor) for name, tensor in tensors_of(block).items()})
 
 
 def is_shared(block: Block[Tensor] | Rows[Tensor]) -> bool:
@@ -368,13 +358,8 @@ def _spec(block: Rows[Tensor]) -> tuple[tuple[str, torch.dtype, tuple[int, ...]]
     """Dtypes and fixed dims of a block, by name: all of a codebook, of others those beyond samples and tokens."""
     return tuple(
         (name, tensor.dtype, tuple(tensor.shape) if name == "codebook" else tuple(tensor.shape[2:]))
-        for name, tensor in block.tensors.items()
+        for name, tensor in tensors_of(block).items()
     )
-
-
-def rank_of(block: Block[Tensor]) -> int:
-    """Columns of a block."""
-    return (block.coefficient if block.scale is None else block.scale).shape[2]
 
 
 def fake_parts(

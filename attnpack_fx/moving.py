@@ -11,10 +11,10 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from attnpack_fx.held import Held, tokens_of
+from attnpack_fx.held import Held
 from attnpack_fx.kernels.aten import coded_rows
 from attnpack_fx.kernels.aten.plan import positions
-from attnpack_fx.kernels.parts import Block, Rows, Segment
+from attnpack_fx.kernels.parts import Block, Rows, Segment, tokens_of
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.tail import exact
 

@@ -18,9 +18,10 @@ from torch.nn.functional import pad as _pad
 from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts, rank_of
+from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment
+from attnpack_fx.kernels.flat import flatten
+from attnpack_fx.kernels.parts import SPARE_ROWS, Form, PackedParts, Segment, rank_of
 from attnpack_fx.memoryless import Memoryless, forbid_pointer, is_fake, refuse_writes
 from attnpack_fx.packed_ops import PACKED, each_sample, slice_packed
 from attnpack_fx.placement import Placement
@@ -111,7 +112,8 @@ class PackedTensor(Memoryless):
     @property
     def parts(self) -> PackedParts[Tensor]:
         angles = None if self.held.angles is None else self.held.angles.packed
-        return PackedParts(self.segments, self.lease.buffer.rows, self.lease.length, self.index, self.slot, angles)
+        rows, length = self.lease.buffer.rows, self.lease.length
+        return PackedParts(self.segments, rows, length, self.index, None, angles, self.placement.ragged)
 
     @property
     def form(self) -> Form:
@@ -180,9 +182,8 @@ class PackedTensor(Memoryless):
         """The dense `[B, H, T, D]` tensor this stands for; padding and what is not read any more is zero."""
         if is_fake(self):  # only shapes matter while tracing, and they are to be those that Dynamo gave
             return self.rows.new_empty(self.shape)
-        parts = self.parts
-        stored = parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot
-        dense = ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales, parts.owners)
+        tensors, (layout,) = flatten(replace(self.parts, slot=self.slot))
+        dense = ops.decompress(tensors, layout, self.lease.length)
         return dense if not self.held.heads else dense.unflatten(0, (-1, self.held.heads)).squeeze(2)
 
     def grow(self, count: int) -> "PackedTensor":

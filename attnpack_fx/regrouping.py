@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnpack_fx.held import Held, rank_of
-from attnpack_fx.kernels.parts import Segment
+from attnpack_fx.held import Held
+from attnpack_fx.kernels.parts import Segment, rank_of
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.partial import Partial
 from attnpack_fx.passes.state import VISION

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.aten.rows import select_tokens
-from attnpack_fx.kernels.parts import Block, PackedParts, Segment
+from attnpack_fx.kernels.flat import flatten
+from attnpack_fx.kernels.parts import Block, PackedParts, Rows, Segment, tensors_of
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.policy import PackPolicy
 
@@ -108,24 +109,21 @@ def _dense(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
 def packed_step(layer: Layer, keys: PackedParts[Tensor] | None = None) -> Step:
     """The new token goes into the tail, and the query attends to what is packed; keys: others in the same slots."""
     of_keys, of_values, query = keys or layer.packed[0].parts, layer.packed[1].parts, layer.query
-    ragged = layer.packed[0].placement.ragged
     few_keys, few_values, fixed = _few(of_keys), _few(of_values), 0.0
     if few_keys is not None and few_values is not None:
-        fixed = _seconds(_packed(query, few_keys, few_values, ragged=False), query.device)
-    read = sum(each.nbytes for parts in (of_keys, of_values) for each in (*parts.coefficients, *parts.bases))
+        fixed = _seconds(_packed(query, replace(few_keys, ragged=False), few_values), query.device)
+    read = sum(each.nbytes for parts in (of_keys, of_values) for block in parts.blocks for each in _read(block))
     read += sum(parts.tail[: int(parts.length)].nbytes for parts in (of_keys, of_values))
     products = _products(layer, of_keys) + _products(layer, of_values)
     predicted = _device(query.device, query.dtype).seconds(read, products)
-    return Step(fixed + predicted, _seconds(_packed(query, of_keys, of_values, ragged), query.device))
+    return Step(fixed + predicted, _seconds(_packed(query, of_keys, of_values), query.device))
 
 
-def _packed(
-    query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor], ragged: bool
-) -> Callable[[], Tensor]:
+def _packed(query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor]) -> Callable[[], Tensor]:
     keys, values = (replace(parts, tail=parts.tail.clone()) for parts in (keys, values))
     tails, places = [keys.tail, values.tail], [int(parts.length) - 1 for parts in (keys, values)]
     new = [parts.tail[:1].permute(1, 2, 0, 3).clone() for parts in (keys, values)]
-    arguments = attention_arguments(query, keys, values, ragged)
+    arguments = attention_arguments(query, keys, values)
 
     def step() -> Tensor:
         if min(places) >= 0:
@@ -162,7 +160,8 @@ def _products(layer: Layer, parts: PackedParts[Tensor]) -> float:
     """Multiply-adds of keys, or of values, in all samples."""
     batch, _, _, dim = layer.query.shape
     found = int(parts.length) * parts.tail.shape[3]
-    for coefficient in parts.coefficients:
+    for block in parts.blocks:
+        coefficient = _read(block)[0]
         tokens, rank = coefficient.shape[1], coefficient[0, 0].numel()
         each = 1
         if parts.angles is not None:
@@ -174,31 +173,15 @@ def _products(layer: Layer, parts: PackedParts[Tensor]) -> float:
     return float(batch * layer.heads * found)
 
 
-def attention_arguments(
-    query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor], ragged: bool
-) -> tuple[Any, ...]:
+def _read(block: Block[Tensor] | Rows[Tensor]) -> list[Tensor]:
+    """Coefficient and basis, or codes and scale."""
+    return list(tensors_of(block).values())[:2]
+
+
+def attention_arguments(query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor]) -> tuple[Any, ...]:
     """Of `ops.attention`, without a mask, at the usual scale. query: `[B, Hq, Tq, D]`."""
-    return (
-        query,
-        keys.coefficients,
-        keys.bases,
-        values.coefficients,
-        values.bases,
-        keys.tail,
-        values.tail,
-        keys.length,
-        keys.index,
-        None,
-        query.shape[-1] ** -0.5,
-        ragged,
-        *keys.rotary,
-        keys.layout,
-        values.layout,
-        keys.scales,
-        values.scales,
-        keys.owners,
-        values.owners,
-    )
+    tensors, layouts = flatten(keys, values)
+    return query, tensors, *layouts, keys.length, None, query.shape[-1] ** -0.5
 
 
 def step_costs(policy: PackPolicy, layers: Sequence[Layer]) -> tuple[list[tuple[Step, Step]], list[Setting]]:

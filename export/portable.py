@@ -11,53 +11,41 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnpack_fx.kernels.parts import ASYMMETRIC, ROWS, first_blocks, formats
+from attnpack_fx.kernels.flat import unflatten_pair
+from attnpack_fx.kernels.parts import Block, PackedParts, Rows, formats, kind
 
 
 def attention(
     query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
+    packed: Sequence[Tensor],
+    key: Sequence[int],
+    value: Sequence[int],
     length: int,
-    index: Tensor,
     mask: Tensor | None,
     scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
 ) -> Tensor:
     """See `ops.attention`: for slots in logical order (an empty `index`), an additive mask and a full tail.
 
     Segments are low rank, in numbers as they are or codes of 8, 4 or 2 bits, or rows as they are.
     """
-    assert mask is not None and not ragged and not interleaved and axes is None
+    of_keys, of_values = unflatten_pair(packed, key, value, length)
+    angles = of_keys.angles
+    assert mask is not None and not of_keys.ragged
+    assert angles is None or (not angles.interleaved and angles.axes is None)
     batch, heads, queries, dim = query.shape
-    kv_heads = key_tail.shape[2]
+    kv_heads, value_dim = of_values.tail.shape[2:]
     group = heads // kv_heads
     # Query heads of a KV head stand together: [B, H, G Tq, D].
     q = (query * scale).reshape(batch, kv_heads, group * queries, dim)
-    keys = segments(key_coefficients, key_bases, key_blocks, key_scales, key_tail)
-    values = segments(value_coefficients, value_bases, value_blocks, value_scales, value_tail)
     scores, start = [], 0
-    for segment in keys:
+    for segment in segments(of_keys):
         end = start + segment[0].shape[-2]
-        if cos is None or sin is None or statically_known_true(start >= cos.shape[1]):
+        if angles is None or statically_known_true(start >= angles.cos.shape[1]):
             scores.append(_scores(q, *segment))
         else:
             # Kept before rotary embedding: rebuilt, which takes no more products than turning queries for every slot.
             rows = segment[0] if len(segment) == 1 else segment[0][:, None] @ segment[1]
+            cos, sin = angles.cos, angles.sin
             whole = statically_known_true(start == 0) and statically_known_true(cos.shape[1] == end)
             turns = (cos, sin) if whole else (cos[:, start:end], sin[:, start:end])
             scores.append(q @ rotated(rows, *(torch.cat([each, each], -1) for each in turns)).mT)
@@ -66,52 +54,43 @@ def attention(
     weights = torch.softmax((together + mask).float(), -1).to(query.dtype)
     weights = weights.reshape(batch, kv_heads, group * queries, -1)
     out, start = None, 0
-    for segment in values:
+    for segment in segments(of_values):
         end = start + segment[0].shape[-2]
         part = _attended(weights[..., start:end], *segment)
         out, start = part if out is None else out + part, end
     assert out is not None
-    return out.reshape(batch, heads, queries, value_tail.shape[3])
+    return out.reshape(batch, heads, queries, value_dim)
 
 
-def segments(
-    coefficients: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    blocks: Sequence[int],
-    scales: Sequence[Tensor],
-    tail: Tensor,
-) -> list[tuple[Tensor, ...]]:
+def segments(parts: PackedParts[Tensor]) -> list[tuple[Tensor, ...]]:
     """`(coefficient [B, N, R], basis [B, H, R, D])` of a low-rank segment, `(rows [B, H, N, D],)` of others, the tail's
     last.
     """
-    found: list[list[tuple[Tensor, ...]]] = []
-    firsts, remaining = first_blocks(len(coefficients), blocks), iter(scales)
-    for number, (coefficient, basis) in enumerate(zip(coefficients, bases, strict=True)):
-        kind = blocks[2 * number + 1] if blocks else 0
-        if number in firsts:
-            found.append([])
-        if kind & ROWS:
-            found[-1].append((coefficient.transpose(1, 2),))
+    found: list[tuple[Tensor, ...]] = []
+    for segment in parts.segments:
+        rows = segment.blocks[0]
+        if isinstance(rows, Rows):
+            found.append((rows.codes.transpose(1, 2),))
             continue
-        bits, basis_bits = formats(kind)
-        if bits or basis_bits:
-            scale = next(remaining)
-            zero = scale[:, 2:] if kind & ASYMMETRIC else None
-            dtype, rank = tail.dtype, basis.shape[2]
-            if bits:
-                offset = None if zero is None else zero[:, 0, None]
-                coefficient = numbers(coefficient, rank, bits, scale[:, 0, None], offset, dtype)
-            if basis_bits:
-                offset = None if zero is None else zero[:, 1, None, :, None]
-                basis = numbers(basis, tail.shape[3], basis_bits, scale[:, 1, None, :, None], offset, dtype)
-        found[-1].append((coefficient, basis))
-    tail = tail.permute(1, 2, 0, 3)
-    # Columns of several blocks side by side are one low-rank matrix.
-    joined = [
-        each[0] if len(each) == 1 else (torch.cat([c for c, _ in each], 2), torch.cat([b for _, b in each], 2))
-        for each in found
-    ]
-    return [*joined, (tail,)]
+        # Columns of several blocks side by side are one low-rank matrix.
+        each = [_factors(block, parts.tail) for block in segment.factors]
+        found.append(each[0] if len(each) == 1 else tuple(map(torch.cat, zip(*each, strict=True), (2, 2))))
+    return [*found, (parts.tail.permute(1, 2, 0, 3),)]
+
+
+def _factors(block: Block[Tensor], tail: Tensor) -> tuple[Tensor, Tensor]:
+    coefficient, basis, scale = block.coefficient, block.basis, block.scale
+    if scale is None:
+        return coefficient, basis
+    (bits, basis_bits), zero = formats(kind(block)), scale[:, 2:] if block.asymmetric else None
+    dtype, rank = tail.dtype, basis.shape[2]
+    if bits:
+        offset = None if zero is None else zero[:, 0, None]
+        coefficient = numbers(coefficient, rank, bits, scale[:, 0, None], offset, dtype)
+    if basis_bits:
+        offset = None if zero is None else zero[:, 1, None, :, None]
+        basis = numbers(basis, tail.shape[3], basis_bits, scale[:, 1, None, :, None], offset, dtype)
+    return coefficient, basis
 
 
 def numbers(codes: Tensor, size: int, bits: int, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:

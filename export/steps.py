@@ -11,6 +11,7 @@ indices, with -1 for filler.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from attnpack_fx.export.signature import TensorSpec
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.aten.balance import balanced
 from attnpack_fx.kernels.aten.rotary import pairs
-from attnpack_fx.kernels.parts import Block, PackedParts, RowForm, Rows, Segment
+from attnpack_fx.kernels.flat import flatten
+from attnpack_fx.kernels.parts import Angles, Block, PackedParts, RowForm, Rows, Segment
 
 #: How many matrices are factorised together, at most: copies in fp32 live as long.
 _TOGETHER = 16
@@ -244,34 +246,12 @@ class _Cache:
             self.present[f"present.{layer}.{kind}"] = grown
             described.append(self._parts(layer, kind, grown))
         keys, values = described
-        cos = sin = None
         if turned := layout.turned(layer):
             every = zip(*(self.angles[name] for name in turned), strict=True)
             cos, sin = (torch.cat(each, 1) if len(each) > 1 else each[0] for each in every)
-        return ops.attention(
-            query,
-            keys.coefficients,
-            keys.bases,
-            values.coefficients,
-            values.bases,
-            keys.tail,
-            values.tail,
-            keys.length,
-            keys.index,
-            mask,
-            scale,
-            False,
-            cos,
-            sin,
-            False,
-            None,
-            keys.layout,
-            values.layout,
-            keys.scales,
-            values.scales,
-            [],
-            [],
-        )
+            keys = replace(keys, angles=Angles(cos, sin, None, False))
+        tensors, layouts = flatten(keys, values)
+        return ops.attention(query, tensors, *layouts, keys.length, mask, scale)
 
     def _parts(self, layer: int, kind: str, grown: Tensor) -> PackedParts[Tensor]:
         """Slots stand in logical order, so that none is placed."""
@@ -296,7 +276,7 @@ class _Cache:
             segments.append(Segment(blocks))
         segments.append(Segment((_rows(given[f"prompt.{layer}.{kind}"]),)))
         none = given["input_ids"][:, :0]
-        return PackedParts(tuple(segments), grown.permute(2, 0, 1, 3), grown.shape[2], none, none)
+        return PackedParts(tuple(segments), grown.permute(2, 0, 1, 3), grown.shape[2], none)
 
 
 def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:

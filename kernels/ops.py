@@ -15,8 +15,9 @@ from torch._library.fake_impl import allocate_size
 
 from attnpack_fx.kernels import aten
 from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.flat import unflatten, unflatten_pair
 from attnpack_fx.kernels.no_gradient import refuse_gradient
-from attnpack_fx.kernels.parts import ROWS, first_blocks
+from attnpack_fx.kernels.parts import PackedParts, Rows
 from attnpack_fx.kernels.registering import LIBRARY, fake, operator, triton
 
 
@@ -185,73 +186,49 @@ def _(tails, new, positions):
 
 
 @operator()
-def decompress(
-    coefficients: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    tail: Tensor,
-    length: int,
-    index: Tensor,
-    slot: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    blocks: Sequence[int],
-    scales: Sequence[Tensor],
-    owners: Sequence[Tensor],
-) -> Tensor:
+def decompress(packed: Sequence[Tensor], layout: Sequence[int], length: int) -> Tensor:
     """The dense meaning: `[B, H, P + length - m, D]`, tokens in logical order, padding zero.
 
-    coefficients, bases: of every block, in order, of `Rows` codes and scale; tail, length, index, slot as in
-        `parts.py`.
-    cos, sin, interleaved, axes: None, or the `Angles` of packed rows that are keys before rotary embedding, which are
-        then rotated (first E dims). Tail rows never are.
-    blocks: segment number and kind of every block (`parts.layout`); empty: a segment each, as they are. scales: of
-        low-rank blocks with codes their scale, of `Rows` their extras (`parts.row_extras`); owners: of blocks that are
-        `OWNED`.
+    packed, layout: of one packed tensor, with its `slot` (`flat.py`); length: of its tail.
+    Packed rows that are keys before rotary embedding are rotated (first E dims). Tail rows never are.
     """
-    rotary = cos, sin, interleaved, axes
-    return aten.decompress(coefficients, bases, tail, length, index, slot, *rotary, blocks, scales, owners)
+    return aten.decompress(unflatten(packed, layout, length))
 
 
 @fake("decompress")
-def _(coefficients, bases, tail, length, index, slot, cos, sin, interleaved, axes, blocks, scales, owners):
-    kept = index.shape[1] - packed_slots(coefficients, blocks)
-    _, batch, heads, dim = tail.shape
-    return tail.new_empty((batch, heads, slot.shape[1] + length - kept, dim))
+def _(packed, layout, length):
+    parts = unflatten(packed, layout, length)
+    _, batch, heads, dim = parts.tail.shape
+    assert parts.slot is not None
+    return parts.tail.new_empty(
+        (batch, heads, parts.slot.shape[1] + length - (parts.index.shape[1] - parts.packed), dim)
+    )
 
 
-def _shown(*arguments: Any, weights: bool = False) -> bool:
+def _shown(
+    query: Tensor,
+    packed: Sequence[Tensor],
+    key: Sequence[int],
+    value: Sequence[int],
+    length: int,
+    *_: Any,
+    weights: bool = False,
+) -> bool:
     """Blocks of `Rows` that kernels do not take ATen reads in loops over their tokens, which stay one call."""
-    key_blocks, value_blocks = arguments[16:18]
-    rows = any(kind & ROWS for kind in (*key_blocks[1::2], *value_blocks[1::2]))
-    return not rows or _has_kernels(*arguments, weights=weights)
+    keys, values = unflatten_pair(packed, key, value, length)
+    rows = any(isinstance(block, Rows) for block in (*keys.blocks, *values.blocks))
+    return not rows or _has_kernels(query, keys, values, weights)
 
 
 @operator(visible=_shown)
 def attention(
     query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
+    packed: Sequence[Tensor],
+    key: Sequence[int],
+    value: Sequence[int],
     length: int,
-    index: Tensor,
     mask: Tensor | None,
     scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
     cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -259,48 +236,30 @@ def attention(
 
     With a soft cap the scores are `cap * tanh(scale * q K^T / cap) + mask`, with sinks the softmax has one term more.
 
-    query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H; blocks and tails as in `parts.py`, keys and values may
-        differ in segments, blocks, rank and head dim, and hold the same tokens in the same slots; of the key tail the
-        first `length` rows count, of the value tail as many as give the same number of slots.
+    query: `[B, Hq, Tq, D]`, Hq a multiple of the KV heads H.
+    packed, key, value: keys and values and their layouts (`flat.py`); they may differ in segments, blocks, rank and
+        head dim, and hold the same tokens in the same slots. length: of the key tail, of which so many rows count, and
+        of the value tail as many as give the same number of slots.
     mask: None, or bool (True attends) or additive, broadcastable to `[B, Hq, Tq, T]`, tokens in logical order.
-    ragged: whether `index` holds filler, which is then left out.
-    cos, sin, interleaved, axes: as in `decompress`, for the keys; blocks, scales and owners too, of keys and values.
     cap: 0 for none. sinks: None, or `[B or 1, Hq]`, for every query head the score of a token that has no value.
 
     Returns `[B, Hq, Tq, Dv]` in query's dtype; rows whose every token is masked are zero, as in
     scaled_dot_product_attention.
     Has no gradient: backward raises.
     """
-    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
-    more = key_scales, value_scales, key_owners, value_owners
-    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, cap, sinks, weights=False)[0]
+    parts = unflatten_pair(packed, key, value, length)
+    return _attention(query, *parts, mask, scale, cap, sinks, weights=False)[0]
 
 
 @operator(visible=partial(_shown, weights=True))
 def attention_weights(
     query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
+    packed: Sequence[Tensor],
+    key: Sequence[int],
+    value: Sequence[int],
     length: int,
-    index: Tensor,
     mask: Tensor | None,
     scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
     cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -310,40 +269,33 @@ def attention_weights(
     then tail rows). Slots that are filler or masked have none; a sample's weights sum to 1 where any head saw a token,
     and to less by what sinks have.
     """
-    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
-    more = key_scales, value_scales, key_owners, value_owners
-    return _attention(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, cap, sinks, weights=True)
+    parts = unflatten_pair(packed, key, value, length)
+    return _attention(query, *parts, mask, scale, cap, sinks, weights=True)
 
 
-def _attention(query: Tensor, *arguments: Any, weights: bool) -> tuple[Tensor, Tensor]:
-    implementation = triton if _has_kernels(query, *arguments, weights=weights) else aten
-    return implementation.attention(query, *arguments, weights)
+def _attention(
+    query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor], *others: Any, weights: bool
+) -> tuple[Tensor, Tensor]:
+    implementation = triton if _has_kernels(query, keys, values, weights) else aten
+    return implementation.attention(query, keys, values, *others, weights)
 
 
-def _has_kernels(query: Tensor, *arguments: Any, weights: bool) -> bool:
+def _has_kernels(query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor], weights: bool) -> bool:
     """Whether kernels take these arguments of `attention`. They keep the weights of one query."""
     fits = _implementation(query) is triton and not (weights and query.shape[2] > 1)
-    return fits and triton.takes(query, *arguments)
+    return fits and triton.takes(query, keys, values)
 
 
 @fake("attention")
-def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, *_):
-    batch, heads, queries, _ = query.shape
-    return query.new_empty((batch, heads, queries, value_tail.shape[-1]))
+def _(query, packed, key, value, *_):
+    return query.new_empty((*query.shape[:3], unflatten(packed, value, 0).tail.shape[-1]))
 
 
 @fake("attention_weights")
-def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *rest):
-    batch, heads, queries, _ = query.shape
-    slots = packed_slots(key_coefficients, rest[8]) + length
-    out = query.new_empty((batch, heads, queries, value_tail.shape[-1]))
-    return out, query.new_empty((batch, slots), dtype=torch.float32)
-
-
-def packed_slots(coefficients: Sequence[Tensor], blocks: Sequence[int]) -> int:
-    """How many slots the segments have."""
-    return sum(coefficients[number].shape[1] for number in first_blocks(len(coefficients), blocks))
+def _(query, packed, key, value, length, *_):
+    keys, values = unflatten_pair(packed, key, value, length)
+    out = query.new_empty((*query.shape[:3], values.tail.shape[-1]))
+    return out, query.new_empty((query.shape[0], keys.packed + length), dtype=torch.float32)
 
 
 @operator()

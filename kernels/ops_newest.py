@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels import aten
+from attnpack_fx.kernels.flat import unflatten_pair
 from attnpack_fx.kernels.no_gradient import refuse_gradient
-from attnpack_fx.kernels.ops import no_gradients, no_part_in_training, packed_slots
+from attnpack_fx.kernels.ops import no_gradients, no_part_in_training
 from attnpack_fx.kernels.parts import NEWEST
 from attnpack_fx.kernels.registering import LIBRARY, fake, operator
 
@@ -18,27 +19,12 @@ from attnpack_fx.kernels.registering import LIBRARY, fake, operator
 @operator()
 def attention_each(
     query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
+    packed: Sequence[Tensor],
+    key: Sequence[int],
+    value: Sequence[int],
     length: int,
-    index: Tensor,
     mask: Tensor | None,
     scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
     cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -47,20 +33,16 @@ def attention_each(
     Arguments and first result as in `attention`; the second fp32 `[B, 1 + n, slots]`, n the least of `NEWEST` and Tq:
     weights averaged over query heads, first the sum of those of older queries, then of the newest n each, in order.
     """
-    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
-    more = key_scales, value_scales, key_owners, value_owners
-    return aten.attention(
-        *arguments, index, mask, scale, ragged, *rotary, *blocks, *more, cap, sinks, weights=True, each=NEWEST
-    )
+    parts = unflatten_pair(packed, key, value, length)
+    return aten.attention(query, *parts, mask, scale, cap, sinks, weights=True, each=NEWEST)
 
 
 @fake("attention_each")
-def _(query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length, *rest):
-    batch, heads, queries, _ = query.shape
-    slots = packed_slots(key_coefficients, rest[8]) + length
-    out = query.new_empty((batch, heads, queries, value_tail.shape[-1]))
-    return out, query.new_empty((batch, 1 + torch.sym_min(queries, NEWEST), slots), dtype=torch.float32)
+def _(query, packed, key, value, length, *_):
+    keys, values = unflatten_pair(packed, key, value, length)
+    out = query.new_empty((*query.shape[:3], values.tail.shape[-1]))
+    rows = 1 + torch.sym_min(query.shape[2], NEWEST)
+    return out, query.new_empty((query.shape[0], rows, keys.packed + length), dtype=torch.float32)
 
 
 refuse_gradient("attention_each")

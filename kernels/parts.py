@@ -20,11 +20,12 @@ the value tail then has `packed keys + key length - packed values` rows.
 The parts are generic: tensors at run time, graph nodes inside the passes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -148,11 +149,6 @@ class Rows(Generic[T]):
         """The optional tensors that are there, in the order operators take them."""
         return {name: tensor for name in ROW_EXTRAS if (tensor := getattr(self, name)) is not None}
 
-    @property
-    def tensors(self) -> dict[str, T]:
-        """All tensors by name."""
-        return {"codes": self.codes, "scale": self.scale, **self.extras}
-
 
 def row_extras(form: RowForm) -> tuple[str, ...]:
     """Which optional tensors a block of `Rows` has, in the order operators take them."""
@@ -205,57 +201,38 @@ class PackedParts(Generic[T]):
     tail: `[rows, B, H, D]` with `rows >= length`; token-major, so that growing it moves nothing and changes no stride.
     length: how many tail rows hold tokens (an int, or a graph node of one).
     index: int64 `[B, N]`, logical position of every placed slot, -1 for filler.
-    slot: int64 `[B, P]`, slot of every placed logical position, -1 for padding.
+    slot: int64 `[B, P]`, slot of every placed logical position, -1 for padding; None where nothing asks for it.
     angles: of keys stored before rotary embedding; None: segments hold what is attended to. Tail rows always do.
+    ragged: whether `index` holds filler.
     """
 
     segments: tuple[Segment[T], ...]
     tail: T
-    length: T | int
+    length: Any
     index: T
-    slot: T
+    slot: T | None = None
     angles: Angles[T] | None = None
+    ragged: bool = False
 
     @property
     def blocks(self) -> list[Block[T] | Rows[T]]:
         return [block for segment in self.segments for block in segment.blocks]
 
     @property
-    def coefficients(self) -> list[T]:
-        """What operators take as `coefficients`: of a block of `Rows` its codes."""
-        return [block.codes if isinstance(block, Rows) else block.coefficient for block in self.blocks]
+    def packed(self) -> Any:
+        """How many slots the segments have. Of tensors alone."""
+        firsts: list[Any] = [segment.blocks[0] for segment in self.segments]
+        return sum(map(tokens_of, firsts))
 
-    @property
-    def bases(self) -> list[T]:
-        """What operators take as `bases`: of a block of `Rows` its scale."""
-        return [block.scale if isinstance(block, Rows) else block.basis for block in self.blocks]
 
-    @property
-    def scales(self) -> list[T]:
-        """What operators take as `scales`: of low-rank blocks with codes their scale, of `Rows` the extras."""
-        found: list[T] = []
-        for block in self.blocks:
-            if isinstance(block, Rows):
-                found += block.extras.values()
-            elif block.scale is not None:
-                found.append(block.scale)
-        return found
+def tokens_of(block: Block[Tensor] | Rows[Tensor]) -> int:
+    """How many tokens a block covers."""
+    return (block.codes if isinstance(block, Rows) else block.coefficient).shape[1]
 
-    @property
-    def owners(self) -> list[T]:
-        return [block.owner for block in self.blocks if isinstance(block, Block) and block.owner is not None]
 
-    @property
-    def layout(self) -> list[int]:
-        """What operators take as `blocks`; see `layout`."""
-        return layout([[kind(block) for block in segment.blocks] for segment in self.segments])
-
-    @property
-    def rotary(self) -> tuple[T | None, T | None, bool, T | None]:
-        """What operators take as `cos, sin, interleaved, axes`."""
-        if self.angles is None:
-            return None, None, False, None
-        return self.angles.cos, self.angles.sin, self.angles.interleaved, self.angles.axes
+def rank_of(block: Block[Tensor]) -> int:
+    """Columns of a block."""
+    return (block.coefficient if block.scale is None else block.scale).shape[2]
 
 
 def kind(block: Block[T] | Rows[T]) -> int:
@@ -277,17 +254,25 @@ def formats(kind: int) -> tuple[int, int]:
     return kind & 15, kind >> _BASIS_SHIFT & 15
 
 
-def layout(kinds: Sequence[Sequence[int]]) -> list[int]:
-    """Segment number and kind of every block, from the kinds of every segment; empty for one plain block each."""
-    if all(list(blocks) == [0] for blocks in kinds):
-        return []
-    return [number for segment, blocks in enumerate(kinds) for block in blocks for number in (segment, block)]
+def tensor_names(kind: int) -> tuple[str, ...]:
+    """Which fields of a block of this kind are tensors, in the order operators take them."""
+    if kind & ROWS:
+        return "codes", "scale", *row_extras(RowForm.of(kind))
+    scale = ("scale",) if any(formats(kind)) else ()
+    return "coefficient", "basis", *scale, *(("owner",) if kind & OWNED else ())
 
 
-def first_blocks(count: int, blocks: Sequence[int]) -> list[int]:
-    """The numbers of the blocks that begin a segment, of `count` blocks in all; they cover all its tokens."""
-    segments = blocks[::2] if blocks else range(count)
-    return [number for number in range(count) if number == 0 or segments[number] != segments[number - 1]]
+def tensors_of(block: Block[T] | Rows[T]) -> dict[str, T]:
+    """All tensors of a block by name, in the order operators take them."""
+    return {name: getattr(block, name) for name in tensor_names(kind(block))}
+
+
+def block_of(kind: int, tensors: Mapping[str, T]) -> Block[T] | Rows[T]:
+    """The block of this kind with these tensors: what `kind` and `tensors_of` take apart."""
+    if kind & ROWS:
+        return Rows(RowForm.of(kind), **tensors)
+    bits, basis_bits = formats(kind)
+    return Block(**tensors, bits=bits, basis_bits=basis_bits, asymmetric=bool(kind & ASYMMETRIC))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What every operator computes, in float64 and straight from its formula: the specification.
 
 Nothing here is fast or saves memory: keys and values are built densely, tokens are placed one by one. Arguments are
-those of `ops.py`. Factors are unique only up to signs (and rotations within equal singular values), so implementations
-are compared by the matrices they multiply to, by the error of those, and by the properties `parts.py` promises.
+those of `ops.py`, packed tensors as `PackedParts`. Factors are unique only up to signs (and rotations within equal
+singular values), so implementations are compared by the matrices they multiply to, by the error of those, and by the
+properties `parts.py` promises.
 """
 
 from collections.abc import Sequence
@@ -11,18 +12,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.svd import sketch_size
-from attnpack_fx.kernels.parts import (
-    ASYMMETRIC,
-    E4M3,
-    E5M2,
-    OWNED,
-    ROWS,
-    RowForm,
-    Rows,
-    first_blocks,
-    formats,
-    row_extras,
-)
+from attnpack_fx.kernels.parts import E4M3, E5M2, Block, PackedParts, Rows, formats, kind, tokens_of
 
 
 def plan(
@@ -268,53 +258,45 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out
 
 
-def stored(
-    coefficients: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    tail: Tensor,
-    length: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    blocks: Sequence[int],
-    scales: Sequence[Tensor],
-    owners: Sequence[Tensor],
-) -> Tensor:
+def stored(parts: PackedParts[Tensor]) -> Tensor:
     """The dense rows in slot order, `[B, H, sum of N_s + length, D]`: of each segment the sum of its blocks, or
     its coded rows."""
-    _, batch, heads, dim = tail.shape
-    rows = tail[:length].double().permute(1, 2, 0, 3)
+    _, batch, heads, dim = parts.tail.shape
+    rows = parts.tail[: parts.length].double().permute(1, 2, 0, 3)
     packed: list[Tensor] = []
-    firsts, remaining, owning = first_blocks(len(coefficients), blocks), iter(scales), iter(owners)
-    for number, (c, b) in enumerate(zip(coefficients, bases, strict=True)):
-        kind = blocks[2 * number + 1] if blocks else 0
-        if kind & ROWS:
-            form = RowForm.of(kind)
-            extras = {name: next(remaining) for name in row_extras(form)}
-            packed.append(coded(Rows(form, c, b, **extras), dim).transpose(1, 2))
-            continue
-        bits, basis_bits = formats(kind)
-        if kind & OWNED:
-            b = torch.stack([b[owner] for owner in next(owning).tolist()])
-        if bits or basis_bits:
-            scale = next(remaining).double()
-            zero = scale[:, 2:] if kind & ASYMMETRIC else torch.zeros_like(scale)
-            signed = not kind & ASYMMETRIC
-            if bits:
-                c = decoded(c, scale.shape[2], bits, signed) * scale[:, 0, None] + zero[:, 0, None]
-            if basis_bits:
-                b = decoded(b, dim, basis_bits, signed) * scale[:, 1, None, :, None] + zero[:, 1, None, :, None]
-        if number in firsts:
-            packed.append(rows.new_zeros((batch, heads, c.shape[1], dim)))
-        packed[-1][:, :, : c.shape[1]] += c.double()[:, None] @ b.double()
+    for segment in parts.segments:
+        total = rows.new_zeros((batch, heads, tokens_of(segment.blocks[0]), dim))
+        for block in segment.blocks:
+            if isinstance(block, Rows):
+                total += coded(block, dim).transpose(1, 2)
+            else:
+                c, b = factors(block, dim)
+                total[:, :, : c.shape[1]] += c[:, None] @ b
+        packed.append(total)
     together = torch.cat([rows[:, :, :0], *packed], 2)
-    if cos is not None and sin is not None:
+    if parts.angles is not None:
+        cos, sin, axes = parts.angles.cos.double(), parts.angles.sin.double(), parts.angles.axes
         if axes is not None:
-            cos, sin = (_summed(table.double(), axes) for table in (cos, sin))
-        turned = rotate(together[:, :, : cos.shape[1]], cos.double(), sin.double(), interleaved)
+            cos, sin = _summed(cos, axes), _summed(sin, axes)
+        turned = rotate(together[:, :, : cos.shape[1]], cos, sin, parts.angles.interleaved)
         together = torch.cat([turned, together[:, :, cos.shape[1] :]], 2)
     return torch.cat([together, rows], 2)
+
+
+def factors(block: Block[Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """Coefficient `[B, n, r]` and basis `[B or 1, H, r, D]` of a block, as numbers."""
+    c, b = block.coefficient, block.basis
+    if block.owner is not None:
+        b = torch.stack([b[owner] for owner in block.owner.tolist()])
+    if block.scale is not None:
+        bits, basis_bits = formats(kind(block))
+        scale, signed = block.scale.double(), not block.asymmetric
+        zero = torch.zeros_like(scale) if signed else scale[:, 2:]
+        if bits:
+            c = decoded(c, scale.shape[2], bits, signed) * scale[:, 0, None] + zero[:, 0, None]
+        if basis_bits:
+            b = decoded(b, dim, basis_bits, signed) * scale[:, 1, None, :, None] + zero[:, 1, None, :, None]
+    return c.double(), b.double()
 
 
 def decoded(codes: Tensor, size: int, bits: int, signed: bool = True) -> Tensor:
@@ -380,105 +362,47 @@ def _summed(table: Tensor, axes: Tensor) -> Tensor:
     return torch.stack([table[b][axes[b]].sum(0) for b in range(batch)])
 
 
-def decompress(
-    coefficients: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    tail: Tensor,
-    length: int,
-    index: Tensor,
-    slot: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    blocks: Sequence[int],
-    scales: Sequence[Tensor],
-    owners: Sequence[Tensor],
-) -> Tensor:
+def decompress(parts: PackedParts[Tensor]) -> Tensor:
     """Rows in logical order: placed position t holds slot `slot[t]` (zero without one), then the appended rows."""
-    rows = stored(coefficients, bases, tail, length, cos, sin, interleaved, axes, blocks, scales, owners)
+    rows, slot, placed = stored(parts), parts.slot, parts.index.shape[1]
+    assert slot is not None
     batch, heads, slots, dim = rows.shape
-    prompt, prompt_slots = slot.shape[1], index.shape[1]
-    out = rows.new_zeros((batch, heads, prompt + slots - prompt_slots, dim))
+    prompt = slot.shape[1]
+    out = rows.new_zeros((batch, heads, prompt + slots - placed, dim))
     for sample in range(batch):
         for position, number in enumerate(slot[sample].tolist()):
             if number >= 0:
                 out[sample, :, position] = rows[sample, :, number]
-    out[:, :, prompt:] = rows[:, :, prompt_slots:]
+    out[:, :, prompt:] = rows[:, :, placed:]
     return out
 
 
 def attention(
     query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    length: int,
-    index: Tensor,
+    keys: PackedParts[Tensor],
+    values: PackedParts[Tensor],
     mask: Tensor | None,
     scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
     cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale q K^T + mask) V` over the slots, K and V dense, KV heads repeated for their query heads."""
-    arguments = (query, key_coefficients, key_bases, value_coefficients, value_bases, key_tail, value_tail, length)
-    rotary, blocks = (cos, sin, interleaved, axes), (key_blocks, value_blocks)
-    more = key_scales, value_scales, key_owners, value_owners
-    return attention_weights(*arguments, index, mask, scale, ragged, *rotary, *blocks, *more, cap, sinks)[0]
+    return attention_weights(query, keys, values, mask, scale, cap, sinks)[0]
 
 
 def attention_weights(
     query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    length: int,
-    index: Tensor,
+    keys: PackedParts[Tensor],
+    values: PackedParts[Tensor],
     mask: Tensor | None,
     scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
     cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and its softmax weights, averaged over heads and queries: `[B, slots]`."""
-    rotary = cos, sin, interleaved, axes
-    keys = stored(key_coefficients, key_bases, key_tail, length, *rotary, key_blocks, key_scales, key_owners)
-    # As many slots as the keys have, however many of them are packed.
-    packed = sum(value_coefficients[n].shape[1] for n in first_blocks(len(value_coefficients), value_blocks))
-    length, rotary = keys.shape[2] - packed, (None, None, False, None)
-    values = stored(
-        value_coefficients, value_bases, value_tail, length, *rotary, value_blocks, value_scales, value_owners
-    )
-    group = query.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = capped(scale * query.double() @ keys.transpose(-1, -2), cap)
+    group, index = query.shape[1] // keys.tail.shape[2], keys.index
+    k, v = (stored(parts).repeat_interleave(group, 1) for parts in (keys, values))
+    scores = capped(scale * query.double() @ k.transpose(-1, -2), cap)
     slots, prompt_slots = scores.shape[-1], index.shape[1]
     if mask is not None:
         # Slots of the prompt read the column of their position, appended ones the last columns in order.
@@ -492,10 +416,10 @@ def attention_weights(
                 column = full[sample, :, :, max(position, 0)]
                 bias = torch.where(column, 0.0, -torch.inf) if mask.dtype == torch.bool else column.double()
                 scores[sample, :, :, number] += bias
-    if ragged:
+    if keys.ragged:
         scores[..., :prompt_slots].masked_fill_((index < 0)[:, None, None], -torch.inf)
     weights = attended(scores, sinks)
-    return weights @ values, weights.mean((1, 2))
+    return weights @ v, weights.mean((1, 2))
 
 
 def capped(scores: Tensor, cap: float) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops, ops_newest  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels.flat import unflatten
 from attnpack_fx.passes.in_place import writes
 from attnpack_fx.passes.state import GraphState
 
@@ -20,7 +21,8 @@ def merge_appends(state: GraphState) -> int:
     appends = {_tail(node): node for node in nodes if node.target is _APPEND}
     merged = 0
     for attention in [node for node in nodes if node.target in _ATTENTION]:
-        key, value = (appends.get(attention.args[position]) for position in (5, 6))  # by key_tail and value_tail
+        _, tensors, *layouts = attention.args[:4]
+        key, value = (appends.get(unflatten(tensors, layout, 0).tail) for layout in layouts)
         if key is None or value is None or key is value:
             continue
         first, second = sorted((key, value), key=lambda node: order[node])

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from attnpack_fx.kernels import ops, ops_newest  # noqa: F401  (registers torch.ops.attnpack)
+from attnpack_fx.kernels.flat import flatten
 from attnpack_fx.passes.asks import keeps_angles
 from attnpack_fx.passes.cleanup import drop_dead
 from attnpack_fx.passes.find_attention import scale_of
@@ -93,24 +94,10 @@ def attend(state: GraphState, site: Site, appended: dict[Node, Appended]) -> Sit
         if heads:
             mask = _mask_of_heads(state, site, mask, heads)
             query = _of_heads(state, query, heads)
-        coefficients, bases, blocks, scales, owners = zip(*map(state.blocks, (key.packed, value.packed)), strict=True)
-        arguments = (
-            query,
-            *(part for pair in zip(coefficients, bases, strict=True) for part in pair),
-            key.tail,
-            value.tail,
-            key.length,
-            state.part(key.packed, "index"),
-            mask,
-            scale_of(site),
-            key.packed.form.ragged,
-            *state.rotary(key.packed),
-            *blocks,
-            *scales,
-            *owners,
-            site.cap,
-            site.sinks if site.sinks is None or not heads else _sinks_of_heads(state, site, heads),
-        )
+        parts = (state.described(each.packed, each.tail, each.length) for each in (key, value))
+        tensors, layouts = flatten(*parts)
+        sinks = site.sinks if site.sinks is None or not heads else _sinks_of_heads(state, site, heads)
+        arguments = (query, tensors, *layouts, key.length, mask, scale_of(site), site.cap, sinks)
         if key.packed.form.weighed:
             several = key.count.expression != 1 and site.key in appended
             weighing = torch.ops.attnpack.attention_each if several else torch.ops.attnpack.attention_weights
@@ -237,10 +224,8 @@ def _report_readers(state: GraphState, value: Node) -> None:
 
 
 def _decompress(state: GraphState, packed: PackedInput, tail: Node, length: Node) -> Node:
-    coefficients, bases, blocks, scales, owners = state.blocks(packed)
-    placed = state.part(packed, "index"), state.part(packed, "slot")
-    rest = *state.rotary(packed), blocks, scales, owners
-    arguments = coefficients, bases, tail, length, *placed, *rest
+    tensors, (layout,) = flatten(state.described(packed, tail, length, slot=True))
+    arguments = tensors, layout, length
     dense = state.graph.call_function(torch.ops.attnpack.decompress.default, arguments)
     if packed.form.heads:
         samples = state.graph.call_method("unflatten", (dense, 0, (-1, packed.form.heads)))

@@ -7,6 +7,7 @@ placeholder has an input spec and each output an output spec: together they tell
 graph.
 """
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
-from attnpack_fx.kernels.parts import ROW_EXTRAS, SPARE_ROWS, Form, layout
+from attnpack_fx.kernels.parts import (
+    SPARE_ROWS,
+    Angles,
+    Block,
+    Form,
+    PackedParts,
+    Rows,
+    Segment,
+    block_of,
+    tensor_names,
+)
 from attnpack_fx.passes.method import Method
 from attnpack_fx.passes.storage import Columns, LayerPlan, Stored
 
@@ -386,26 +397,24 @@ class GraphState:
         """The placeholder of one part: `index`, `slot`, `cos`, `coefficient_<n>`, `basis_<n>`, ..."""
         return self.add_input(Part(packed.position, name), packed.parts[name], f"{packed.node.name}_{name}")
 
-    def blocks(self, packed: PackedInput) -> tuple[list[Node], list[Node], list[int], list[Node], list[Node]]:
-        """What operators take as `coefficients, bases, blocks, scales, owners`."""
-        kinds = packed.form.kinds
-        coefficients, bases, scales, owners = (
-            [
-                self.part(packed, name)
-                for number in range(sum(map(len, kinds)))
-                for kind in names
-                if (name := f"{kind}_{number}") in packed.parts
-            ]
-            for names in (("coefficient",), ("basis",), ("scale", *ROW_EXTRAS), ("owner",))
-        )
-        return coefficients, bases, layout(kinds), scales, owners
+    def described(self, packed: PackedInput, tail: Node, length: Node, slot: bool = False) -> PackedParts[Node]:
+        """A packed input as operators take it, with this tail; slot: whether they ask for it."""
+        form, numbers = packed.form, itertools.count()
 
-    def rotary(self, packed: PackedInput) -> tuple[Node | None, Node | None, bool, Node | None]:
-        """What operators take as `cos, sin, interleaved, axes`."""
-        if packed.form.angles is None:
-            return None, None, False, None
-        axes = self.part(packed, "axes") if packed.form.angles.axes else None
-        return self.part(packed, "cos"), self.part(packed, "sin"), packed.form.angles.interleaved, axes
+        def part(name: str) -> Node:
+            return self.part(packed, name)
+
+        def block(kind: int) -> Block[Node] | Rows[Node]:
+            number = next(numbers)
+            return block_of(kind, {name: part(f"{name}_{number}") for name in tensor_names(kind)})
+
+        segments = tuple(Segment(tuple(map(block, kinds))) for kinds in form.kinds)
+        angles: Angles[Node] | None = None
+        if form.angles is not None:
+            axes = part("axes") if form.angles.axes else None
+            angles = Angles(part("cos"), part("sin"), axes, form.angles.interleaved)
+        index = part("index")
+        return PackedParts(segments, tail, length, index, part("slot") if slot else None, angles, form.ragged)
 
     def length(self, packed: PackedInput) -> Node:
         """A node holding how many tail rows of a packed input hold tokens."""

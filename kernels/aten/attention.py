@@ -17,10 +17,10 @@ from torch import Tensor
 
 from attnpack_fx.kernels.aten import coded_attention
 from attnpack_fx.kernels.aten.blocks import Factors, Stored, segments, tokens
-from attnpack_fx.kernels.aten.rotary import Rotary
+from attnpack_fx.kernels.aten.rotary import turned_slots
 from attnpack_fx.kernels.aten.scores import attended, capped
 from attnpack_fx.kernels.aten.unrotated import scores as unrotated_scores
-from attnpack_fx.kernels.parts import Rows
+from attnpack_fx.kernels.parts import Angles, PackedParts, Rows
 
 #: Most bytes of one score buffer; longer queries are taken in tiles.
 SCORE_BYTES = 64 << 20
@@ -28,27 +28,10 @@ SCORE_BYTES = 64 << 20
 
 def attention(
     query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    length: int,
-    index: Tensor,
+    keys: PackedParts[Tensor],
+    values: PackedParts[Tensor],
     mask: Tensor | None,
     scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
     cap: float = 0.0,
     sinks: Tensor | None = None,
     weights: bool = False,
@@ -59,22 +42,20 @@ def attention(
     each: not 0: of so many of the newest queries each by itself, as in `ops_newest.attention_each`.
     """
     batch, heads, queries, key_dim = query.shape
-    kv_heads, value_dim = value_tail.shape[2:]
+    kv_heads, value_dim = values.tail.shape[2:]
     dtype = query.dtype
     # CPUs have no fast fp16 matrix products: convert what is read.
     work = torch.float32 if dtype == torch.float16 and query.device.type == "cpu" else dtype
-    keys = segments(key_coefficients, key_bases, key_scales, key_owners, key_blocks, key_dim, work)
-    values = segments(value_coefficients, value_bases, value_scales, value_owners, value_blocks, value_dim, work)
-    packed = sum(map(tokens, keys))
+    key_segments, value_segments = segments(keys, work), segments(values, work)
+    packed, length = sum(map(tokens, key_segments)), keys.length
     slots = packed + length
     if slots == 0:
         rows = (1 + min(each, queries),) if each else ()
         nothing = query.new_zeros((batch, *rows, 0), dtype=torch.float32)
         return query.new_zeros((batch, heads, queries, value_dim)), nothing
-    key_rows = _per_head(key_tail, length).to(work)
-    value_rows = _per_head(value_tail, slots - sum(map(tokens, values))).to(work)
-    rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved, axes)
-    bias = _bias(mask, index, packed, length, ragged, batch)
+    key_rows = _per_head(keys.tail, length).to(work)
+    value_rows = _per_head(values.tail, values.length).to(work)
+    bias = _bias(mask, keys.index, packed, length, keys.ragged, batch)
     tile = max(1, SCORE_BYTES // (4 * batch * heads * slots))
     outs, seen = [], query.new_zeros((batch, slots), dtype=torch.float32)
     newest: list[Tensor] = []
@@ -83,8 +64,8 @@ def attention(
         count = part.shape[2]
         q = (part.to(work) * scale).reshape(batch * kv_heads, -1, key_dim)
         scores, first = [], 0
-        for segment in keys:
-            scores.append(_scores(q, segment, rotary, first, batch))
+        for segment in key_segments:
+            scores.append(_scores(q, segment, keys.angles, first, batch))
             first += tokens(segment)
         if length:
             scores.append(torch.bmm(key_rows, q.mT).mT.reshape(batch, heads * count, length))
@@ -94,7 +75,7 @@ def attention(
             part_bias = bias if bias.shape[2] == 1 else bias[:, :, start : start + count]
             p = p.masked_fill(~part_bias, float("-inf")) if bias.dtype == torch.bool else p + part_bias
         p = attended(p, sinks, bias is not None).to(work).view(batch, heads * count, slots)
-        out = _weighted_values(p, values, value_rows)
+        out = _weighted_values(p, value_segments, value_rows)
         outs.append(out.view(batch, heads, count, value_dim))
         if each:
             of_queries = p.view(batch, heads, count, slots).mean(1, dtype=torch.float32)
@@ -114,15 +95,15 @@ def _per_head(tail: Tensor, length: int) -> Tensor:
     return tail[:length].flatten(1, 2).transpose(0, 1)
 
 
-def _scores(q: Tensor, segment: Stored, rotary: Rotary | None, first: int, batch: int) -> Tensor:
+def _scores(q: Tensor, segment: Stored, angles: Angles[Tensor] | None, first: int, batch: int) -> Tensor:
     """Scores of the segment whose tokens are slots first, ...: q `[B * H, g * Tq, D]` -> `[B, Hq * Tq, N]`."""
-    if rotary is not None and first >= rotary.slots:
-        rotary = None
+    if angles is not None and first >= turned_slots(angles):
+        angles = None
     if isinstance(segment, Rows):
-        return coded_attention.scores(q.unflatten(0, (batch, -1)), segment, rotary, first).flatten(1, 2).to(q.dtype)
-    if rotary is None:
+        return coded_attention.scores(q.unflatten(0, (batch, -1)), segment, angles, first).flatten(1, 2).to(q.dtype)
+    if angles is None:
         return _absorbed(q, segment)
-    return unrotated_scores(q, [(0, c, basis.flatten(0, 1)) for c, basis in segment], rotary, batch, first)
+    return unrotated_scores(q, [(0, c, basis.flatten(0, 1)) for c, basis in segment], angles, batch, first)
 
 
 def _absorbed(q: Tensor, blocks: Sequence[Factors]) -> Tensor:

@@ -1,13 +1,12 @@
-"""Blocks of a packed tensor: the segment each belongs to, and codes of low-rank factors turned into numbers."""
+"""Blocks of a packed tensor with codes of low-rank factors turned into numbers."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.quantize import dequantize_basis, dequantize_coefficient
-from attnpack_fx.kernels.parts import OWNED, ROWS, RowForm, Rows, formats, row_extras
+from attnpack_fx.kernels.parts import Block, PackedParts, Rows, formats, kind
 
 
 class Factors(NamedTuple):
@@ -21,40 +20,30 @@ class Factors(NamedTuple):
 Stored = list[Factors] | Rows[Tensor]
 
 
-def segments(
-    coefficients: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    owners: Sequence[Tensor],
-    blocks: Sequence[int],
-    dim: int,
-    dtype: torch.dtype,
-) -> list[Stored]:
+def segments(parts: PackedParts[Tensor], dtype: torch.dtype) -> list[Stored]:
     """The segments that hold anything, in order; factors in `dtype`, rows as they are stored."""
-    found: dict[int, Stored] = {}
-    remaining, owning = iter(scales), iter(owners)
-    for number, (coefficient, basis) in enumerate(zip(coefficients, bases, strict=True)):
-        segment, kind = blocks[2 * number : 2 * number + 2] if blocks else (number, 0)
-        if kind & ROWS:
-            form = RowForm.of(kind)
-            rows = Rows(form, coefficient, basis, **{name: next(remaining) for name in row_extras(form)})
-            if coefficient.shape[1]:
-                found[segment] = rows
+    found: list[Stored] = []
+    for segment in parts.segments:
+        rows = segment.blocks[0]
+        if isinstance(rows, Rows):
+            found += [rows] if rows.codes.shape[1] else []
             continue
-        bits, basis_bits = formats(kind)
-        if kind & OWNED:
-            basis = basis.index_select(0, next(owning))
-        if bits or basis_bits:
-            scale = next(remaining)
-            if bits:
-                coefficient = dequantize_coefficient(coefficient, scale, scale.shape[2], bits, dtype)
-            if basis_bits:
-                basis = dequantize_basis(basis, scale, dim, basis_bits, dtype)
-        if coefficient.shape[1]:
-            low_rank = found.setdefault(segment, [])
-            assert isinstance(low_rank, list), "rows share no segment with factors"
-            low_rank.append(Factors(coefficient.to(dtype), basis.to(dtype)))
-    return list(found.values())
+        covering = [block for block in segment.factors if block.coefficient.shape[1]]
+        found += [[_factors(block, parts.tail.shape[3], dtype) for block in covering]] if covering else []
+    return found
+
+
+def _factors(block: Block[Tensor], dim: int, dtype: torch.dtype) -> Factors:
+    coefficient, basis, scale = block.coefficient, block.basis, block.scale
+    if block.owner is not None:
+        basis = basis.index_select(0, block.owner)
+    if scale is not None:
+        bits, basis_bits = formats(kind(block))
+        if bits:
+            coefficient = dequantize_coefficient(coefficient, scale, scale.shape[2], bits, dtype)
+        if basis_bits:
+            basis = dequantize_basis(basis, scale, dim, basis_bits, dtype)
+    return Factors(coefficient.to(dtype), basis.to(dtype))
 
 
 def tokens(segment: Stored) -> int:

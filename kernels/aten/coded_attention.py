@@ -22,8 +22,8 @@ from torch import Tensor
 
 from attnpack_fx.kernels.aten.coded_exceptions import add_scores, add_values
 from attnpack_fx.kernels.aten.coded_rows import Decoder, codebook_table, levels
-from attnpack_fx.kernels.aten.rotary import Rotary, pairs, per_slot
-from attnpack_fx.kernels.parts import Rows
+from attnpack_fx.kernels.aten.rotary import pairs, per_slot
+from attnpack_fx.kernels.parts import Angles, Rows
 
 #: Bytes of decoded numbers of one tile: on a CPU the L2 caches of two cores; elsewhere launches cost more than memory.
 TILE_BYTES = {"cpu": 2 << 20}
@@ -37,10 +37,10 @@ RUN_TOKENS = 8
 _Run = tuple[int, int, int]
 
 
-def scores(q: Tensor, rows: Rows[Tensor], rotary: Rotary | None, first: int) -> Tensor:
-    """`q . x` of every token, fp32 `[B, H, N, n]`; q `[B, H, N, D]`, scaled; rotary: of all slots, these from first."""
+def scores(q: Tensor, rows: Rows[Tensor], angles: Angles[Tensor] | None, first: int) -> Tensor:
+    """`q . x` of every token, fp32 `[B, H, N, n]`; q `[B, H, N, D]`, scaled; angles: of all slots, these from first."""
     q = q.float()
-    if rotary is None and _in_planes(rows, q.shape):
+    if angles is None and _in_planes(rows, q.shape):
         runs = _runs(rows) if rows.form.channel else []
         if runs is not None:
             out = _channel_scores(q, rows, runs) if rows.form.channel else _plane_scores(q, rows)
@@ -49,9 +49,9 @@ def scores(q: Tensor, rows: Rows[Tensor], rotary: Rotary | None, first: int) -> 
     out = q.new_empty((*q.shape[:3], count))
     for start, end in _tiles(rows, q.shape[3], 2 * len(rows.codes)):
         x = decoder(start, end)
-        if rotary is not None:
-            cos, sin = per_slot(rotary, first + start, first + end)
-            x = _turned(x, cos.unsqueeze(2).float(), sin.unsqueeze(2).float(), rotary.interleaved)
+        if angles is not None:
+            cos, sin = per_slot(angles, first + start, first + end)
+            x = _turned(x, cos.unsqueeze(2).float(), sin.unsqueeze(2).float(), angles.interleaved)
         out[..., start:end] = torch.matmul(q, x.permute(0, 2, 3, 1))
     return out
 

@@ -1,35 +1,21 @@
 """The dense meaning of packed parts, for whatever reads them in another way than attention does."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.blocks import segments
 from attnpack_fx.kernels.aten.coded_rows import decode
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot, rotate
-from attnpack_fx.kernels.parts import Rows
+from attnpack_fx.kernels.aten.rotary import per_slot, rotate, turned_slots
+from attnpack_fx.kernels.parts import PackedParts, Rows
 
 
-def decompress(
-    coefficients: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    tail: Tensor,
-    length: int,
-    index: Tensor,
-    slot: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    blocks: Sequence[int],
-    scales: Sequence[Tensor],
-    owners: Sequence[Tensor],
-) -> Tensor:
+def decompress(parts: PackedParts[Tensor]) -> Tensor:
     """See `ops.decompress`."""
+    tail, slot, angles = parts.tail, parts.slot, parts.angles
+    assert slot is not None
     _, batch, heads, dim = tail.shape
     dense = []
-    for segment in segments(coefficients, bases, scales, owners, blocks, dim, tail.dtype):
+    for segment in segments(parts, tail.dtype):
         if isinstance(segment, Rows):
             dense.append(decode(segment, dim).to(tail.dtype).transpose(1, 2))
             continue
@@ -38,15 +24,15 @@ def decompress(
             total[:, :, : block.coefficient.shape[1]] += block.coefficient[:, None] @ block.basis
         dense.append(total)
     packed = sum(part.shape[2] for part in dense)
-    kept, prompt = index.shape[1] - packed, slot.shape[1]
-    rows = tail[:length].permute(1, 2, 0, 3)
-    if cos is not None and sin is not None and packed:
-        rotary, together = Rotary(cos, sin, interleaved, axes), torch.cat(dense, 2)
-        cos, sin = per_slot(rotary, 0, rotary.slots)
-        turned = rotate(together[:, :, : rotary.slots], cos[:, None], sin[:, None], interleaved)
-        dense = [turned, together[:, :, rotary.slots :]]
+    kept, prompt = parts.index.shape[1] - packed, slot.shape[1]
+    rows = tail[: parts.length].permute(1, 2, 0, 3)
+    if angles is not None and packed:
+        turning, together = turned_slots(angles), torch.cat(dense, 2)
+        cos, sin = per_slot(angles, 0, turning)
+        turned = rotate(together[:, :, :turning], cos[:, None], sin[:, None], angles.interleaved)
+        dense = [turned, together[:, :, turning:]]
     stored = torch.cat([*dense, rows[:, :, :kept]], 2)
-    out = tail.new_zeros((batch, heads, prompt + length - kept, dim))
+    out = tail.new_zeros((batch, heads, prompt + parts.length - kept, dim))
     if stored.shape[2]:
         sample = torch.arange(batch, device=tail.device)[:, None]
         logical = stored.transpose(1, 2)[sample, slot.clamp(min=0)].masked_fill_((slot < 0)[:, :, None, None], 0)

@@ -7,7 +7,7 @@ With `(a, b)` the pairs of dims that turn together, and per query row m, rank r 
 a score is `sum over r of C[t, r] g[t, r, m]`: the query is rotated instead of the key. Three forms of the same sum:
 
 - turned queries: g for every token, one product of `2 E` operations per number of g, tiled so that g stays in cache.
-- tables: where cos and sin are sums over rotary axes (`Rotary.axes`), so is g: it is computed for the rows of the
+- tables: where cos and sin are sums over rotary axes (`Angles.axes`), so is g: it is computed for the rows of the
   tables alone, and every token sums `A R` of its rows, weighted by its coefficients, as one embedding bag.
 - turned keys: key tiles are rebuilt and rotated as complex numbers, `2 R + 1` operations per number of a key, whatever
   the number of query rows. For chunked prefill, and for large groups of query heads at high rank.
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.factorize import working
-from attnpack_fx.kernels.aten.rotary import Rotary, pairs, per_slot
+from attnpack_fx.kernels.aten.rotary import pairs, per_slot
+from attnpack_fx.kernels.parts import Angles
 
 #: Most bytes of the intermediate numbers of one tile: about the L2 caches of two cores.
 TILE_BYTES = 2 << 20
@@ -33,14 +34,16 @@ TILE_BYTES = 2 << 20
 _Blocks = list[tuple[Tensor, Tensor]]
 
 
-def scores(q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], rotary: Rotary, batch: int, first: int = 0) -> Tensor:
+def scores(
+    q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], angles: Angles[Tensor], batch: int, first: int = 0
+) -> Tensor:
     """Scores of every slot, `[B, Hq * Tq, sum of N over segments]` in q's dtype, accumulated in fp32.
 
     q: `[B * H, g * Tq, D]`, scaled; the query rows of a KV head are neighbours.
     keys: (number of the segment, coefficient `[B, n, r]`, basis `[B * H or H, r, D]`), in slot order. Blocks of one
         segment follow each other and add up; the first covers its N tokens, further ones the first n of them.
         A basis with H rows while B > 1 is shared by the samples.
-    rotary: of all slots; those of these segments are first, first + 1, ...
+    angles: of all slots; those of these segments are first, first + 1, ...
     """
     heads = q.shape[0] // batch
     work = working(q.dtype)
@@ -48,14 +51,14 @@ def scores(q: Tensor, keys: Sequence[tuple[int, Tensor, Tensor]], rotary: Rotary
     segments = list(_segments(keys, heads))
     slots = sum(blocks[0][0].shape[1] for blocks in segments)
     out = rows.new_empty((batch, heads * q.shape[1], slots))
-    turning = 2 * rotary.cos.shape[-1]
+    turning = 2 * angles.cos.shape[-1]
     start = 0
     for blocks in segments:
         tokens = blocks[0][0].shape[1]
         part = out[:, :, start : start + tokens]
         if turning:
-            form = _form(rows, blocks, rotary)
-            form(part, *pairs(rows[..., :turning], rotary.interleaved), blocks, rotary, first + start)
+            form = _form(rows, blocks, angles)
+            form(part, *pairs(rows[..., :turning], angles.interleaved), blocks, angles, first + start)
         else:
             part.zero_()
         if turning < q.shape[2]:
@@ -71,18 +74,18 @@ def _segments(keys: Sequence[tuple[int, Tensor, Tensor]], heads: int) -> Iterato
         yield [(coefficient, basis.unflatten(0, (-1, heads))) for _, coefficient, basis in group]
 
 
-def _form(rows: Tensor, blocks: _Blocks, rotary: Rotary) -> Callable[..., None]:
+def _form(rows: Tensor, blocks: _Blocks, angles: Angles[Tensor]) -> Callable[..., None]:
     """The cheapest form for one segment."""
-    heads, dims = rows.shape[1], 2 * rotary.cos.shape[-1]
+    heads, dims = rows.shape[1], 2 * angles.cos.shape[-1]
     queries = heads * rows.shape[2]
     rank = sum(coefficient.shape[2] for coefficient, _ in blocks)
     costs = {
         _turned_keys: heads * dims * (0.018 * rank + 1.2) + 0.02 * queries * dims,
         _turned_queries: rank * queries * (0.018 * dims + 0.6),
     }
-    if rotary.axes is not None:
-        share = rotary.cos.shape[1] / max(1, rotary.axes.shape[2])
-        costs[_tables] = rotary.axes.shape[1] * rank * (0.3 * queries + 8) + share * costs[_turned_queries]
+    if angles.axes is not None:
+        share = angles.cos.shape[1] / max(1, angles.axes.shape[2])
+        costs[_tables] = angles.axes.shape[1] * rank * (0.3 * queries + 8) + share * costs[_turned_queries]
     return min(costs, key=lambda form: costs[form])
 
 
@@ -112,16 +115,16 @@ def _of(x: Tensor, samples: slice) -> Tensor:
     return x if x.shape[0] == 1 else x[samples]
 
 
-def _turned_queries(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, first: int) -> None:
+def _turned_queries(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, angles: Angles[Tensor], first: int) -> None:
     batch, queries, _ = out.shape
     for number, (coefficient, basis) in enumerate(blocks):
         rank, tokens = coefficient.shape[2], coefficient.shape[1]
-        matrix = _query_matrix(a, b, basis, rotary.interleaved)
-        angles = torch.cat(per_slot(rotary, first, first + tokens), -1).to(a.dtype).mT
+        matrix = _query_matrix(a, b, basis, angles.interleaved)
+        turns = torch.cat(per_slot(angles, first, first + tokens), -1).to(a.dtype).mT
         weights = coefficient.to(a.dtype).mT.unsqueeze(2).contiguous()
         for samples, start, end in _tiles(batch, tokens, 4 * rank * queries):
             w = matrix[samples]
-            g = torch.matmul(w, _of(angles, samples)[..., start:end]).view(w.shape[0], rank, queries, -1)
+            g = torch.matmul(w, _of(turns, samples)[..., start:end]).view(w.shape[0], rank, queries, -1)
             g *= weights[samples, ..., start:end]
             into = out[samples, :, start:end]
             if number:
@@ -130,19 +133,19 @@ def _turned_queries(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: 
                 torch.sum(g, 1, out=into)
 
 
-def _tables(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, first: int) -> None:
-    assert rotary.axes is not None
+def _tables(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, angles: Angles[Tensor], first: int) -> None:
+    assert angles.axes is not None
     batch, queries, _ = out.shape
-    length, count = rotary.cos.shape[1], rotary.axes.shape[1]
-    angles = torch.cat([rotary.cos, rotary.sin], -1).to(a.dtype)
+    length, count = angles.cos.shape[1], angles.axes.shape[1]
+    turns = torch.cat([angles.cos, angles.sin], -1).to(a.dtype)
     sample = torch.arange(batch, device=out.device)[:, None, None]
     for number, (coefficient, basis) in enumerate(blocks):
         tokens, rank = coefficient.shape[1:]
-        matrix = _query_matrix(a, b, basis, rotary.interleaved)
-        table = torch.matmul(angles, matrix.mT).view(batch * length * rank, queries)
+        matrix = _query_matrix(a, b, basis, angles.interleaved)
+        table = torch.matmul(turns, matrix.mT).view(batch * length * rank, queries)
         ranks = torch.arange(rank, device=out.device)
         for samples, start, end in _tiles(batch, tokens, 16 * count * rank + 4 * queries):
-            axes = _of(rotary.axes, samples)[:, :, first + start : first + end].mT
+            axes = _of(angles.axes, samples)[:, :, first + start : first + end].mT
             places = ((sample[samples] * length + axes) * rank)[..., None] + ranks
             weights = coefficient[samples, start:end, None].to(a.dtype).expand(-1, -1, count, -1)
             bags = torch.arange(0, places.numel() + 1, count * rank, device=out.device)
@@ -157,14 +160,14 @@ def _tables(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, 
                 into.copy_(summed)
 
 
-def _turned_keys(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rotary, first: int) -> None:
+def _turned_keys(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, angles: Angles[Tensor], first: int) -> None:
     batch, heads, _, half = a.shape
     tokens, dims = out.shape[2], 2 * half
     out = out.unflatten(1, (heads, -1))
     # Pairs as neighbours: the real and imaginary parts of complex numbers.
     query = torch.stack([a, b], -1).flatten(-2)
     flat = [
-        torch.stack(pairs(basis[..., :dims].to(a.dtype), rotary.interleaved), -1).transpose(1, 2).flatten(2)
+        torch.stack(pairs(basis[..., :dims].to(a.dtype), angles.interleaved), -1).transpose(1, 2).flatten(2)
         for _, basis in blocks
     ]
     for samples, start, end in _tiles(batch, tokens, 4 * heads * dims):
@@ -177,7 +180,7 @@ def _turned_keys(out: Tensor, a: Tensor, b: Tensor, blocks: _Blocks, rotary: Rot
             else:
                 keys[:, : part.shape[1]] += product
         assert keys is not None
-        cos, sin = (_of(x, samples).to(a.dtype) for x in per_slot(rotary, first + start, first + end))
+        cos, sin = (_of(x, samples).to(a.dtype) for x in per_slot(angles, first + start, first + end))
         turning = torch.view_as_complex(keys.view(*keys.shape[:2], heads, half, 2))
         turning *= torch.complex(cos, sin).unsqueeze(2)
         rows = keys.view(*keys.shape[:2], heads, dims).permute(0, 2, 3, 1)

@@ -11,13 +11,11 @@ that depends on a number of tokens is an argument of the kernels; the choice bet
 once. Products are of precision `ieee`: fp32 is not rounded in them, as PyTorch does it, and other dtypes have no other.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from attnpack_fx.kernels.aten.rotary import Rotary
+from attnpack_fx.kernels.parts import Block, PackedParts, kind, tensors_of
 from attnpack_fx.kernels.triton.absorb import absorb_kernel
 from attnpack_fx.kernels.triton.blocks import alike, contiguous, low_rank, stored, takes_parts
 from attnpack_fx.kernels.triton.coded import CodedProblem, attend_coded, takes_rotary
@@ -49,32 +47,7 @@ MOST_DIMS = 256
 MAX_SEGMENTS = 2
 
 
-def takes(
-    query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    length: int,
-    index: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
-    cap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> bool:
+def takes(query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor]) -> bool:
     """Whether the kernels take these arguments of `ops.attention`: all of one dtype, few segments, no giant heads.
 
     For ATen are also: bases that samples choose from; coded rows before rotary embedding, other keys before it where
@@ -83,47 +56,32 @@ def takes(
     """
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
-    if query.dtype != key_tail.dtype or query.dtype != value_tail.dtype:
+    if query.dtype != keys.tail.dtype or query.dtype != values.tail.dtype:
         return False
-    if max(key_tail.shape[3], value_tail.shape[3]) > MOST_DIMS:
+    if max(keys.tail.shape[3], values.tail.shape[3]) > MOST_DIMS:
         return False
-    keys = stored(key_coefficients, key_bases, key_scales, key_blocks)
-    values = stored(value_coefficients, value_bases, value_scales, value_blocks)
-    if len(low_rank(keys)) > MAX_SEGMENTS or not alike(keys, values):
+    key_parts, value_parts = stored(keys), stored(values)
+    if len(low_rank(key_parts)) > MAX_SEGMENTS or not alike(key_parts, value_parts):
         return False
     # Offsets within a sample are 32-bit: they take half the registers.
-    if not all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in [*key_coefficients, *value_coefficients]):
+    first = [next(iter(tensors_of(block).values())) for block in (*keys.blocks, *values.blocks)]
+    if not all(c.shape[1] * max(c.shape[2], MOST_DIMS) < 2**31 for c in first):
         return False
-    if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
-        turned = cos is None or sin is None or takes_rotary(keys, Rotary(cos, sin, interleaved, axes))
-        return turned and takes_parts(keys, values, query)
-    factors = [*key_coefficients, *value_coefficients, *key_bases, *value_bases]
-    return all(factor.dtype == query.dtype for factor in factors)
+    factors = _plain(query, keys, values)
+    if factors is None:
+        turned = keys.angles is None or takes_rotary(key_parts, keys.angles)
+        return turned and takes_parts(key_parts, value_parts, query)
+    return all(
+        factor.dtype == query.dtype for each in factors for block in each for factor in tensors_of(block).values()
+    )
 
 
 def attention(
     query: Tensor,
-    key_coefficients: Sequence[Tensor],
-    key_bases: Sequence[Tensor],
-    value_coefficients: Sequence[Tensor],
-    value_bases: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    length: int,
-    index: Tensor,
+    keys: PackedParts[Tensor],
+    values: PackedParts[Tensor],
     mask: Tensor | None,
     scale: float,
-    ragged: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    axes: Tensor | None,
-    key_blocks: Sequence[int],
-    value_blocks: Sequence[int],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    key_owners: Sequence[Tensor],
-    value_owners: Sequence[Tensor],
     cap: float = 0.0,
     sinks: Tensor | None = None,
     weights: bool = False,
@@ -133,29 +91,34 @@ def attention(
         query = query.contiguous()
     while mask is not None and mask.dim() < 4:
         mask = mask.unsqueeze(0)
-    key_tail, value_tail, index = key_tail.contiguous(), value_tail.contiguous(), index.contiguous()
+    key_tail, value_tail, index, length = (
+        keys.tail.contiguous(),
+        values.tail.contiguous(),
+        keys.index.contiguous(),
+        keys.length,
+    )
     sinks = None if sinks is None else sinks.contiguous()
     batch, heads, queries, _ = query.shape
-    others = key_tail, value_tail, length, index, mask, scale, ragged, cap, sinks
+    others = key_tail, value_tail, length, index, mask, scale, keys.ragged, cap, sinks
     problem: Problem
-    if not _plain(query, [*key_bases, *value_bases], key_blocks, value_blocks):
-        assert not (key_owners or value_owners), "not what `takes` let through"
-        keys = contiguous(stored(key_coefficients, key_bases, key_scales, key_blocks))
-        values = contiguous(stored(value_coefficients, value_bases, value_scales, value_blocks))
-        problem = CodedProblem(query, [], *others, keys, values)
+    factors = _plain(query, keys, values)
+    if factors is None:
+        problem = CodedProblem(query, [], *others, contiguous(stored(keys)), contiguous(stored(values)))
     else:
-        factors = zip(key_coefficients, key_bases, value_coefficients, value_bases, strict=True)
-        segments = [Segment(*(factor.contiguous() for factor in each)) for each in factors if each[0].shape[1]]
+        segments = [
+            Segment(*(factor.contiguous() for block in pair for factor in (block.coefficient, block.basis)))
+            for pair in zip(*factors, strict=True)
+            if pair[0].coefficient.shape[1]
+        ]
         problem = Problem(query, segments, *others)
     out = query.new_empty((batch, heads, queries, value_tail.shape[3]))
     if not problem.tokens and length == 0:
         return out.zero_(), query.new_zeros((batch, 0), dtype=torch.float32)
     scores = query.new_empty((batch, heads, problem.packed + length), dtype=torch.float32) if weights else index
-    rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved, axes)
     if isinstance(problem, CodedProblem):
-        sums = attend_coded(problem, out, scores, weights, rotary)
-    elif rotary is not None and problem.segments:
-        sums = attend_unrotated(problem, out, scores, weights, rotary)
+        sums = attend_coded(problem, out, scores, weights, keys.angles)
+    elif keys.angles is not None and problem.segments:
+        sums = attend_unrotated(problem, out, scores, weights, keys.angles)
     elif not weights and fits_fused(problem):
         _fused(problem, out)
         return out, scores
@@ -168,9 +131,17 @@ def attention(
     return out, torch.exp(scores - last.clamp(min=torch.finfo(torch.float32).min)).mean(1)
 
 
-def _plain(query: Tensor, bases: Sequence[Tensor], key_blocks: Sequence[int], value_blocks: Sequence[int]) -> bool:
-    """Whether every segment is one block, as it is, with a basis for every sample."""
-    return not (key_blocks or value_blocks) and all(basis.shape[0] == query.shape[0] for basis in bases)
+def _plain(
+    query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor]
+) -> tuple[list[Block[Tensor]], list[Block[Tensor]]] | None:
+    """The blocks of keys and of values where every segment is one, as it is, with a basis for every sample."""
+    found = [[block for segment in parts.segments for block in segment.factors] for parts in (keys, values)]
+    for parts, blocks in zip((keys, values), found, strict=True):
+        if len(blocks) != len(parts.blocks) or len(blocks) != len(parts.segments):
+            return None
+        if any(kind(block) or block.basis.shape[0] != query.shape[0] for block in blocks):
+            return None
+    return found[0], found[1]
 
 
 def fits_fused(problem: Problem) -> bool:

@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from attnpack_fx.kernels.aten.rotary import Rotary
+from attnpack_fx.kernels.parts import Angles, Block, Rows, tensors_of, tokens_of
 from attnpack_fx.kernels.triton.absorb_coded import absorb_coded_kernel
 from attnpack_fx.kernels.triton.blocks import (
     MOST_BLOCKS,
     Form,
     Part,
-    Stored,
-    StoredRows,
     key_forms,
     low_rank,
-    tokens_of,
+    part_tokens,
+    rows_form,
     value_forms,
 )
 from attnpack_fx.kernels.triton.combine_coded import combine_coded_kernel
@@ -50,21 +49,21 @@ class CodedProblem(Problem):
 
     @property
     def tokens(self) -> list[int]:
-        return list(map(tokens_of, self.keys))
+        return list(map(part_tokens, self.keys))
 
     @cached_property
     def low_rank(self) -> "LowRank":
         """The low-rank segments."""
         slots = accumulate(self.tokens, initial=0)
-        first_slots = [slot for slot, part in zip(slots, self.keys, strict=False) if not isinstance(part, StoredRows)]
+        first_slots = [slot for slot, part in zip(slots, self.keys, strict=False) if not isinstance(part, Rows)]
         return LowRank(low_rank(self.keys), low_rank(self.values), first_slots, self)
 
     @cached_property
-    def rows_of(self) -> tuple[StoredRows | None, StoredRows | None, int]:
+    def rows_of(self) -> tuple[Rows[Tensor] | None, Rows[Tensor] | None, int]:
         """The coded rows of keys and values, and their first slot."""
         slots = accumulate(self.tokens, initial=0)
         for slot, key, value in zip(slots, self.keys, self.values, strict=False):
-            if isinstance(key, StoredRows) and isinstance(value, StoredRows):
+            if isinstance(key, Rows) and isinstance(value, Rows):
                 return key, value, slot
         return None, None, 0
 
@@ -73,11 +72,15 @@ class LowRank:
     """Low-rank segments as the kernels take them: tensors of all blocks in a row, and forms by segment."""
 
     def __init__(
-        self, keys: list[list[Stored]], values: list[list[Stored]], first_slots: list[int], problem: Problem
+        self,
+        keys: list[list[Block[Tensor]]],
+        values: list[list[Block[Tensor]]],
+        first_slots: list[int],
+        problem: Problem,
     ) -> None:
         self.keys = [each for blocks in keys for each in blocks]
         self.values = [each for blocks in values for each in blocks]
-        self.first_slots, self.tokens = first_slots, [blocks[0].tokens for blocks in keys]
+        self.first_slots, self.tokens = first_slots, [tokens_of(blocks[0]) for blocks in keys]
         self.key_forms, self.key_width, self.parts = key_forms(keys, problem.query.shape[3])
         self.value_forms, self.value_width = value_forms(values, problem.value_tail.shape[3])
 
@@ -97,20 +100,22 @@ class Results:
     shares: Tensor
 
 
-def takes_rotary(keys: Sequence[Part], rotary: Rotary) -> bool:
+def takes_rotary(keys: Sequence[Part], angles: Angles[Tensor]) -> bool:
     """Whether keys in blocks are taken before rotary embedding: low rank, halves of dims in whole bytes, few axes."""
-    few = rotary.axes is None or rotary.axes.shape[1] <= MOST_AXES
-    return few and len(low_rank(keys)) == len(keys) and rotary.cos.shape[2] % 4 == 0 and not rotary.interleaved
+    few = angles.axes is None or angles.axes.shape[1] <= MOST_AXES
+    return few and len(low_rank(keys)) == len(keys) and angles.cos.shape[2] % 4 == 0 and not angles.interleaved
 
 
-def attend_coded(problem: CodedProblem, out: Tensor, scores: Tensor, weights: bool, rotary: Rotary | None) -> Tensor:
+def attend_coded(
+    problem: CodedProblem, out: Tensor, scores: Tensor, weights: bool, angles: Angles[Tensor] | None
+) -> Tensor:
     """Absorb, attend to coded tokens, combine; returns the log-sum-exps `[B, Hq * Tq]`.
 
-    rotary: of keys before it, which are rebuilt instead of queries absorbed.
+    angles: of keys before rotary embedding, which are rebuilt instead of queries absorbed.
     """
     packed = Results(problem.index, problem.index, [], problem.index)
-    if rotary is not None and problem.low_rank.keys:
-        packed, dense = _rebuild(problem, scores, weights, rotary)
+    if angles is not None and problem.low_rank.keys:
+        packed, dense = _rebuild(problem, scores, weights, angles)
         return _combine(problem, out, packed, dense, weights)
     latent, shift, dense = _absorb(problem, scores, weights)
     if problem.low_rank.keys:
@@ -132,7 +137,11 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
     key_count, value_count = 0, 0
     forms: tuple[Form, Form] = ((), ())
     if keys is not None and values is not None:
-        key_count, value_count, forms = keys.tokens, values.tokens, (keys.compiled(dim), values.compiled(value_dim))
+        key_count, value_count, forms = (
+            tokens_of(keys),
+            tokens_of(values),
+            (rows_form(keys, dim), rows_form(values, value_dim)),
+        )
     both, most = torch.sym_min(key_count, value_count), torch.sym_max(key_count, value_count)
     programs, tile = batch * problem.heads * blocks, problem.tail_tile
     counts = both, most - both, problem.length - (most - key_count)
@@ -177,7 +186,7 @@ def _absorb(problem: CodedProblem, scores: Tensor, weights: bool) -> tuple[Tenso
     return latent, shift, Results(partial, partial_sums, [sum(splits)], problem.index)
 
 
-def _rebuild(problem: CodedProblem, scores: Tensor, weights: bool, rotary: Rotary) -> tuple[Results, Results]:
+def _rebuild(problem: CodedProblem, scores: Tensor, weights: bool, angles: Angles[Tensor]) -> tuple[Results, Results]:
     """Attention to low-rank segments by keys rebuilt and rotated, and to tail rows."""
     query, low_rank = problem.query, problem.low_rank
     batch, dim = query.shape[0], query.shape[3]
@@ -187,8 +196,8 @@ def _rebuild(problem: CodedProblem, scores: Tensor, weights: bool, rotary: Rotar
     tile = 32
     tokens_per_split = per_program(sum(low_rank.tokens), batch * problem.heads * blocks, tile, query.device)
     packed = _room(problem, [cdiv(tokens, tokens_per_split) for tokens in low_rank.tokens])
-    cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
-    axes = problem.index if rotary.axes is None else rotary.axes.contiguous()
+    cos, sin = angles.cos.contiguous(), angles.sin.contiguous()
+    axes = problem.index if angles.axes is None else angles.axes.contiguous()
     rotated = 2 * int(cos.shape[2])
     arguments = problem.shared_arguments()
     del arguments["SEGMENTS"]
@@ -210,14 +219,14 @@ def _rebuild(problem: CodedProblem, scores: Tensor, weights: bool, rotary: Rotar
         KEYS=low_rank.key_forms,
         DIM=dim,
         ROTATED=rotated,
-        AXES=0 if rotary.axes is None else rotary.axes.shape[1],
+        AXES=0 if angles.axes is None else angles.axes.shape[1],
         SCORES=weights,
         BLOCK_N=tile,
         BLOCK_ROWS=16,
         BLOCK_E=block(rotated // 2),
         BLOCK_REST=block(dim - rotated) if dim > rotated else 0,
-        num_warps=4 if rotary.axes is None and query.dtype != torch.float32 else 8,
-        num_stages=2 if rotary.axes is None else 1,  # staging gathered rows in shared memory would take all of it
+        num_warps=4 if angles.axes is None and query.dtype != torch.float32 else 8,
+        num_stages=2 if angles.axes is None else 1,  # staging gathered rows in shared memory would take all of it
         **_named("basis", [each.basis for each in low_rank.keys], problem.index),
         **_named("scale", [each.scale for each in low_rank.keys], problem.index),
         **_token_arguments(problem, packed),
@@ -290,8 +299,8 @@ def _token_arguments(problem: CodedProblem, packed: Results) -> dict[str, Any]:
         "VALUE_BLOCKS": len(low_rank.values),
         **_named("key", [each.coefficient for each in low_rank.keys], problem.index),
         **_named("value", [each.coefficient for each in low_rank.values], problem.index),
-        **_named("key_count", [each.tokens for each in low_rank.keys], 0),
-        **_named("value_count", [each.tokens for each in low_rank.values], 0),
+        **_named("key_count", [tokens_of(each) for each in low_rank.keys], 0),
+        **_named("value_count", [tokens_of(each) for each in low_rank.values], 0),
     }
 
 
@@ -339,8 +348,8 @@ def _named(name: str, given: Sequence[Any], absent: Any) -> dict[str, Any]:
     return {f"{name}{number}": each for number, each in enumerate([*filled, *[absent] * (MOST_BLOCKS - len(filled))])}
 
 
-def _row_tensors(kind: str, rows: StoredRows | None, absent: Tensor) -> dict[str, Tensor]:
-    tensors = {} if rows is None else rows.tensors
+def _row_tensors(kind: str, rows: Rows[Tensor] | None, absent: Tensor) -> dict[str, Tensor]:
+    tensors = {} if rows is None else tensors_of(rows)
     return {f"{kind}_{name}": tensors.get(name, absent) for name in _ROW_TENSORS}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from attnpack_fx.kernels.aten.rotary import Rotary
+from attnpack_fx.kernels.parts import Angles
 from attnpack_fx.kernels.triton.combine import combine
 from attnpack_fx.kernels.triton.launch import BASIS_ROWS, LEAST, block, cdiv, per_program, processors
 from attnpack_fx.kernels.triton.problem import Problem
@@ -27,14 +27,14 @@ SPLIT_AXES = 4
 CHUNK = 32
 
 
-def attend_unrotated(problem: Problem, out: Tensor, scores: Tensor, weights: bool, rotary: Rotary) -> Tensor:
+def attend_unrotated(problem: Problem, out: Tensor, scores: Tensor, weights: bool, angles: Angles[Tensor]) -> Tensor:
     """Attend in the way that is less work; returns the log-sum-exps `[B, Hq * Tq]`."""
-    if rotary.axes is not None and _fits_split(problem, rotary.cos, rotary.axes):
-        return _split_by_axis(problem, out, rotary, rotary.axes, scores, weights)
-    return _rebuilt(problem, out, rotary, scores, weights)
+    if angles.axes is not None and _fits_split(problem, angles.cos, angles.axes):
+        return _split_by_axis(problem, out, angles, angles.axes, scores, weights)
+    return _rebuilt(problem, out, angles, scores, weights)
 
 
-def _rebuilt(problem: Problem, out: Tensor, rotary: Rotary, scores: Tensor, weights: bool) -> Tensor:
+def _rebuilt(problem: Problem, out: Tensor, angles: Angles[Tensor], scores: Tensor, weights: bool) -> Tensor:
     """Rebuild and rotate key tiles, combine; returns the log-sum-exps `[B, Hq * Tq]`."""
     query = problem.query
     batch, device = query.shape[0], query.device
@@ -47,8 +47,8 @@ def _rebuilt(problem: Problem, out: Tensor, rotary: Rotary, scores: Tensor, weig
     tokens_per_split = per_program(problem.packed, programs * blocks, tile, device)
     splits = [cdiv(segment.key.shape[1], tokens_per_split) for segment in problem.segments]
     latent, latent_sums = problem.partials(sum(splits), problem.block_v)
-    cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
-    axes = problem.index if rotary.axes is None else rotary.axes.contiguous()
+    cos, sin = angles.cos.contiguous(), angles.sin.contiguous()
+    axes = problem.index if angles.axes is None else angles.axes.contiguous()
     rotated = 2 * int(cos.shape[2])
     wide = problem.block_r > 64 or problem.block_d > 128 or problem.block_g > LEAST or query.dtype == torch.float32
     rest, pairs = query.shape[3] - rotated, min(block(rotated // 2), 16 if problem.block_g > LEAST else CHUNK)
@@ -76,9 +76,9 @@ def _rebuilt(problem: Problem, out: Tensor, rotary: Rotary, scores: Tensor, weig
         angle_sample=0 if cos.shape[0] == 1 else cos.stride(0),
         axes_sample=0 if axes.shape[0] == 1 else axes.stride(0),
         rows_per_split=rows_per_split,
-        INTERLEAVED=rotary.interleaved,
+        INTERLEAVED=angles.interleaved,
         ROTATED=rotated,
-        AXES=0 if rotary.axes is None else rotary.axes.shape[1],
+        AXES=0 if angles.axes is None else angles.axes.shape[1],
         shared=heads,
         SCORES=weights,
         BLOCK_N=tile,
@@ -126,17 +126,17 @@ def _fits_split(problem: Problem, cos: Tensor, axes: Tensor) -> bool:
 
 
 def _split_by_axis(
-    problem: Problem, out: Tensor, rotary: Rotary, axes: Tensor, scores: Tensor, weights: bool
+    problem: Problem, out: Tensor, angles: Angles[Tensor], axes: Tensor, scores: Tensor, weights: bool
 ) -> Tensor:
     """Tables of turned queries, attention to packed tokens, combine; returns the log-sum-exps `[B, Hq * Tq]`."""
     query, segments = problem.query, problem.segments
-    batch, device, positions = query.shape[0], query.device, rotary.cos.shape[1]
+    batch, device, positions = query.shape[0], query.device, angles.cos.shape[1]
     blocks = cdiv(problem.group * query.shape[2], problem.block_g)
     rows_per_split, tail_splits = problem.tail_splits(blocks)
     partial, partial_sums = problem.partials(tail_splits, problem.value_tail.shape[3])
     tables = query.new_empty((len(segments), batch, positions, problem.rows, problem.block_r))
     basis_rows, position_rows = min(problem.block_r, BASIS_ROWS if problem.block_d <= 128 else 32), 16
-    cos, sin, axes = rotary.cos.contiguous(), rotary.sin.contiguous(), axes.contiguous()
+    cos, sin, axes = angles.cos.contiguous(), angles.sin.contiguous(), axes.contiguous()
     (basis0, basis1), sizes = problem.pair("key_basis"), problem.segment_arguments()
     parts = len(segments) * cdiv(positions, position_rows) * (problem.block_r // basis_rows)
     wrap_triton(tables_kernel)[(batch * problem.heads, blocks, parts + tail_splits)](
@@ -153,7 +153,7 @@ def _split_by_axis(
         positions=positions,
         angle_sample=0 if cos.shape[0] == 1 else cos.stride(0),
         rows_per_split=rows_per_split,
-        INTERLEAVED=rotary.interleaved,
+        INTERLEAVED=angles.interleaved,
         SCORES=weights,
         BLOCK_N=problem.tail_tile,
         BLOCK_P=position_rows,
