@@ -24,7 +24,7 @@ def _(grad, shape):
 
 def _remember_shapes(ctx, inputs, output):
     ctx.shapes = [
-        [tensor.shape for tensor in argument]
+        [getattr(each, "shape", None) for each in argument]
         if isinstance(argument, list | tuple)
         else getattr(argument, "shape", None)
         for argument in inputs

@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 T = TypeVar("T")
 
@@ -223,6 +224,11 @@ class PackedParts(Generic[T]):
         """How many slots the segments have. Of tensors alone."""
         firsts: list[Any] = [segment.blocks[0] for segment in self.segments]
         return sum(map(tokens_of, firsts))
+
+
+# `torch.utils._pytree` sees through them: `tree_map_only(Tensor, function, parts)` maps every tensor.
+for _ in (Block, RowForm, Rows, Segment, Angles, PackedParts):
+    register_dataclass(_)
 
 
 def tokens_of(block: Block[Tensor] | Rows[Tensor]) -> int:

@@ -12,6 +12,7 @@ from attnpack_fx.angles import SharedAngles
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.held import Held, fake_parts
 from attnpack_fx.kernels import ops
+from attnpack_fx.kernels.flat import flatten
 from attnpack_fx.moving import choose, taken
 from attnpack_fx.placement import Placement
 from attnpack_fx.tail import allocate
@@ -149,15 +150,12 @@ class Mirror:
 
 def attend(key: PackedTensor, value: PackedTensor, query: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as a rewritten graph calls it; mask bool `[B, 1, Tq, T]`."""
-    one, other, heads = key.parts, value.parts, key.held.heads
-    batch = query.shape[0]
+    heads, batch = key.held.heads, query.shape[0]
     if heads:
         query = query.unflatten(1, (heads, -1)).flatten(0, 1)
         mask = None if mask is None else mask.repeat_interleave(heads, 0)
-    factors = one.coefficients, one.bases, other.coefficients, other.bases
-    tails = one.tail, other.tail, one.length
-    kinds = one.layout, other.layout, one.scales, other.scales, one.owners, other.owners
-    out = ops.attention(query, *factors, *tails, one.index, mask, DIM**-0.5, key.placement.ragged, *one.rotary, *kinds)
+    tensors, layouts = flatten(key.parts, value.parts)
+    out = ops.attention(query, tensors, *layouts, key.lease.length, mask, DIM**-0.5)
     return out.reshape(batch, -1, *out.shape[2:])
 
 

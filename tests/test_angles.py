@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.aten.rotary import per_slot
 from tests.packing_inputs import assert_stands_for
 from tests.stored_inputs import DIM, Pair, Way, rotary, stored_pair
 
@@ -129,8 +129,8 @@ def test_reordered(way, whole):
     order = torch.stack([torch.randperm(way.vision)[:slots] for _ in range(way.batch)])
     chosen = angles.reordered(order)
     assert chosen.tail is angles.tail
-    before = per_slot(Rotary(angles.packed.cos, angles.packed.sin, False, angles.packed.axes), 0, way.vision)
-    after = per_slot(Rotary(chosen.packed.cos, chosen.packed.sin, False, chosen.packed.axes), 0, slots)
+    before = per_slot(angles.packed, 0, way.vision)
+    after = per_slot(chosen.packed, 0, slots)
     for old, new in zip(before, after, strict=True):
         expected = old.expand(way.batch, -1, -1).gather(1, order[:, :, None].expand(-1, -1, DIM // 2))
         assert torch.equal(new.expand(way.batch, -1, -1), expected)
@@ -145,18 +145,15 @@ def test_folded_rows_come_behind_the_packed_ones(way):
     packed = pair.key.held.packed
     for count in (1, 4):
         folded = angles.folded(count)
-        old = per_slot(Rotary(angles.packed.cos, angles.packed.sin, False, angles.packed.axes), 0, packed)
-        new = per_slot(Rotary(folded.packed.cos, folded.packed.sin, False, folded.packed.axes), 0, packed + count)
+        old = per_slot(angles.packed, 0, packed)
+        new = per_slot(folded.packed, 0, packed + count)
         for before, after, tail in zip(old, new, (cos, sin), strict=True):
             assert torch.equal(after[:, :packed], before.expand(after.shape[0], -1, -1))
             assert torch.equal(after[:, packed:], tail[:, :count].expand(after.shape[0], -1, -1))
         assert torch.equal(folded.tail_rows()[0], cos[:, count:])
     # Again, onto what is folded.
     twice, once = angles.folded(2).folded(3), angles.folded(5)
-    rows = [
-        per_slot(Rotary(each.packed.cos, each.packed.sin, False, each.packed.axes), 0, packed + 5)
-        for each in (twice, once)
-    ]
+    rows = [per_slot(each.packed, 0, packed + 5) for each in (twice, once)]
     assert all(map(torch.equal, *rows))
 
 
@@ -181,7 +178,7 @@ def test_angles_of_any_dtype(dtype):
     cos, sin = (each.to(dtype) for each in rotary(Way(angles="tables", vision=36), 41))
     angles = SharedAngles.of_prompt(cos, sin, torch.arange(2, 38)[None], 36, False, keep_tail=False)
     assert angles.tail is None and angles.packed.cos.dtype == dtype
-    found = per_slot(Rotary(angles.packed.cos, angles.packed.sin, False, angles.packed.axes), 0, 36)
+    found = per_slot(angles.packed, 0, 36)
     assert torch.equal(found[0], cos[:, 2:38]) and torch.equal(found[1], sin[:, 2:38])
 
 

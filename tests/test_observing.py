@@ -12,6 +12,7 @@ from attnpack_fx import AVL, H2O, PackedTensor, PackPolicy, Partial, Scissorhand
 from attnpack_fx.kernels import ops, ops_newest
 from attnpack_fx.observing import observe
 from attnpack_fx.passes.method import Method, Observation
+from attnpack_fx.step_cost import attention_arguments
 from tests.decoder import IMAGE, Decoder, next_ids, prompt
 from tests.layer_inputs import GROUP, Mirror, mirrored
 from tests.stored_inputs import DIM, HEADS, Way
@@ -108,14 +109,9 @@ def step(mirror: Mirror, queries: int = 1) -> Tensor:
     mirror.layer.key = mirror.layer.key.attended(mirror.layer.key.importance[:, : -queries or None])
     key, value, heads = mirror.layer.key, mirror.layer.value, mirror.heads
     query = torch.randn((mirror.key.shape[0], HEADS * GROUP, queries, DIM), generator=mirror.random)
-    one, other = key.parts, value.parts
     asked = query.unflatten(1, (heads, -1)).flatten(0, 1) if heads else query
-    tails = one.tail, other.tail, one.length
-    kinds = one.layout, other.layout, one.scales, other.scales, one.owners, other.owners
-    factors = one.coefficients, one.bases, other.coefficients, other.bases
-    ragged = key.placement.ragged
     weighing = ops.attention_weights if queries == 1 else ops_newest.attention_each
-    _, seen = weighing(asked, *factors, *tails, one.index, None, DIM**-0.5, ragged, *one.rotary, *kinds)
+    _, seen = weighing(*attention_arguments(asked, key.parts, value.parts))
     mirror.layer = replace(mirror.layer, observed=seen, added=queries)
     scores = query.double() @ mirror.dense("key").double().repeat_interleave(GROUP, 1).mT * DIM**-0.5
     kept = mirror.rows(mirror.kept).expand(-1, HEADS, -1).repeat_interleave(GROUP, 1)[:, :, None]

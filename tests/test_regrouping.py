@@ -17,9 +17,10 @@ from attnpack_fx.held import rank_of
 from attnpack_fx.kernels import ops, reference
 from attnpack_fx.maintenance import maintain
 from attnpack_fx.regrouping import is_due, regroup
+from attnpack_fx.step_cost import attention_arguments
 from tests.decoder import Decoder, close, next_ids, prompt
 from tests.packing_inputs import assert_stands_for, dense_pair
-from tests.stored_inputs import DIM, HEADS, WIDTH, Pair, Way, grouped, in_blocks, rotary, stored_pair, with_importance
+from tests.stored_inputs import DIM, HEADS, WIDTH, Way, grouped, in_blocks, rotary, stored_pair, with_importance
 
 PARTIALS = st.builds(
     lambda cuts, keys: Partial(shares=tuple(1 / len(cuts) for _ in cuts), fractions=tuple(cuts), keys=keys),
@@ -97,16 +98,8 @@ def test_tokens_are_read_with_the_columns_of_their_group(partial, seed, angles, 
     query = torch.randn((2, 2 * HEADS, 3, DIM), generator=torch.Generator().manual_seed(seed))
     real = (pair.key.slot >= 0)[:, None, None]
     attended = F.scaled_dot_product_attention(query.double(), *expected, attn_mask=real, enable_gqa=True)
-    out, _ = ops.attention_weights(*attention_arguments(query, pair))
+    out, _ = ops.attention_weights(*attention_arguments(query, pair.key.parts, pair.value.parts))
     torch.testing.assert_close(out.double(), attended, atol=2e-4, rtol=2e-4)
-
-
-def attention_arguments(query: Tensor, pair: Pair) -> tuple[Any, ...]:
-    key, value = pair.key.parts, pair.value.parts
-    factors = key.coefficients, key.bases, value.coefficients, value.bases
-    tails = key.tail, value.tail, key.length, key.index
-    layouts = key.layout, value.layout, key.scales, value.scales, key.owners, value.owners
-    return query, *factors, *tails, None, DIM**-0.5, pair.key.placement.ragged, *key.rotary, *layouts
 
 
 def test_groups_follow_attention_that_moves():
@@ -120,7 +113,7 @@ def test_groups_follow_attention_that_moves():
         wanted = 4 if step < 14 else 9
         query = 6 * pair.dense_key[:, :, wanted, None]
         pair.append(1)
-        _, weights = ops.attention_weights(*attention_arguments(query, pair))
+        _, weights = ops.attention_weights(*attention_arguments(query, pair.key.parts, pair.value.parts))
         place = pair.key.index[:, :9] - 2
         importance = 0.5 * importance + 0.5 * torch.zeros(2, 9).scatter_(1, place, weights[:, :9])
         assert pair.key.importance is not None

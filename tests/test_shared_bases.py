@@ -8,6 +8,7 @@ import torch
 import attnpack_fx
 from attnpack_fx import PackPolicy, cache_bytes
 from attnpack_fx.kernels import ops
+from attnpack_fx.kernels.flat import flatten
 from attnpack_fx.kernels.parts import PackedParts, Segment
 from attnpack_fx.storing import store
 
@@ -138,9 +139,8 @@ def test_bits_of_bases_that_some_samples_share(bits):
 
 def _dense(block):
     index = torch.arange(9).expand(3, -1).contiguous()
-    parts = PackedParts((Segment((block,)),), torch.zeros(0, 3, 2, 8), 0, index, index)
-    stored = parts.coefficients, parts.bases, parts.tail, parts.length, parts.index, parts.slot
-    return ops.decompress(*stored, *parts.rotary, parts.layout, parts.scales, parts.owners)
+    tensors, (layout,) = flatten(PackedParts((Segment((block,)),), torch.zeros(0, 3, 2, 8), 0, index, index))
+    return ops.decompress(tensors, layout, 0)
 
 
 def test_nothing_to_calibrate_on(model, tmp_path, without_inductor):

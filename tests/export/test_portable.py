@@ -8,13 +8,23 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.export.portable import attention, numbers, rotated, segments, turned_back
 from attnpack_fx.kernels import ops, reference
 from attnpack_fx.kernels.aten.quantize import dequantize_basis, dequantize_coefficient
 from attnpack_fx.kernels.aten.rotary import pairs
-from attnpack_fx.kernels.parts import ASYMMETRIC, ROWS, RowForm, formats
-from tests.kernels.inputs import ATTENTION_FLOOR, SEEDS, Cuts, Shapes, attention_arguments, relative_error
+from attnpack_fx.kernels.parts import Angles, PackedParts, RowForm, Rows, formats, kind
+from tests.kernels.inputs import (
+    ATTENTION_FLOOR,
+    SEEDS,
+    Cuts,
+    Shapes,
+    attention_arguments,
+    map_blocks,
+    operands,
+    relative_error,
+)
 
 #: Softmax is in fp32 whatever the dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-6, torch.float16: 2e-3}
@@ -69,57 +79,54 @@ def exported_arguments(shape: Shapes, turned: int = 0) -> dict[str, Any]:
     # Numbers are coded from at most fp32.
     given = attention_arguments(shape if shape.dtype != torch.float64 else replace(shape, dtype=torch.float32))
     del given["cap"], given["sinks"]  # of no decoder that is exported
-    length = given["length"]
-    slots = shape.key_slots + length
+    keys, values = given["keys"], given["values"]
+    slots = shape.key_slots + keys.length
     random = torch.Generator().manual_seed(shape.seed + 1)
     allowed = torch.rand((shape.batch, 1, shape.queries, slots), generator=random) < 0.7
     mask = torch.zeros(allowed.shape, dtype=shape.dtype).masked_fill(~allowed, torch.finfo(shape.dtype).min / 2)
     # A query sees itself, if anything.
     mask[..., -1:] = 0
-    given |= {
-        "index": given["index"][:, :0],
-        "mask": mask,
-        "ragged": False,
-        "axes": None,
-        "key_tail": given["key_tail"][:length],
-        "value_tail": given["value_tail"][:length],
-    }
-    if given["cos"] is not None:
+    angles = keys.angles
+    if angles is not None:
         sizes = [*shape.segments, *(tokens for tokens, _ in shape.key_rows)]
-        for name in ("cos", "sin"):
-            # As models make them, in their own dtype.
-            given[name] = given[name][:, : sum(sizes[:turned])].to(shape.dtype)
-    return {name: _double(part) if shape.dtype == torch.float64 else part for name, part in given.items()}
+        # As models make them, in their own dtype.
+        cos, sin = (each[:, : sum(sizes[:turned])].to(shape.dtype) for each in (angles.cos, angles.sin))
+        angles = Angles(cos, sin, None, angles.interleaved)
+    for name, parts in (("keys", keys), ("values", values)):
+        tail = parts.tail[: parts.length]
+        given[name] = replace(parts, tail=tail, index=parts.index[:, :0], ragged=False)
+    given |= {"keys": replace(given["keys"], angles=angles), "mask": mask}
+    return tree_map_only(Tensor, _double, given) if shape.dtype == torch.float64 else given
 
 
-def _double(part: Any) -> Any:
-    if isinstance(part, list):
-        return [_double(each) for each in part]
-    return part.double() if isinstance(part, Tensor) and part.is_floating_point() else part
+def _double(part: Tensor) -> Tensor:
+    return part.double() if part.is_floating_point() else part
 
 
-def signed(given: dict[str, Any]) -> dict[str, Any]:
+def signed(parts: PackedParts[Tensor]) -> PackedParts[Tensor]:
     """With symmetric codes of 8 bits as int8, as exports have them."""
-    changed = dict(given)
-    for kind in ("key", "value"):
-        coefficients, bases, blocks = (list(given[f"{kind}_{part}"]) for part in ("coefficients", "bases", "blocks"))
-        for number, block in enumerate(blocks[1::2]):
-            if block & (ROWS | ASYMMETRIC):
-                continue
-            for each, bits in zip((coefficients, bases), formats(block), strict=True):
-                if bits == 8:
-                    each[number] = each[number].view(torch.int8)
-        changed |= {f"{kind}_coefficients": coefficients, f"{kind}_bases": bases}
-    return changed
+
+    def changed(block: Any) -> Any:
+        if isinstance(block, Rows) or block.asymmetric:
+            return block
+        factors = zip((block.coefficient, block.basis), formats(kind(block)), strict=True)
+        coefficient, basis = (each.view(torch.int8) if bits == 8 else each for each, bits in factors)
+        return replace(block, coefficient=coefficient, basis=basis)
+
+    return map_blocks(parts, changed)
+
+
+def exported(given: dict[str, Any]) -> Tensor:
+    return attention(*operands(given | {name: signed(given[name]) for name in ("keys", "values")}))
 
 
 def check(given: dict[str, Any], dtype: torch.dtype) -> None:
-    out = attention(**signed(given))
+    out = exported(given)
     assert out.dtype == dtype
     expected = reference.attention(**given)
     assert relative_error(out, expected, ATTENTION_FLOOR) < TOLERANCE[dtype]
     if dtype != torch.float64:  # which the operator does not know
-        assert relative_error(out, ops.attention(**given), ATTENTION_FLOOR) < 2 * TOLERANCE[dtype]
+        assert relative_error(out, ops.attention(*operands(given)), ATTENTION_FLOOR) < 2 * TOLERANCE[dtype]
 
 
 @given(shape=shapes(), turned=st.integers(0, 4))
@@ -141,7 +148,7 @@ def test_keys_before_rotary_embedding_in_leading_segments(bits, turned):
     check(given, torch.float32)
     # That they are rotated is seen.
     if turned:
-        plain = attention(**signed(given | {"cos": None, "sin": None}))
+        plain = exported(given | {"keys": replace(given["keys"], angles=None)})
         assert relative_error(plain, reference.attention(**given)) > 0.01
 
 
@@ -173,9 +180,7 @@ def test_numbers_are_those_of_quantize(seed, size, bits, asymmetric, dtype):
 
 def test_blocks_of_a_segment_are_one_matrix():
     shape = Shapes(segments=(9, 4), kept=0, key_rank=6, key_cuts=((1.0, 8), (1.0, 0), (1.0, 4)))
-    given = signed(exported_arguments(shape))
-    parts = given["key_coefficients"], given["key_bases"], given["key_blocks"], given["key_scales"]
-    found = segments(*parts, given["key_tail"])
+    found = segments(signed(exported_arguments(shape)["keys"]))
     assert [tuple(each.shape for each in segment) for segment in found] == [
         ((1, 9, 6), (1, 2, 6, 16)),
         ((1, 4, 4), (1, 2, 4, 16)),

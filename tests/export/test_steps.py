@@ -3,6 +3,8 @@ import torch
 
 from attnpack_fx.export.portable import attention
 from attnpack_fx.export.steps import _bias, _selected
+from attnpack_fx.kernels.flat import flatten
+from attnpack_fx.kernels.parts import PackedParts
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -16,10 +18,9 @@ def test_a_query_of_padding_that_sees_nothing_gives_numbers(dtype, score):
     query, key = torch.full((1, 1, 3, 1), size, dtype=dtype), torch.full((1, 1, 3, 1), size, dtype=dtype)
     key = -key if score < 0 else key
     value = torch.tensor([1.0, 2.0, 4.0], dtype=dtype)[None, None, :, None]
-    tails = key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)
     none = torch.zeros((1, 0), dtype=torch.int64)
-    rest = False, None, None, False, None, [], [], [], [], [], []
-    decoded = attention(query, [], [], [], [], *tails, 3, none, mask, 1.0, *rest)
+    tensors, layouts = flatten(*(PackedParts((), each.permute(2, 0, 1, 3), 3, none) for each in (key, value)))
+    decoded = attention(query, tensors, *layouts, 3, mask, 1.0)
     prefilled = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
     for out in (decoded, prefilled):
         assert out.isfinite().all()

@@ -5,6 +5,7 @@ scores do too, as in a model.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.quantize import quantize
-from attnpack_fx.kernels.parts import E4M3, E5M2, Block, RowForm, Rows, kind, layout
+from attnpack_fx.kernels.flat import flatten
+from attnpack_fx.kernels.parts import E4M3, E5M2, Angles, Block, PackedParts, RowForm, Rows, Segment
 
 #: Largest relative root-mean-square error against the float64 reference on the same (rounded) inputs.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 2.5e-2}
@@ -183,20 +185,21 @@ def stored_shapes(draw: st.DrawFn, **fixed: Any) -> Shapes:
 
 
 def attention_arguments(shape: Shapes) -> dict[str, Any]:
-    """Arguments of `ops.attention`. Prompt positions are spread over slots at random, as after packing two
-    modalities.
+    """Arguments of the implementations of `ops.attention`, by name; `operands` makes the operator's of them.
+
+    Prompt positions are spread over slots at random, as after packing two modalities.
     """
     random = torch.Generator().manual_seed(shape.seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=random).to(shape.dtype)
 
-    def factors(rank: int, dim: int) -> tuple[list[Tensor], list[Tensor]]:
+    def factors(rank: int, dim: int) -> list[tuple[Tensor, Tensor]]:
         ranks = [min(rank, n, shape.heads * dim) for n in shape.segments]
         coefficients = [normal(shape.batch, n, r) for n, r in zip(shape.segments, ranks, strict=True)]
         samples = shape.owned or (1 if shape.shared else shape.batch)
         bases = [(normal(samples, shape.heads, r, dim) / max(r, 1) ** 0.5).to(shape.dtype) for r in ranks]
-        return coefficients, bases
+        return list(zip(coefficients, bases, strict=True))
 
     most = max(shape.key_slots, shape.value_slots)
     slots, length = most + shape.kept, most - shape.key_slots + shape.kept + shape.appended
@@ -206,45 +209,48 @@ def attention_arguments(shape: Shapes) -> dict[str, Any]:
     if shape.ragged:
         index[torch.rand(index.shape, generator=random) < 0.3] = -1
     tokens = prompt + shape.appended
-    key_coefficients, key_bases = factors(shape.key_rank, shape.key_dim)
-    value_coefficients, value_bases = factors(shape.value_rank, shape.value_dim)
+    key_factors = factors(shape.key_rank, shape.key_dim)
+    value_factors = factors(shape.value_rank, shape.value_dim)
     spare = int(torch.randint(4, (), generator=random))
-    cos, sin, axes = _angles(shape, random)
-    key_stored = _stored(key_coefficients, key_bases, shape.key_cuts, shape.owned > 0)
-    value_stored = _stored(value_coefficients, value_bases, shape.value_cuts, shape.owned > 0)
-    for stored, coded, dim in (
-        (key_stored, shape.key_rows, shape.key_dim),
-        (value_stored, shape.value_rows, shape.value_dim),
-    ):
-        add_rows(stored, [make_rows(form, shape, tokens, dim, random) for tokens, form in coded])
-    owner = torch.randint(max(shape.owned, 1), (shape.batch,), generator=random)
-    owners = [[owner] * stored.owned for stored in (key_stored, value_stored)]
+    angles = _angles(shape, random)
+    sides = (
+        (key_factors, shape.key_cuts, shape.key_rows, shape.key_dim),
+        (value_factors, shape.value_cuts, shape.value_rows, shape.value_dim),
+    )
+    coded = [
+        [Segment((make_rows(form, shape, count, dim, random),)) for count, form in rows] for _, _, rows, dim in sides
+    ]
+    drawn = torch.randint(max(shape.owned, 1), (shape.batch,), generator=random)
+    owner = drawn if shape.owned else None
+    keys, values = (
+        (*(Segment(tuple(_blocks(*each, cuts, owner))) for each in factors), *rows)
+        for (factors, cuts, _, _), rows in zip(sides, coded, strict=True)
+    )
+    query = normal(shape.batch, shape.heads * shape.group, shape.queries, shape.key_dim)
+    key_tail = normal(length + spare, shape.batch, shape.heads, shape.key_dim)
+    value_tail = normal(value_length + spare, shape.batch, shape.heads, shape.value_dim)
     return {
-        "query": normal(shape.batch, shape.heads * shape.group, shape.queries, shape.key_dim),
-        "key_coefficients": key_stored.coefficients,
-        "key_bases": key_stored.bases,
-        "value_coefficients": value_stored.coefficients,
-        "value_bases": value_stored.bases,
-        "key_tail": normal(length + spare, shape.batch, shape.heads, shape.key_dim),
-        "value_tail": normal(value_length + spare, shape.batch, shape.heads, shape.value_dim),
-        "length": length,
-        "index": index,
+        "query": query,
+        "keys": PackedParts(keys, key_tail, length, index, None, angles, shape.ragged),
+        "values": PackedParts(values, value_tail, value_length, index, None, None, shape.ragged),
         "mask": _mask(shape, tokens, random),
         "scale": shape.key_dim**-0.5,
-        "ragged": shape.ragged,
-        "cos": cos,
-        "sin": sin,
-        "interleaved": shape.interleaved,
-        "axes": axes,
-        "key_blocks": key_stored.layout,
-        "value_blocks": value_stored.layout,
-        "key_scales": key_stored.scales,
-        "value_scales": value_stored.scales,
-        "key_owners": owners[0],
-        "value_owners": owners[1],
         "cap": shape.cap,
         "sinks": _sinks(shape),
     }
+
+
+def operands(given: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments of `ops.attention`, in order, from those of its implementations."""
+    query, keys, values, *others = given.values()
+    tensors, layouts = flatten(keys, values)
+    return query, tensors, *layouts, keys.length, *others
+
+
+def map_blocks(parts: PackedParts[Tensor], function: Callable[[Any], Any]) -> PackedParts[Tensor]:
+    """The same parts with other blocks."""
+    segments = tuple(Segment(tuple(map(function, segment.blocks))) for segment in parts.segments)
+    return dataclasses.replace(parts, segments=segments)
 
 
 def _sinks(shape: Shapes) -> Tensor | None:
@@ -257,79 +263,33 @@ def _sinks(shape: Shapes) -> Tensor | None:
     )
 
 
-def decompress_arguments(shape: Shapes) -> dict[str, Any]:
-    """Arguments of `ops.decompress`: the keys of `attention_arguments`."""
-    given = attention_arguments(shape)
-    index = given["index"]
-    slot = torch.full((shape.batch, index.shape[1] + shape.padding), -1)
-    for sample, row in enumerate(index.tolist()):
+def decompress_arguments(shape: Shapes) -> dict[str, PackedParts[Tensor]]:
+    """Arguments of the implementations of `ops.decompress`: the keys of `attention_arguments`."""
+    keys = attention_arguments(shape)["keys"]
+    slot = torch.full((shape.batch, keys.index.shape[1] + shape.padding), -1)
+    for sample, row in enumerate(keys.index.tolist()):
         for number, position in enumerate(row):
             if position >= 0:
                 slot[sample, position] = number
-    return {
-        "coefficients": given["key_coefficients"],
-        "bases": given["key_bases"],
-        "tail": given["key_tail"],
-        "length": given["length"],
-        "index": index,
-        "slot": slot,
-        **{name: given[name] for name in ("cos", "sin", "interleaved", "axes")},
-        "blocks": given["key_blocks"],
-        "scales": given["key_scales"],
-        "owners": given["key_owners"],
-    }
+    return {"parts": dataclasses.replace(keys, slot=slot)}
 
 
-@dataclass
-class Stored:
-    """Blocks as operators take them, and of every segment their kinds; owned: how many have owners."""
-
-    coefficients: list[Tensor] = dataclasses.field(default_factory=list)
-    bases: list[Tensor] = dataclasses.field(default_factory=list)
-    scales: list[Tensor] = dataclasses.field(default_factory=list)
-    kinds: list[list[int]] = dataclasses.field(default_factory=list)
-    owned: int = 0
-
-    @property
-    def layout(self) -> list[int]:
-        return layout(self.kinds)
-
-
-def _stored(coefficients: list[Tensor], bases: list[Tensor], cuts: Cuts, owned: bool) -> Stored:
-    """The blocks of all low-rank segments; owned bases stay as they are."""
-    stored = Stored()
-    for coefficient, basis in zip(coefficients, bases, strict=True):
-        ends = [-(-coefficient.shape[2] * number // len(cuts)) for number in range(len(cuts) + 1)]
-        stored.kinds.append([])
-        for (share, how), start, end in zip(cuts, ends, ends[1:], strict=False):
-            if start == end and stored.kinds[-1]:
-                continue
-            covered = round(share * coefficient.shape[1])
-            block: Block[Tensor] = Block(
-                coefficient[:, :covered, start:end].contiguous(),
-                basis[:, :, start:end].contiguous(),
-                owner=basis if owned else None,
-            )
-            bits, basis_bits, asymmetric = (how, how, False) if isinstance(how, int) else how
-            if owned:
-                basis_bits, asymmetric = 0, asymmetric and bits in (8, 4, 2)
-            if bits or basis_bits:
-                *codes, scale = quantize(block.coefficient, block.basis, bits, basis_bits, asymmetric)
-                block = Block(*codes, scale, bits, block.owner, basis_bits, asymmetric)
-                stored.scales.append(scale)
-            stored.coefficients.append(block.coefficient)
-            stored.bases.append(block.basis)
-            stored.kinds[-1].append(kind(block))
-            stored.owned += owned
-    return stored
-
-
-def add_rows(stored: Stored, segments: list[Rows[Tensor]]) -> None:
-    for rows in segments:
-        stored.coefficients.append(rows.codes)
-        stored.bases.append(rows.scale)
-        stored.scales += rows.extras.values()
-        stored.kinds.append([rows.form.kind])
+def _blocks(coefficient: Tensor, basis: Tensor, cuts: Cuts, owner: Tensor | None) -> Iterator[Block[Tensor]]:
+    """The blocks of a low-rank segment; owned bases stay as they are."""
+    ends = [-(-coefficient.shape[2] * number // len(cuts)) for number in range(len(cuts) + 1)]
+    for (share, how), start, end in zip(cuts, ends, ends[1:], strict=False):
+        if start and start == end:
+            continue
+        covered = round(share * coefficient.shape[1])
+        columns = coefficient[:, :covered, start:end].contiguous(), basis[:, :, start:end].contiguous()
+        bits, basis_bits, asymmetric = (how, how, False) if isinstance(how, int) else how
+        if owner is not None:
+            basis_bits, asymmetric = 0, asymmetric and bits in (8, 4, 2)
+        if bits or basis_bits:
+            *codes, scale = quantize(*columns, bits, basis_bits, asymmetric)
+            yield Block(*codes, scale, bits, owner, basis_bits, asymmetric)
+        else:
+            yield Block(*columns, owner=owner)
 
 
 def make_rows(form: RowForm, shape: Shapes, tokens: int, dim: int, random: torch.Generator) -> Rows[Tensor]:
@@ -382,8 +342,8 @@ def make_rows(form: RowForm, shape: Shapes, tokens: int, dim: int, random: torch
     return Rows(form, codes, **found)
 
 
-def _angles(shape: Shapes, random: torch.Generator) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """cos, sin and axes of the packed slots."""
+def _angles(shape: Shapes, random: torch.Generator) -> Angles[Tensor] | None:
+    """Of the packed slots."""
     slots, axes = shape.key_slots, None
     if shape.axes:
         # A few positions along each axis; tables of every axis fill all pairs, as a sum does not care.
@@ -391,9 +351,9 @@ def _angles(shape: Shapes, random: torch.Generator) -> tuple[Tensor | None, Tens
     rows = 4 * shape.axes if shape.axes else slots
     angles = torch.rand((shape.batch, rows, shape.rotary // 2), generator=random) * 6.28
     if not shape.rotary:
-        return None, None, None
+        return None
     share = max(shape.axes, 1) ** 0.5
-    return angles.cos() / share, angles.sin() / share, axes
+    return Angles(angles.cos() / share, angles.sin() / share, axes, shape.interleaved)
 
 
 def _mask(shape: Shapes, tokens: int, random: torch.Generator) -> Tensor | None:

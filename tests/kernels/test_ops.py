@@ -3,9 +3,10 @@ import torch
 from torch.library import opcheck
 
 from attnpack_fx.kernels import ops, ops_newest
+from attnpack_fx.kernels.flat import flatten
 from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
 
-from .inputs import Shapes, assert_close, attention_arguments, decompress_arguments
+from .inputs import Shapes, assert_close, attention_arguments, decompress_arguments, operands
 
 attnpack = torch.ops.attnpack
 
@@ -54,12 +55,14 @@ SHAPES = {
     "operator", [attnpack.attention.default, attnpack.attention_weights.default, attnpack.attention_each.default]
 )
 def test_attention(shape, operator):
-    opcheck(operator, tuple(attention_arguments(shape).values()))
+    opcheck(operator, operands(attention_arguments(shape)))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_decompress(shape):
-    opcheck(attnpack.decompress.default, tuple(decompress_arguments(shape).values()))
+    parts = decompress_arguments(shape)["parts"]
+    tensors, (layout,) = flatten(parts)
+    opcheck(attnpack.decompress.default, (tensors, layout, parts.length))
 
 
 @pytest.mark.parametrize("modality", [None, torch.arange(20)[None] < 12, torch.rand(2, 20) < 0.5])
@@ -109,18 +112,15 @@ def test_fold(tokens, old, added, rank):
     opcheck(attnpack.fold.default, (torch.randn(2, tokens, old), basis, torch.randn(added, 2, 2, 8), rank))
 
 
-def attend(query, arguments):
-    return ops.attention(query, *list(arguments.values())[1:])
-
-
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("differentiable", ["query", "key_tail", "value_bases"])
+@pytest.mark.parametrize("differentiable", ["query", "key tail", "value basis"])
 def test_backward_through_the_cache_is_an_error(compiled, differentiable):
-    arguments = attention_arguments(Shapes())
-    leaf = arguments[differentiable]
-    (leaf[0] if isinstance(leaf, list) else leaf).requires_grad_()
-    function = torch.compile(attend, fullgraph=True) if compiled else attend
-    out = function(arguments["query"], arguments)
+    given = attention_arguments(Shapes())
+    basis = given["values"].blocks[0].basis
+    leaf = {"query": given["query"], "key tail": given["keys"].tail, "value basis": basis}[differentiable]
+    leaf.requires_grad_()
+    function = torch.compile(ops.attention, fullgraph=True) if compiled else ops.attention
+    out = function(*operands(given))
     with pytest.raises(RuntimeError, match=r"not differentiable; run under torch.no_grad\(\) or keep the cache dense"):
         out.sum().backward()
 
@@ -147,28 +147,13 @@ def test_packing_compiles_as_one_graph_with_sizes_that_depend_on_the_data(vision
 
 
 def test_decode_steps_compile_once_and_match_eager():
-    def step(query, new, tail, length, coefficient, basis, index):
-        attnpack.append_([tail], [new], [length])
-        out = attnpack.attention(
-            query,
-            [coefficient],
-            [basis],
-            [coefficient],
-            [basis],
-            tail,
-            tail,
-            length + 1,
-            index,
-            None,
-            0.25,
-            False,
-            *(None, None, False, None),
-            *([], [], [], [], [], []),
-        )
-        return torch.relu(out)
+    keys = attention_arguments(Shapes(kept=3, appended=0))["keys"]
+    (_, *fixed), (layout,) = flatten(keys)  # the tail comes first
 
-    arguments = attention_arguments(Shapes(kept=3, appended=0))
-    fixed = (arguments["key_coefficients"][0], arguments["key_bases"][0], arguments["index"])
+    def step(query, new, tail, length, *fixed):
+        attnpack.append_([tail], [new], [length])
+        return torch.relu(attnpack.attention(query, [tail, *fixed], layout, layout, length + 1, None, 0.25))
+
     tails = [torch.zeros(16, 1, 2, 16), torch.zeros(16, 1, 2, 16)]
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")

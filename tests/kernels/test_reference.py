@@ -1,15 +1,15 @@
 """The specification itself, against what is known independently of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from attnpack_fx.kernels import reference
-from attnpack_fx.kernels.parts import RowForm, Rows
+from attnpack_fx.kernels.parts import Block, PackedParts, RowForm, Rows, Segment
 
-from .inputs import Shapes, attention_arguments, decompress_arguments, relative_error
-
-UNROTATED = (None, None, False, None)
+from .inputs import Shapes, attention_arguments, decompress_arguments, map_blocks, relative_error
 
 
 def test_attention_over_lossless_parts_is_attention_over_the_dense_cache():
@@ -19,18 +19,15 @@ def test_attention_over_lossless_parts_is_attention_over_the_dense_cache():
     modality = torch.arange(17)[None] % 3 > 0
     vision, text, dense, slot = reference.plan(modality, None, key[:, :, :17], False, [], [])
     index = torch.cat([vision, text, dense], 1)
-    tails, factors = [], []
+    packed = []
     for x in (key, value):
-        tails.append(torch.cat([reference.take_rows(x, dense, 0), x[:, :, 17:].permute(2, 0, 1, 3)]))
-        factors.append(reference.compress(x, vision, 1000))
-    (kc, kb), (vc, vb) = factors
-    length = dense.shape[1] + 3
-    rest = (mask, 0.3, False, *UNROTATED, [], [], [], [], [], [])
-    out = reference.attention(query, [kc], [kb], [vc], [vb], *tails, length, index, *rest)
+        tail = torch.cat([reference.take_rows(x, dense, 0), x[:, :, 17:].permute(2, 0, 1, 3)])
+        segment = Segment((Block(*reference.compress(x, vision, 1000)),))
+        packed.append(PackedParts((segment,), tail, len(tail), index, slot))
+    out = reference.attention(query, *packed, mask, 0.3)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     assert relative_error(out, expected) < 1e-12
-    dense = reference.decompress([kc], [kb], tails[0], length, index, slot, *UNROTATED, [], [], [])
-    assert relative_error(dense, key) < 1e-12
+    assert relative_error(reference.decompress(packed[0]), key) < 1e-12
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -73,25 +70,21 @@ def test_filler_is_left_out_of_attention():
     shape = Shapes(ragged=True, segments=(12,), kept=4, batch=2)
     arguments = attention_arguments(shape)
     out = reference.attention(**arguments)
-    filler = (arguments["index"] < 0)[:, :12, None]
-    arguments["value_coefficients"] = [torch.where(filler, 1e3, arguments["value_coefficients"][0])]
+    filler = (arguments["keys"].index < 0)[:, :12, None]
+    arguments["values"] = map_blocks(
+        arguments["values"], lambda each: replace(each, coefficient=torch.where(filler, 1e3, each.coefficient))
+    )
     assert filler.any() and torch.equal(out, reference.attention(**arguments))
 
 
 def test_blocks_add_up_over_the_tokens_they_cover():
     shape = Shapes(batch=2, segments=(10,), kept=0, appended=0)
-    whole = decompress_arguments(shape)
-    dense = reference.decompress(**whole)
-    (coefficient,), (basis,) = whole["coefficients"], whole["bases"]
-    first, later = whole["index"][:, :6], whole["index"][:, 6:]
-    cut = reference.decompress(
-        **whole
-        | {
-            "coefficients": [coefficient[..., :3], coefficient[:, :6, 3:]],
-            "bases": [basis[:, :, :3], basis[:, :, 3:]],
-            "blocks": [0, 0, 0, 0],
-        }
-    )
+    whole = decompress_arguments(shape)["parts"]
+    dense = reference.decompress(whole)
+    coefficient, basis = whole.blocks[0].coefficient, whole.blocks[0].basis
+    first, later = whole.index[:, :6], whole.index[:, 6:]
+    blocks = Block(coefficient[..., :3], basis[:, :, :3]), Block(coefficient[:, :6, 3:], basis[:, :, 3:])
+    cut = reference.decompress(replace(whole, segments=(Segment(blocks),)))
     for sample in range(2):
         assert torch.allclose(cut[sample][:, first[sample]], dense[sample][:, first[sample]])
         lower = coefficient[sample, 6:, :3].double() @ basis[sample, :, :3].double()
@@ -138,20 +131,18 @@ def test_keys_and_values_may_hold_different_numbers_of_slots_in_segments(more):
     given = attention_arguments(shape)
     out = reference.attention(**given)
     # The rows as the first of the tail: segments of rows stand right before it.
-    side = "key" if more == "keys" else "value"
-    rows, blocks = given[f"{side}_coefficients"][-1], given[f"{side}_blocks"]
-    moved = {
-        f"{side}_coefficients": given[f"{side}_coefficients"][:-1],
-        f"{side}_bases": given[f"{side}_bases"][:-1],
-        f"{side}_blocks": blocks[:-2],
-        f"{side}_tail": torch.cat([rows.transpose(0, 1), given[f"{side}_tail"]]),
-        "length": given["length"] + (4 if more == "keys" else 0),
-    }
-    assert torch.equal(out, reference.attention(**given | moved))
+    parts = given[more]
+    tail = torch.cat([parts.blocks[-1].codes.transpose(0, 1), parts.tail])
+    moved = replace(parts, segments=parts.segments[:-1], tail=tail, length=parts.length + 4)
+    assert torch.equal(out, reference.attention(**given | {more: moved}))
 
 
 def test_a_basis_of_the_batch_serves_every_sample():
     shape = Shapes(batch=3, shared=True)
     arguments = attention_arguments(shape)
-    own = {name: [each.expand(3, -1, -1, -1) for each in arguments[name]] for name in ("key_bases", "value_bases")}
+
+    def apart(block):
+        return replace(block, basis=block.basis.expand(3, -1, -1, -1))
+
+    own = {name: map_blocks(arguments[name], apart) for name in ("keys", "values")}
     assert torch.equal(reference.attention(**arguments), reference.attention(**arguments | own))

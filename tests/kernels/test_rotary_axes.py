@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.aten.rotary import per_slot
+from attnpack_fx.kernels.parts import Angles
 from attnpack_fx.kernels.rotary_axes import tabulate
 
 from .multimodal import LAYOUTS, Media, cos_and_sin
@@ -20,7 +21,7 @@ def check(cos, sin, rows, axes):
     found = tabulate(cos, sin)
     assert found is not None
     assert found[2].shape[1] == axes and found[0].shape[1] <= rows
-    rebuilt = per_slot(Rotary(found[0], found[1], False, found[2]), 0, cos.shape[1])
+    rebuilt = per_slot(Angles(*found, False), 0, cos.shape[1])
     for actual, expected in zip(rebuilt, (cos, sin), strict=True):
         assert actual.dtype == expected.dtype
         assert torch.equal(actual.view(torch.int16), expected.contiguous().view(torch.int16))

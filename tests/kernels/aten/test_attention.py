@@ -1,3 +1,4 @@
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten import coded_attention, unrotated
+from attnpack_fx.kernels.parts import Angles
 from attnpack_fx.kernels.rotary_axes import tabulate
 
 from ..inputs import (
@@ -68,7 +70,7 @@ def test_keys_before_rotary_embedding_are_rotated(shape, partial, interleaved):
 def test_tiles_over_queries_and_keys_change_nothing(shape):
     arguments = attention_arguments(shape)
     with pytest.MonkeyPatch.context() as patch:
-        slots = shape.key_slots + arguments["length"]
+        slots = shape.key_slots + arguments["keys"].length
         patch.setattr(implementation, "SCORE_BYTES", 4 * 2 * shape.batch * shape.heads * shape.group * max(slots, 1))
         patch.setattr(unrotated, "TILE_BYTES", 4 * 5 * shape.batch * shape.heads * shape.key_dim)
         patch.setattr(coded_attention, "TILE_BYTES", {"cpu": 4 * 9 * shape.batch * shape.heads * shape.key_dim})
@@ -85,15 +87,20 @@ def test_tables_of_real_models_give_what_their_rows_give(layout, queries):
     assert found is not None and 2 * found[0].shape[1] <= cos.shape[1]
     cuts = ((1.0, 8), (0.25, 0))
     shape = Shapes(batch=2, queries=queries, segments=(240,), key_dim=128, rotary=128, key_cuts=cuts)
-    arguments = attention_arguments(shape) | {"cos": found[0], "sin": found[1], "axes": found[2]}
-    rows = arguments | {"cos": cos, "sin": sin, "axes": None}
-    assert_close(attention(**arguments), reference.attention(**rows), floor=ATTENTION_FLOOR)
+    arguments = attention_arguments(shape)
+    tables, rows = (
+        arguments | {"keys": replace(arguments["keys"], angles=angles)}
+        for angles in (Angles(*found, False), Angles(cos, sin, None, False))
+    )
+    assert_close(attention(**tables), reference.attention(**rows), floor=ATTENTION_FLOOR)
 
 
 @pytest.mark.parametrize("cos_batch", [1, 2])
 def test_rotation_shared_by_the_batch(cos_batch):
     arguments = attention_arguments(Shapes(batch=2, rotary=8, segments=(5, 7)))
-    arguments |= {"cos": arguments["cos"][:cos_batch], "sin": arguments["sin"][:cos_batch]}
+    keys = arguments["keys"]
+    angles = replace(keys.angles, cos=keys.angles.cos[:cos_batch], sin=keys.angles.sin[:cos_batch])
+    arguments["keys"] = replace(keys, angles=angles)
     assert_close(attention(**arguments), reference.attention(**arguments), floor=ATTENTION_FLOOR)
 
 
@@ -130,23 +137,22 @@ def test_large_scores_stay_finite_and_accurate(dtype):
 @settings(max_examples=40, deadline=None)
 def test_agrees_with_attention_on_the_dense_meaning(shape):
     arguments = attention_arguments(shape)
-    index = arguments["index"]
-    slot = torch.argsort(index, 1)
-    common = (arguments["length"], index, slot, None, None, False, None, [], [], [])
-    key = reference.decompress(arguments["key_coefficients"], arguments["key_bases"], arguments["key_tail"], *common)
-    value = reference.decompress(
-        arguments["value_coefficients"], arguments["value_bases"], arguments["value_tail"], *common
-    )
+    both = arguments["keys"], arguments["values"]
+    key, value = (reference.decompress(replace(each, slot=torch.argsort(each.index, 1))) for each in both)
     if key.shape[2]:
         query = arguments["query"].double()
         dense = F.scaled_dot_product_attention(query, key, value, scale=arguments["scale"], enable_gqa=True)
         assert_close(attention(**arguments), dense, floor=ATTENTION_FLOOR)
 
 
-@pytest.mark.parametrize("transposed", ["query", "key_tail"])
+@pytest.mark.parametrize("transposed", ["query", "keys"])
 def test_strided_arguments(transposed):
+    def strided(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
     arguments = attention_arguments(Shapes(batch=2, queries=3, heads=3))
-    arguments[transposed] = arguments[transposed].transpose(1, 2).contiguous().transpose(1, 2)
+    given = arguments[transposed]
+    arguments[transposed] = strided(given) if transposed == "query" else replace(given, tail=strided(given.tail))
     assert_close(attention(**arguments), reference.attention(**arguments), floor=ATTENTION_FLOOR)
 
 
@@ -198,7 +204,7 @@ def test_the_weights_of_the_newest_queries_each_by_itself(each, tile, monkeypatc
     """First the sum of those of older queries; with one query at a time they are those of that query."""
     shape = Shapes(queries=5, ragged=True)
     arguments = attention_arguments(shape)
-    slots = arguments["index"].shape[1] + arguments["length"]
+    slots = arguments["keys"].index.shape[1] + arguments["keys"].length
     expected, singly = implementation.attention(**arguments, weights=True)[0], []
     for number in range(5):
         mask = arguments["mask"]

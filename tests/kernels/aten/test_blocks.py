@@ -4,7 +4,7 @@ import torch
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten.blocks import segments, tokens
 from attnpack_fx.kernels.aten.quantize import quantize
-from attnpack_fx.kernels.parts import E4M3, E5M2, Block, RowForm, kind
+from attnpack_fx.kernels.parts import E4M3, E5M2, Block, PackedParts, RowForm, Rows, Segment
 
 from ..inputs import Shapes, make_rows
 
@@ -15,13 +15,19 @@ def factor(count: int, rank: int, batch: int = 2, samples: int = 2) -> tuple[tor
     return torch.randn(batch, count, rank), torch.randn(samples, 3, rank, 10)
 
 
+def parts(*segments_of: tuple[Block | Rows, ...]) -> PackedParts:
+    tail = torch.zeros(0, 2, 3, 10)
+    return PackedParts(tuple(map(Segment, segments_of)), tail, 0, torch.zeros(2, 0, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_a_layout_every_block_is_a_segment_as_it_is(dtype):
-    pairs = factor(5, 3), factor(4, 2)
-    found = segments([pairs[0][0], pairs[1][0]], [pairs[0][1], pairs[1][1]], [], [], [], 10, dtype)
+def test_numbers_stay_what_they_are(dtype):
+    blocks = Block(*factor(5, 3)), Block(*factor(4, 2))
+    found = segments(parts(*((block,) for block in blocks)), dtype)
     assert [len(segment) for segment in found] == [1, 1]
-    for (block,), (coefficient, basis) in zip(found, pairs, strict=True):
-        assert torch.equal(block.coefficient, coefficient.to(dtype)) and torch.equal(block.basis, basis.to(dtype))
+    for (made,), block in zip(found, blocks, strict=True):
+        expected = block.coefficient.to(dtype), block.basis.to(dtype)
+        assert all(map(torch.equal, made, expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -30,10 +36,10 @@ def test_without_a_layout_every_block_is_a_segment_as_it_is(dtype):
 @pytest.mark.parametrize("formats", [(8, 8), (4, 4), (2, 2), (4, 8), (0, 2), (8, 0), (E4M3, 4), (2, E5M2)])
 def test_codes_become_numbers(formats, asymmetric, samples, dtype):
     bits, basis_bits = formats
-    plain, pair = factor(5, 3), factor(4, 7, samples=samples)
+    pair = factor(4, 7, samples=samples)
     *coded, scale = quantize(*pair, bits, basis_bits, asymmetric)
-    stored = kind(Block(*coded, scale, bits, None, basis_bits, asymmetric))
-    ((_, block),) = segments([plain[0], coded[0]], [plain[1], coded[1]], [scale], [], [0, 0, 0, stored], 10, dtype)
+    stored = Block(*coded, scale, bits, None, basis_bits, asymmetric)
+    ((_, block),) = segments(parts((Block(*factor(5, 3)), stored)), dtype)
     rows = scale.double()[:, :, None]
     coefficient, basis = (x.double() for x in pair)
     if bits:
@@ -49,44 +55,23 @@ def test_codes_become_numbers(formats, asymmetric, samples, dtype):
     assert (block.basis.double() - basis).abs().max() <= limit * basis.abs().max()
 
 
-def test_scales_go_to_the_blocks_with_codes():
-    coded = [quantize(*factor(4, rank), bits) for rank, bits in ((5, 4), (2, 8))]
-    plain, basis_alone = factor(4, 3), quantize(*factor(4, 6), 0, 4)
-    coefficients = [coded[0][0], plain[0], coded[1][0], basis_alone[0]]
-    bases = [coded[0][1], plain[1], coded[1][1], basis_alone[1]]
-    kinds = [4 | 4 << 8, 0, 8 | 8 << 8, 4 << 8]
-    blocks = [number for pair in zip([0, 0, 1, 1], kinds, strict=True) for number in pair]
-    scales = [coded[0][2], coded[1][2], basis_alone[2]]
-    found = segments(coefficients, bases, scales, [], blocks, 10, torch.float32)
-    assert [[block.coefficient.shape[2] for block in alike] for alike in found] == [[5, 3], [2, 6]]
-    assert torch.equal(found[1][1].coefficient, basis_alone[0])
+def test_samples_that_choose_their_basis():
+    owner = torch.tensor([1, 1])
+    block = Block(*factor(4, 3, samples=3), owner=owner)
+    ((found,),) = segments(parts((block,)), torch.float32)
+    assert torch.equal(found.basis, block.basis[owner])
 
 
-def test_rows_take_their_extras_from_the_scales():
+def test_rows_stay_as_they_are_stored():
     form = RowForm(4, channel=True, zero=True, outliers=True, norm=True)
     rows = make_rows(form, Shapes(batch=2, heads=3), 6, 10, torch.Generator().manual_seed(0))
-    *coded, scale = quantize(*factor(4, 5), 4)
-    found = segments(
-        [coded[0], rows.codes],
-        [coded[1], rows.scale],
-        [scale, *rows.extras.values()],
-        [],
-        [0, 4 | 4 << 8, 1, form.kind],
-        10,
-        torch.float32,
-    )
-    assert [tokens(segment) for segment in found] == [4, 6]
-    assert found[1] == rows and list(rows.extras) == ["zero", "group_of", "outliers", "places", "norm"]
+    found = segments(parts((Block(*factor(4, 5)),), (rows,)), torch.float32)
+    assert [tokens(segment) for segment in found] == [4, 6] and found[1] is rows
 
 
 def test_blocks_that_hold_nothing_are_left_out():
-    pairs = [factor(0, 2), factor(4, 3), factor(0, 1), factor(6, 2)]
-    coefficients, bases = (list(each) for each in zip(*pairs, strict=True))
+    empty, four, none, six = (Block(*factor(count, 2)) for count in (0, 4, 0, 6))
     rows = make_rows(RowForm(0), Shapes(batch=2, heads=3), 0, 10, torch.Generator())
-    blocks = [0, 0, 1, 0, 1, 0, 2, 0, 3, rows.form.kind]
-    found = segments([*coefficients, rows.codes], [*bases, rows.scale], [], [], blocks, 10, torch.float32)
+    found = segments(parts((empty,), (four, none), (six,), (rows,)), torch.float32)
     assert [[block.coefficient.shape[1] for block in alike] for alike in found] == [[4], [6]]
-
-
-def test_nothing():
-    assert segments([], [], [], [], [], 10, torch.float32) == []
+    assert segments(parts(), torch.float32) == []

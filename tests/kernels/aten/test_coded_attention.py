@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from attnpack_fx.kernels import ops, reference
 from attnpack_fx.kernels.aten import coded_attention
 from attnpack_fx.kernels.aten.quantize import quantize
-from attnpack_fx.kernels.aten.rotary import Rotary
-from attnpack_fx.kernels.parts import E4M3, Block, RowForm, kind
+from attnpack_fx.kernels.flat import flatten
+from attnpack_fx.kernels.parts import E4M3, Angles, Block, PackedParts, RowForm, Segment
 
 from ..inputs import SEEDS, Shapes, make_rows, relative_error, row_forms
 from .test_attention import LargestTensor
@@ -34,7 +34,7 @@ def check(form, seed, batch, heads, queries, tokens, dim, dtype=torch.float32):
     out = coded_attention.weighted(p, rows, dim)
     assert relative_error(out, p.double() @ dense, floor=1.0) < 2e-6
     cos, sin = torch.randn(2, batch, tokens + 3, dim // 4, generator=random)
-    turned = coded_attention.scores(q, rows, Rotary(cos, sin, True), 3)
+    turned = coded_attention.scores(q, rows, Angles(cos, sin, None, True), 3)
     keys = reference.rotate(dense, cos[:, 3:].double(), sin[:, 3:].double(), True)
     assert relative_error(turned, q.double() @ keys.mT, floor=1.0) < 2e-6
 
@@ -99,12 +99,11 @@ def test_codes_of_factors_put_attention_off_by_no_more_than_their_steps_allow(bi
         c, b = factors()
         exact.append(c.double()[:, None] @ b.double())
         if where not in (side, "both"):
-            coded.append((c, b, [], []))
+            coded.append(Block(c, b))
             off.append(torch.zeros_like(exact[-1]))
             continue
         *codes, scale = quantize(c, b, bits, None, asymmetric)
-        stored = kind(Block(*codes, scale, bits, None, bits, asymmetric))
-        coded.append((*codes, [scale], [0, stored]))
+        coded.append(Block(*codes, scale, bits, None, bits, asymmetric))
         step = scale.double().abs() / 2 * (1 + 1e-5)
         dc, db = step[:, 0, None].expand_as(c), step[:, 1, None, :, None].expand_as(b)
         if not asymmetric:
@@ -114,10 +113,9 @@ def test_codes_of_factors_put_attention_off_by_no_more_than_their_steps_allow(bi
             dc, db = torch.maximum(dc, (back - c).abs()), torch.maximum(db, (of_basis - b).abs())
         c, b = c.double().abs()[:, None], b.double().abs()
         off.append(c @ db + dc[:, None] @ b + dc[:, None] @ db)
-    (kc, kb, ks, k_blocks), (vc, vb, vs, v_blocks) = coded
     tail, index = torch.zeros(2, 1, heads, dim), torch.arange(tokens)[None]
-    parts = (q, [kc], [kb], [vc], [vb], tail, tail, 0, index, None, dim**-0.5, False, None, None, False, None)
-    out = ops.attention(*parts, k_blocks, v_blocks, ks, vs, [], [])
+    tensors, layouts = flatten(*(PackedParts((Segment((each,)),), tail, 0, index) for each in coded))
+    out = ops.attention(q, tensors, *layouts, 0, None, dim**-0.5)
     keys, values = exact
     p = (q.double() @ keys.mT * dim**-0.5).softmax(-1)
     e = (q.double().abs() @ off[0].mT * dim**-0.5).amax(-1, keepdim=True)

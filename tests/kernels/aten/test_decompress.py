@@ -4,6 +4,7 @@ from hypothesis import given, settings
 
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten.decompress import decompress
+from attnpack_fx.kernels.parts import kind
 
 from ..inputs import Shapes, assert_close, decompress_arguments, shapes, stored_shapes
 
@@ -13,7 +14,7 @@ def check(shape: Shapes) -> None:
     out, expected = decompress(**arguments), reference.decompress(**arguments)
     assert out.dtype == shape.dtype and out.is_contiguous()
     assert_close(out, expected)
-    slot = arguments["slot"]
+    slot = arguments["parts"].slot
     assert out[:, :, : slot.shape[1]].transpose(1, 2)[slot < 0].eq(0).all()
 
 
@@ -31,9 +32,10 @@ def test_every_way_to_store_matches_the_reference(shape):
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_codes_mean_levels_times_scales(bits):
-    arguments = decompress_arguments(Shapes(segments=(12,), kept=0, appended=0, key_cuts=((1.0, bits),)))
-    (codes,), (basis,), (scale,) = (arguments[name] for name in ("coefficients", "bases", "scales"))
-    assert codes.dtype == basis.dtype == torch.uint8 and arguments["blocks"] == [0, bits | bits << 8]
+    parts = decompress_arguments(Shapes(segments=(12,), kept=0, appended=0, key_cuts=((1.0, bits),)))["parts"]
+    (block,) = parts.blocks
+    codes, basis, scale = block.coefficient, block.basis, block.scale
+    assert codes.dtype == basis.dtype == torch.uint8 and kind(block) == bits | bits << 8
     coefficient, rows = reference.decoded(codes, 4, bits), reference.decoded(basis, 16, bits)
     expected = (coefficient * scale[:, :1]) @ (rows * scale[:, 1, None, :, None])[0]
-    assert_close(decompress(**arguments)[0].gather(1, arguments["index"][0, None, :, None].expand(2, -1, 16)), expected)
+    assert_close(decompress(parts)[0].gather(1, parts.index[0, None, :, None].expand(2, -1, 16)), expected)

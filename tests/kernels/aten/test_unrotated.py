@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten import unrotated
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
+from attnpack_fx.kernels.aten.rotary import per_slot
+from attnpack_fx.kernels.parts import Angles
 from attnpack_fx.kernels.rotary_axes import tabulate
 
 from ..inputs import SEEDS, relative_error
@@ -40,7 +41,7 @@ class Shape:
     dtype: torch.dtype = torch.float32
 
 
-def problem(shape: Shape) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]], Rotary, int]:
+def problem(shape: Shape) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]], Angles[Tensor], int]:
     random = torch.Generator().manual_seed(shape.seed)
 
     def normal(*size: int) -> Tensor:
@@ -66,10 +67,10 @@ def problem(shape: Shape) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]], Rot
     if owner is not None:
         elsewhere = torch.arange(shape.positions)[:, None] % shape.axes != owner
         cos, sin = cos.masked_fill(elsewhere, 0), sin.masked_fill(elsewhere, 0)
-    return q, keys, Rotary(cos, sin, shape.interleaved, axes), shape.batch
+    return q, keys, Angles(cos, sin, axes, shape.interleaved), shape.batch
 
 
-def expected(q: Tensor, keys: list[tuple[int, Tensor, Tensor]], rotary: Rotary, batch: int) -> Tensor:
+def expected(q: Tensor, keys: list[tuple[int, Tensor, Tensor]], rotary: Angles[Tensor], batch: int) -> Tensor:
     heads, first, out = q.shape[0] // batch, 0, []
     for number in dict.fromkeys(number for number, _, _ in keys):
         blocks = [(c.double(), b.double().unflatten(0, (-1, heads))) for n, c, b in keys if n == number]
@@ -77,7 +78,7 @@ def expected(q: Tensor, keys: list[tuple[int, Tensor, Tensor]], rotary: Rotary, 
         for c, b in blocks[1:]:
             key[:, :, : c.shape[1]] += c[:, None] @ b
         end = first + key.shape[2]
-        cos, sin = per_slot(Rotary(rotary.cos.double(), rotary.sin.double(), *rotary[2:]), first, end)
+        cos, sin = per_slot(dataclasses.replace(rotary, cos=rotary.cos.double(), sin=rotary.sin.double()), first, end)
         key = reference.rotate(key, cos, sin, rotary.interleaved)
         out.append((q.double().view(batch, heads, *q.shape[1:]) @ key.mT).flatten(1, 2))
         first = end
@@ -85,7 +86,9 @@ def expected(q: Tensor, keys: list[tuple[int, Tensor, Tensor]], rotary: Rotary, 
 
 
 def check(
-    given: tuple[Tensor, list[tuple[int, Tensor, Tensor]], Rotary, int], form: str | None = None, slack: float = 3.0
+    given: tuple[Tensor, list[tuple[int, Tensor, Tensor]], Angles[Tensor], int],
+    form: str | None = None,
+    slack: float = 3.0,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if form is not None:
@@ -148,10 +151,10 @@ def test_the_layouts_of_real_models(layout, dtype, samples):
     assert found is not None
     shape = Shape(batch=2, heads=2, rows=2, dim=128, turning=128, segments=(((cos.shape[1], 16),),), dtype=dtype)
     q, keys, _, batch = problem(shape)
-    tables = Rotary(found[0], found[1], False, found[2])
+    tables = Angles(*found, False)
     for form in FORMS:
         check((q, keys, tables, batch), form, slack=1)
-    rows = Rotary(cos, sin, False)
+    rows = Angles(cos, sin, None, False)
     split, whole = unrotated.scores(q, keys, tables, batch), unrotated.scores(q, keys, rows, batch)
     assert relative_error(split, whole.double()) <= TOLERANCE[dtype]
 

@@ -24,44 +24,36 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget
 
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.parts import Block, RowForm, kind
+from attnpack_fx.kernels.flat import flatten
+from attnpack_fx.kernels.parts import Block, PackedParts, RowForm, Segment, block_of, kind, tensor_names
 from benchmarks.ahead.pretend import PROPERTIES, targeting
 
 HEADS, RANK, DIM = 32, 64, 128
-#: How the packed tokens are stored: layout, and what is added to a factor's dims. Rows: scales of channels and groups.
+#: Rows with scales of channels and groups.
 ROWS = RowForm(4, channel=True, zero=True)
-BLOCKS = {"plain": [], "soft cap and sinks": [], "4 bits": [0, kind(Block(0, 0, 0, bits=4))], "rows": [0, ROWS.kind]}
+#: How the packed tokens are stored: the kind of their block.
+KINDS = {"plain": 0, "soft cap and sinks": 0, "4 bits": kind(Block(0, 0, 0, bits=4)), "rows": ROWS.kind}
 
 
 class LoweredError(Exception):
     """The code is printed; there is nothing to run it on."""
 
 
-def step(
-    blocks,
-    cap,
-    query,
-    key_coefficient,
-    key_basis,
-    value_coefficient,
-    value_basis,
-    key_tail,
-    value_tail,
-    index,
-    new,
-    count,
-    *scales,
-):
+def step(stored, query, key_tail, value_tail, index, new, count, sinks, *tensors):
     length = count.shape[0] - 2
     ops.append_([key_tail, value_tail], [new, new * 2], [length - 1, length - 1])
-    factors = [key_coefficient], [key_basis], [value_coefficient], [value_basis]
-    sinks = scales[0] if cap else None
-    scales = [] if cap else list(scales)
-    unrotated, more = (None, None, False, None), (blocks, blocks, scales, scales, [], [], cap, sinks)
-    attended = ops.attention(
-        query * 2, *factors, key_tail, value_tail, length, index, None, 0.1, False, *unrotated, *more
+    names = tensor_names(KINDS[stored])
+    blocks = [
+        block_of(KINDS[stored], dict(zip(names, each, strict=True)))
+        for each in (tensors[: len(names)], tensors[len(names) :])
+    ]
+    key, value = (
+        PackedParts((Segment((block,)),), tail, length, index)
+        for block, tail in zip(blocks, (key_tail, value_tail), strict=True)
     )
-    return attended.relu()
+    packed, layouts = flatten(key, value)
+    capped = (30.0, sinks) if stored == "soft cap and sinks" else ()
+    return ops.attention(query * 2, packed, *layouts, length, None, 0.1, *capped).relu()
 
 
 def lower(graph_module, examples):
@@ -70,7 +62,7 @@ def lower(graph_module, examples):
     inputs, output = graph.find_nodes(op="placeholder"), graph.output_node()
     *written, result = output.args[0]
     with graph.inserting_before(output):
-        for tail, value in zip(inputs[5:7], written, strict=True):
+        for tail, value in zip(inputs[1:3], written, strict=True):
             graph.call_function(torch.ops.aten.copy_.default, (tail, value)).meta["val"] = tail.meta["val"]
     output.args = ((result,),)
     post_grad_passes(graph_module, True)
@@ -114,37 +106,32 @@ def main(batch: int, tokens: int, stored: str) -> None:
             with mode:
                 return torch.empty(fake.shape, dtype=dtype, device="cuda")
 
-        def packed(name):
-            """Coefficient and basis, or codes and scale."""
-            if stored == "rows":
-                codes = new(f"{name}_codes", batch, tokens, HEADS, DIM // 2, dynamic=1, dtype=torch.uint8)
-                return codes, new(f"{name}_scale", batch, tokens // 32, HEADS, DIM, dynamic=1)
-            dtype, together = (torch.uint8, 2) if stored == "4 bits" else (torch.bfloat16, 1)
-            coefficient = new(f"{name}_coefficient", batch, tokens, RANK // together, dynamic=1, dtype=dtype)
-            return coefficient, new(f"{name}_basis", batch, HEADS, RANK, DIM // together, dtype=dtype)
-
-        scales = {
-            "plain": lambda: (),
-            "soft cap and sinks": lambda: (new("sinks", 1, HEADS),),
-            "4 bits": lambda: (new("scale", batch, 2, RANK, dtype=torch.float32),),
-            "rows": lambda: (
-                new("zero", batch, tokens // 32, HEADS, DIM, dynamic=1),
-                new("group_of", batch, tokens, dynamic=1, dtype=torch.int32),
+        half = 2 if stored == "4 bits" else 1
+        dtype = torch.uint8 if stored == "4 bits" else torch.bfloat16
+        made = {
+            "codes": lambda: new("codes", batch, tokens, HEADS, DIM // 2, dynamic=1, dtype=torch.uint8),
+            "zero": lambda: new("zero", batch, tokens // 32, HEADS, DIM, dynamic=1),
+            "group_of": lambda: new("group_of", batch, tokens, dynamic=1, dtype=torch.int32),
+            "coefficient": lambda: new("coefficient", batch, tokens, RANK // half, dynamic=1, dtype=dtype),
+            "basis": lambda: new("basis", batch, HEADS, RANK, DIM // half, dtype=dtype),
+            "scale": lambda: (
+                new("scale", batch, tokens // 32, HEADS, DIM, dynamic=1)
+                if stored == "rows"
+                else new("scale", batch, 2, RANK, dtype=torch.float32)
             ),
         }
         arguments = (
             new("query", batch, HEADS, 1, DIM),
-            *packed("key"),
-            *packed("value"),
             new("key_tail", 80, batch, HEADS, DIM, dynamic=0),
             new("value_tail", 80, batch, HEADS, DIM, dynamic=0),
             new("index", batch, tokens + 40, dynamic=1, dtype=torch.int64),
             new("new", batch, HEADS, 1, DIM),
             new("count", 53, dynamic=0, dtype=torch.uint8),
-            *scales[stored](),
+            new("sinks", 1, HEADS),
+            *(made[name]() for _ in range(2) for name in tensor_names(KINDS[stored])),
         )
         with contextlib.suppress(LoweredError):
-            aot_function(partial(step, BLOCKS[stored], 30.0 if "cap" in stored else 0.0), fw_compiler=lower)(*arguments)
+            aot_function(partial(step, stored), fw_compiler=lower)(*arguments)
 
 
 if __name__ == "__main__":

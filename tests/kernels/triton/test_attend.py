@@ -8,14 +8,19 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from attnpack_fx.kernels import reference
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot
-from attnpack_fx.kernels.parts import RowForm
+from attnpack_fx.kernels.aten.rotary import per_slot
+from attnpack_fx.kernels.parts import Angles, RowForm
 
-from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, shapes
+from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, map_blocks, shapes
 from .interpreted import attend, unrotated
 
 # The interpreter is too slow to shrink what fails.
 QUICKLY = settings(deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
+
+def taken(given) -> bool:
+    """Whether the kernels take these arguments of attention."""
+    return attend.takes(given["query"], given["keys"], given["values"])
 
 
 def check(shape: Shapes, **changes) -> None:
@@ -68,15 +73,18 @@ def check_axes(shape: Shapes, axes: int, samples: int | None = None) -> None:
     random = torch.Generator().manual_seed(shape.seed)
     samples, slots, rows = samples or shape.batch, sum(shape.segments), 7
     positions = torch.randint(rows, (samples, axes, slots), generator=random) + rows * torch.arange(axes)[:, None]
-    pairs = arguments["cos"].shape[2]
-    tables = attention_arguments(dataclasses.replace(shape, batch=samples, segments=(rows * axes,), rotary=2 * pairs))
+    keys = arguments["keys"]
+    pairs = keys.angles.cos.shape[2]
+    wide = attention_arguments(dataclasses.replace(shape, batch=samples, segments=(rows * axes,), rotary=2 * pairs))
     owner = torch.randint(axes, (pairs,), generator=random)
     elsewhere = torch.arange(rows * axes)[:, None] // rows != owner
-    cos, sin = (tables[name].masked_fill(elsewhere, 0) for name in ("cos", "sin"))
-    by_slot = per_slot(Rotary(cos, sin, shape.interleaved, positions), 0, slots)
-    arguments |= {"cos": by_slot[0], "sin": by_slot[1]}
+    given = wide["keys"].angles
+    cos, sin = (each.masked_fill(elsewhere, 0) for each in (given.cos, given.sin))
+    tables = Angles(cos, sin, positions, shape.interleaved)
+    by_slot = Angles(*per_slot(tables, 0, slots), None, shape.interleaved)
+    arguments["keys"] = dataclasses.replace(keys, angles=by_slot)
     expected, expected_weights = reference.attention_weights(**arguments)
-    arguments |= {"cos": cos, "sin": sin, "axes": positions}
+    arguments["keys"] = dataclasses.replace(keys, angles=tables)
     out, _ = attend.attention(**arguments)
     assert_close(out, expected, floor=ATTENTION_FLOOR)
     if shape.queries > 1:
@@ -157,8 +165,9 @@ def test_many_queries(rotary):
 @pytest.mark.parametrize("cos_batch", [1, 2])
 def test_rotation_shared_by_the_batch(cos_batch):
     shape = Shapes(batch=2, rotary=8, segments=(5, 7))
-    arguments = attention_arguments(shape)
-    check(shape, cos=arguments["cos"][:cos_batch], sin=arguments["sin"][:cos_batch])
+    keys = attention_arguments(shape)["keys"]
+    angles = dataclasses.replace(keys.angles, cos=keys.angles.cos[:cos_batch], sin=keys.angles.sin[:cos_batch])
+    check(shape, keys=dataclasses.replace(keys, angles=angles))
 
 
 @pytest.mark.parametrize("rotary", [0, 16])
@@ -187,8 +196,8 @@ def test_nothing_to_attend_to_gives_zeros():
 def test_filler_and_what_lies_beyond_the_tail_are_never_read():
     arguments = attention_arguments(Shapes(ragged=True, segments=(12,), kept=4, batch=2))
     out, _ = attend.attention(**arguments)
-    for name in ("key_tail", "value_tail"):
-        arguments[name][arguments["length"] :] = float("nan")
+    for name in ("keys", "values"):
+        arguments[name].tail[arguments[name].length :] = float("nan")
     assert torch.equal(out, attend.attention(**arguments)[0])
 
 
@@ -199,14 +208,15 @@ def test_strided_queries(transposed):
     check(shape, query=query.transpose(*transposed).contiguous().transpose(*transposed))
 
 
-@pytest.mark.parametrize("name", ["key_tail", "value_tail", "index"])
+@pytest.mark.parametrize(("side", "name"), [("keys", "tail"), ("values", "tail"), ("keys", "index")])
 @pytest.mark.parametrize("rotary", [0, 16])
 @pytest.mark.parametrize("fused", [False, True])
-def test_strided_tails_and_indices(name, rotary, fused, monkeypatch):
+def test_strided_tails_and_indices(side, name, rotary, fused, monkeypatch):
     monkeypatch.setattr(attend, "fits_fused", lambda problem: fused)
     shape = Shapes(batch=2, heads=3, rotary=rotary, ragged=True, mask="bool")
-    given = attention_arguments(shape)[name]
-    check(shape, **{name: given.transpose(0, 1).contiguous().transpose(0, 1)})
+    parts = attention_arguments(shape)[side]
+    strided = getattr(parts, name).transpose(0, 1).contiguous().transpose(0, 1)
+    check(shape, **{side: dataclasses.replace(parts, **{name: strided})})
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -218,24 +228,29 @@ def test_masks_with_fewer_dims(dims):
 
 def test_only_what_the_kernels_were_made_for_is_taken():
     def takes(shape=None, **changes):
-        return attend.takes(**attention_arguments(shape or Shapes()) | changes)
+        return taken(attention_arguments(shape or Shapes()) | changes)
 
     assert takes() and takes(Shapes(segments=(0, 3, 4)))
     assert not takes(Shapes(segments=(2, 3, 4)))
     assert not takes(Shapes(key_dim=272))
     assert not takes(Shapes(kept=5, value_rows=((1, RowForm(0)),)))
     more = attention_arguments(Shapes(segments=(13,)))
-    assert not takes(value_coefficients=more["value_coefficients"])  # than there are keys in segments
+    assert not takes(values=more["values"])  # than there are keys in segments
     assert not takes(query=torch.randn(1, 2, 1, 16, dtype=torch.float16))
     two = Shapes(batch=2)
-    shared = [basis[:1] for basis in attention_arguments(two)["key_bases"]]
-    assert takes(two) and takes(two, key_bases=shared) and takes(two, value_bases=shared)
-    assert takes(dataclasses.replace(two, rotary=16), key_bases=shared)
+
+    def shared(shape, name):
+        parts = attention_arguments(shape)[name]
+        return {name: map_blocks(parts, lambda block: dataclasses.replace(block, basis=block.basis[:1]))}
+
+    assert takes(two) and takes(two, **shared(two, "keys")) and takes(two, **shared(two, "values"))
+    turned = dataclasses.replace(two, rotary=16)
+    assert takes(turned, **shared(turned, "keys"))
 
 
 def test_which_codes_are_taken():
     def takes(**changes):
-        return attend.takes(**attention_arguments(dataclasses.replace(Shapes(), **changes)))
+        return taken(attention_arguments(dataclasses.replace(Shapes(), **changes)))
 
     four = ((1.0, 4), (0.5, 0))
     assert takes(key_cuts=four) and takes(value_cuts=four) and takes(segments=(5, 7), key_cuts=four, value_cuts=four)
@@ -256,5 +271,4 @@ def test_which_codes_are_taken():
 def test_rows_and_factors_are_not_taken_as_one_segment():
     coded = attention_arguments(Shapes(segments=(), key_rows=((12, RowForm(0)),), value_rows=((12, RowForm(0)),)))
     low_rank = attention_arguments(Shapes(kept=3))
-    names = [name for name in coded if name.startswith("key_")]
-    assert not attend.takes(**low_rank | {name: coded[name] for name in names})
+    assert not taken(low_rank | {"keys": coded["keys"]})

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnpack_fx.kernels import reference
-from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm
+from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm, block_of, kind, tensors_of
 
-from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, cuts, row_forms, shapes
+from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, cuts, map_blocks, row_forms, shapes
 from .interpreted import attend
-from .test_attend import QUICKLY, check
+from .test_attend import QUICKLY, check, taken
 
 
 def small(shape: Shapes) -> Shapes:
@@ -24,7 +24,7 @@ def small(shape: Shapes) -> Shapes:
 
 def fits(shape: Shapes) -> bool:
     """Whether there are no more blocks than the kernels take."""
-    return attend.takes(**attention_arguments(shape))
+    return taken(attention_arguments(shape))
 
 
 @given(shape=shapes().map(small), keys=cuts(), values=cuts(), shared=st.booleans())
@@ -131,13 +131,12 @@ def test_rows_before_a_low_rank_segment():
     rows = attention_arguments(
         Shapes(segments=(), key_rows=((7, RowForm(4, group=8)),), value_rows=((7, RowForm(2, channel=True)),), kept=0)
     )
-    for side in ("key", "value"):
-        for name in ("coefficients", "bases", "scales"):
-            arguments[f"{side}_{name}"] = rows[f"{side}_{name}"] + arguments[f"{side}_{name}"]
-        arguments[f"{side}_blocks"] = [0, rows[f"{side}_blocks"][1], 1, arguments[f"{side}_blocks"][1]]
     index = torch.randperm(19)[None]
-    arguments |= {"index": index, "mask": torch.rand(1, 1, 1, 21) < 0.7}
-    assert attend.takes(**arguments)
+    for side in ("keys", "values"):
+        segments = rows[side].segments + arguments[side].segments
+        arguments[side] = dataclasses.replace(arguments[side], segments=segments, index=index)
+    arguments["mask"] = torch.rand(1, 1, 1, 21) < 0.7
+    assert taken(arguments)
     expected, expected_weights = reference.attention_weights(**arguments)
     out, weights = attend.attention(**arguments, weights=True)
     assert_close(out, expected, floor=ATTENTION_FLOOR)
@@ -150,15 +149,20 @@ def test_nothing_beyond_what_a_block_covers_is_read():
     shape = Shapes(key_rows=rows[0], value_rows=rows[1])
     arguments = attention_arguments(shape)
     out, _ = attend.attention(**arguments)
-    arguments["key_tail"][arguments["length"] :] = torch.nan
-    arguments["value_tail"][arguments["length"] + 11 :] = torch.nan
+    assert arguments["values"].length == arguments["keys"].length + 11
+    for side in ("keys", "values"):
+        arguments[side].tail[arguments[side].length :] = torch.nan
     assert torch.equal(out, attend.attention(**arguments)[0])
 
 
-@pytest.mark.parametrize("name", ["key_coefficients", "value_bases", "key_scales"])
-def test_strided_codes(name):
-    """Every tensor as a view of one with its first two dims exchanged."""
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_strided_codes(side):
+    """Every tensor of every block as a view of one with its first two dims exchanged."""
     rows = ((20, RowForm(4, channel=True, zero=True, norm=True)),)
     shape = Shapes(batch=2, key_rows=rows, value_rows=rows, key_cuts=((1.0, 4),), value_cuts=((1.0, 4),))
-    given = attention_arguments(shape)[name]
-    check(shape, **{name: [each.transpose(0, 1).contiguous().transpose(0, 1) for each in given]})
+
+    def strided(block):
+        turned = {name: each.transpose(0, 1).contiguous().transpose(0, 1) for name, each in tensors_of(block).items()}
+        return block_of(kind(block), turned)
+
+    check(shape, **{side: map_blocks(attention_arguments(shape)[side], strided)})
