@@ -262,15 +262,18 @@ GRID = tuple((family, name) for family in FAMILIES for name, each in SETTINGS.it
 
 
 def tested() -> tuple[tuple[str, str], ...]:
-    """The cells that run in the tests: what acts alone on half of its families in turn, what acts together on the
-    first and two more in turn; all else on all. `python -m tests.acceptance` has the others."""
+    """The cells that run in the tests: what acts alone on three of its families in turn, what acts together on the
+    first and two more in turn, pruning that changes nothing on one; all else on all. `python -m tests.acceptance` has
+    the others."""
     alone = [name for name, each in SETTINGS.items() if len(each.methods) == 1 and not each.exact]
     together = [name for name, each in SETTINGS.items() if len(each.methods) > 1]
     first, *others = COMPOSED
     pairs = list(itertools.combinations(others, 2))
     chosen = {name: each.families for name, each in SETTINGS.items()}
-    chosen |= {name: chosen[name][turn % 2 :: 2] for turn, name in enumerate(alone)}
+    chosen |= {name: chosen[name][turn % 2 :: 2][:3] for turn, name in enumerate(alone)}
     chosen |= {name: (first, *pairs[turn % len(pairs)]) for turn, name in enumerate(together)}
+    pruning = [name for name, each in SETTINGS.items() if each.exact and each.families == OFF_PRUNED]
+    chosen |= {name: (OFF_PRUNED[turn % len(OFF_PRUNED)],) for turn, name in enumerate(pruning)}
     return tuple((family, name) for family, name in GRID if family in chosen[name])
 
 

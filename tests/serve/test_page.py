@@ -101,7 +101,7 @@ def test_an_answer_streams_in_and_figures_follow(seen, server):
     assert told == {
         "Cache holds": "1.31 MB",
         "Dense would hold": "10.5 MB",
-        "Compression": "8×",
+        "Compression": "8\N{MULTIPLICATION SIGN}",
         "Speed": "31.5 tokens/s",
         "Tokens in, out": "1,061, 7",
     }
