@@ -5,21 +5,19 @@ Fidelity is why it exists: rotation spreads a key over dims of every frequency a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as _pad
 
+from attnpack_fx.containers import container, map_tensors, tensors_in
 from attnpack_fx.kernels.aten.rotary import per_slot
 from attnpack_fx.kernels.parts import Angles
 from attnpack_fx.kernels.rotary_axes import tabulate
 from attnpack_fx.shared import Memo, copies, version_of
 
-#: What a saved state begins with; before, there was one entry of cos and sin a dim.
-_BY_PAIR = "by pair"
 
-
+@container
 @dataclass(eq=False)
 class SharedAngles:
     """cos and sin of a packed cache's tokens.
@@ -30,7 +28,7 @@ class SharedAngles:
 
     packed: Angles[Tensor]
     tail: tuple[tuple[Tensor, Tensor], ...] | None = None
-    _memo: Memo = field(default_factory=Memo, repr=False)
+    _memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     @classmethod
     def of_prompt(
@@ -49,8 +47,7 @@ class SharedAngles:
 
     @property
     def tensors(self) -> list[Tensor]:
-        packed = [self.packed.cos, self.packed.sin, *([] if self.packed.axes is None else [self.packed.axes])]
-        return [*packed, *(each for piece in self.tail or () for each in piece)]
+        return tensors_in(self)
 
     def appended(self, cos: Tensor, sin: Tensor, heads: int = 0) -> "SharedAngles":
         """With new rows in the tail; what the first layer asks for, the others of the call share.
@@ -216,20 +213,6 @@ class SharedAngles:
 
         return self._memo.derive("join", (*others, *map(tuple, counts)), derive)
 
-    def state(self) -> tuple[Any, ...]:
-        """Everything, in plain containers and tensors; `from_state` is the inverse."""
-        return (_BY_PAIR, *_plain(self.packed), None if self.tail is None else list(self.tail))
-
-    @classmethod
-    def from_state(cls, state: tuple[Any, ...]) -> "SharedAngles":
-        if not isinstance(state[0], str):
-            raise ValueError(
-                "saved cache: got cos and sin by dim, as earlier versions wrote them, expected them by pair of dims; "
-                "read the prompt again and save its cache with this version"
-            )
-        _, cos, sin, interleaved, axes, tail = state
-        return cls(Angles(cos, sin, axes, interleaved), None if tail is None else tuple(map(tuple, tail)))
-
     def same_as(self, other: "SharedAngles") -> bool:
         """Whether both turn every slot alike; compares contents."""
         if self is other:
@@ -239,19 +222,11 @@ class SharedAngles:
         return forms[0] == forms[1] and pairs is not None and all(_equal(*pair) for pair in pairs)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SharedAngles":
-        angles = self.packed
-        axes = None if angles.axes is None else function(angles.axes)
-        packed = Angles(function(angles.cos), function(angles.sin), axes, angles.interleaved)
-        tail = None if self.tail is None else tuple((function(cos), function(sin)) for cos, sin in self.tail)
-        return SharedAngles(packed, tail)
+        return map_tensors(lambda _, each: function(each), self)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
-
-
-def _plain(angles: Angles[Tensor]) -> tuple[Tensor, Tensor, bool, Tensor | None]:
-    return angles.cos, angles.sin, angles.interleaved, angles.axes
 
 
 def _one_for_all(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

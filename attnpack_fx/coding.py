@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.cached_layer import CachedLayer
-from attnpack_fx.held import ROW_SEGMENT, map_rows
+from attnpack_fx.containers import map_tensors
+from attnpack_fx.held import ROW_SEGMENT
 from attnpack_fx.kernels.aten import coded_rows
 from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.kernels.parts import Rows, Segment
@@ -66,7 +67,7 @@ def _of_two_groups(rows: Rows[Tensor]) -> Rows[Tensor]:
     def doubled(name: str, tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor], 1) if name in grouped and tensor.shape[1] == 1 else tensor
 
-    return map_rows(rows, doubled)
+    return map_tensors(doubled, rows)
 
 
 def oldest(packed: PackedTensor, count: int, first: int = 0) -> Tensor:
@@ -101,4 +102,4 @@ def with_rows(packed: PackedTensor, made: Rows[Tensor], left: Tensor) -> PackedT
 
 def _dense_in_memory(rows: Rows[Tensor]) -> Rows[Tensor]:
     """With the strides that compiled graphs expect: a code may come from rows turned round."""
-    return map_rows(rows, lambda _, tensor: tensor.contiguous())
+    return map_tensors(lambda _, tensor: tensor.contiguous(), rows)

@@ -1,7 +1,7 @@
 """What a packed tensor holds besides its tail: segments, where their tokens are, and what reading them takes."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.angles import SharedAngles
+from attnpack_fx.containers import container, map_tensors, tensors_in
 from attnpack_fx.kernels.parts import (
     ASYMMETRIC,
     OWNED,
@@ -36,6 +37,7 @@ from attnpack_fx.shared import copies
 ROW_SEGMENT = "rows"
 
 
+@container
 @dataclass(frozen=True, eq=False)
 class Loss:
     """How far a segment may be from the tokens packed into it, in Frobenius norm.
@@ -53,10 +55,8 @@ class Loss:
         norms = self.squares.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         return float((self.bound / norms).max()) if self.bound.numel() else 0.0
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Loss":
-        return Loss(function(self.squares), function(self.bound))
 
-
+@container
 @dataclass(frozen=True, eq=False)
 class Held:
     """The packed part of a key or value tensor; immutable, shared by every handle with the same packed part.
@@ -152,39 +152,26 @@ class Held:
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes memory."""
-        angles = [] if self.angles is None else self.angles.tensors
-        losses = [each for _, loss in self.losses for each in (loss.squares, loss.bound)]
-        resting = [] if self.resting is None else self.resting.tensors
-        return [*self.named.values(), *self.placement.tensors, *angles, *self.reserve, *losses, *resting]
+        return tensors_in(self)
 
     def select(self, rows: Tensor) -> "Held":
         """The samples `rows` (int64 `[B']`) of the batch, copied; what samples or layers share they go on sharing."""
-        shared = self.forms[0].shared
 
-        def of_rows(part: Tensor) -> Tensor:
+        def chosen(name: str, part: Tensor) -> Tensor:
             return copies.of(part, rows, lambda: part.index_select(0, rows))
 
-        def chosen(block: Block[Tensor] | Rows[Tensor], alike: bool) -> Block[Tensor] | Rows[Tensor]:
-            if isinstance(block, Rows):
-                return map_rows(block, lambda name, part: part if name == "codebook" else of_rows(part))
-            owner = None if block.owner is None else block.owner.index_select(0, rows)
-            basis = block.basis if alike or owner is not None else block.basis.index_select(0, rows)
-            scale = None if block.scale is None else block.scale.index_select(0, rows)
-            return replace(
-                block, coefficient=block.coefficient.index_select(0, rows), basis=basis, scale=scale, owner=owner
-            )
+        def of_block(block: Block[Tensor] | Rows[Tensor]) -> Block[Tensor] | Rows[Tensor]:
+            own_basis = isinstance(block, Block) and block.owner is None and not is_shared(block)
+            kept = ("codebook",) if own_basis else ("codebook", "basis")
+            return map_tensors(lambda name, part: part if name in kept else chosen(name, part), block)
 
-        segments = tuple(
-            Segment(tuple(map(chosen, segment.blocks, alike)))
-            for segment, alike in zip(self.segments, shared, strict=True)
-        )
         return replace(
             self,
-            segments=segments,
+            segments=self._mapped(of_block),
             placement=self.placement.select(rows),
             angles=None if self.angles is None else self.angles.select(rows),
-            reserve=tuple(each.index_select(0, rows) for each in self.reserve),
-            losses=tuple((name, loss.map(lambda each: each.index_select(0, rows))) for name, loss in self.losses),
+            reserve=map_tensors(chosen, self.reserve),
+            losses=map_tensors(chosen, self.losses),
             resting=None if self.resting is None else self.resting.select(rows),
         )
 
@@ -196,36 +183,34 @@ class Held:
         name: the same for what does the same; layers then go on sharing what they share. None: the function itself.
         """
 
-        def moved(tensor: Tensor) -> Tensor:
+        def moved(_: str, tensor: Tensor) -> Tensor:
             return tensor if to is None else tensor.to(to)
 
-        def copied(name: str, part: Tensor, bits: int) -> Tensor:
-            number = name not in ("group_of", "places", "part_of", "codebook") and (name != "codes" or not bits)
-            return function(part) if number else moved(part).clone()
+        def number(name: str, tensor: Tensor) -> Tensor:
+            return function(tensor) if tensor.is_floating_point() else moved(name, tensor)
 
-        def applied(block: Block[Tensor] | Rows[Tensor]) -> Block[Tensor] | Rows[Tensor]:
-            if isinstance(block, Rows):
-                bits = block.form.bits
-                return map_rows(
-                    block,
-                    lambda part, tensor: copies.of(tensor, (name or function, to), lambda: copied(part, tensor, bits)),
-                )
-            owner = None if block.owner is None else moved(block.owner)
-            scale = None if block.scale is None else moved(block.scale).clone()
-            bits, basis_bits = formats(kind(block))
-            coefficient = moved(block.coefficient).clone() if bits else function(block.coefficient)
-            basis = moved(block.basis).clone() if basis_bits else function(block.basis)
-            return replace(block, coefficient=coefficient, basis=basis, scale=scale, owner=owner)
+        def of_block(block: Block[Tensor] | Rows[Tensor]) -> Block[Tensor] | Rows[Tensor]:
+            fixed = ("codebook", "scale") if isinstance(block, Block) else ("codebook",)
+
+            def copied(part: str, tensor: Tensor) -> Tensor:
+                made = moved if part in fixed else number
+                return copies.of(tensor, (name or function, to), lambda: _apart(made(part, tensor), tensor))
+
+            return map_tensors(copied, block)
 
         return replace(
             self,
-            segments=tuple(Segment(tuple(map(applied, segment.blocks))) for segment in self.segments),
+            segments=self._mapped(of_block),
             placement=self.placement if to is None else self.placement.to(to),
             angles=self.angles if to is None or self.angles is None else self.angles.to(to),
-            reserve=tuple(moved(each) if each.dtype == torch.uint8 else function(each) for each in self.reserve),
-            losses=tuple((name, loss.map(moved)) for name, loss in self.losses),
+            reserve=map_tensors(number, self.reserve),
+            losses=map_tensors(moved, self.losses),
             resting=None if self.resting is None else self.resting.map(function, to),
         )
+
+    def _mapped(self, function: Callable[[Any], Any]) -> tuple[Segment[Tensor], ...]:
+        """Segments with another block for each."""
+        return tuple(Segment(tuple(map(function, segment.blocks))) for segment in self.segments)
 
     def apart(self, heads: int) -> "Held":
         """Of a tensor that holds no segment, with every KV head a sample of its own."""
@@ -262,52 +247,6 @@ class Held:
         closed = any(held.closed for held in every)
         return Held(segments, self.modalities, placement, angles, losses=losses, closed=closed, heads=self.heads)
 
-    def state(self) -> dict[str, Any]:
-        """Everything, in plain containers and tensors; `from_state` is the inverse."""
-        angles = self.angles
-        return {
-            "segments": [[_plain(block) for block in segment.blocks] for segment in self.segments],
-            "modalities": list(self.modalities),
-            "placement": self.placement.state(),
-            "angles": None if angles is None else angles.state(),
-            "reserve": list(self.reserve),
-            "losses": [(name, loss.squares, loss.bound) for name, loss in self.losses],
-            "closed": self.closed,
-            "heads": self.heads,
-            "resting": None if self.resting is None else _fields(self.resting),
-            "pinned": self.pinned,
-            "left": self.left,
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Held":
-        return cls(
-            tuple(Segment(tuple(map(_block, blocks))) for blocks in state["segments"]),
-            tuple(state["modalities"]),
-            Placement(*state["placement"]),
-            None if state["angles"] is None else SharedAngles.from_state(state["angles"]),
-            tuple(state["reserve"]),
-            tuple((name, Loss(squares, bound)) for name, squares, bound in state["losses"]),
-            state["closed"],
-            state["heads"],
-            None if state["resting"] is None else Resting(**state["resting"]),
-            state["pinned"],
-            state["left"],
-        )
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in fields(value)}
-
-
-def _plain(block: Block[Tensor] | Rows[Tensor]) -> dict[str, Any]:
-    held = _fields(block)
-    return held | {"form": _fields(block.form)} if isinstance(block, Rows) else held
-
-
-def _block(held: dict[str, Any]) -> Block[Tensor] | Rows[Tensor]:
-    return Rows(**held | {"form": RowForm(**held["form"])}) if "form" in held else Block(**held)
-
 
 def _joined(losses: Sequence[dict[str, Loss]]) -> tuple[tuple[str, Loss], ...]:
     """Those that are known of all samples."""
@@ -329,9 +268,9 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def map_rows(block: Rows[Tensor], function: Callable[[str, Tensor], Tensor]) -> Rows[Tensor]:
-    """Rows with another tensor for every one, by its name."""
-    return Rows(block.form, **{name: function(name, tensor) for name, tensor in tensors_of(block).items()})
+def _apart(made: Tensor, source: Tensor) -> Tensor:
+    """What is made of a tensor, as memory of its own."""
+    return made.clone() if made is source else made
 
 
 def is_shared(block: Block[Tensor] | Rows[Tensor]) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad as _pad
 from torch.utils._pytree import tree_map_only
 
 from attnpack_fx.angles import SharedAngles
+from attnpack_fx.containers import restored, saved
 from attnpack_fx.held import ROW_SEGMENT, Held, fake_parts
 from attnpack_fx.kernels import ops
 from attnpack_fx.kernels.flat import flatten
@@ -332,7 +333,7 @@ class PackedTensor(Memoryless):
         rows = self.lease.buffer.rows[: self.lease.length]
         if get_spawning_popen() is None:
             rows = rows.clone()  # without the room behind them; a process that starts shares what outlives the call
-        return import_attnpack_fx_before_loading, (self.held.state(), rows, self.importance)
+        return import_attnpack_fx_before_loading, (saved(self.held), rows, self.importance)
 
     def __repr__(self, *, tensor_contents=None):
         ranks = self.ranks
@@ -363,7 +364,7 @@ def import_attnpack_fx_before_loading(state, rows, importance) -> PackedTensor:
     `torch.load(weights_only=True)` quotes this name, and can quote nothing else, where `attnpack_fx` is not imported.
     """
     # Nothing is read or copied here: files as before torch 1.6 fill the tensors afterwards.
-    return PackedTensor(Held.from_state(state), exact(rows), importance)
+    return PackedTensor(restored(state), exact(rows), importance)
 
 
 torch.serialization.add_safe_globals([import_attnpack_fx_before_loading])

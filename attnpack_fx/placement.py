@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as _pad
 
+from attnpack_fx.containers import container, map_tensors, tensors_in
 from attnpack_fx.kernels.aten.plan import slots
 from attnpack_fx.shared import Memo, copies, version_of
 
 
+@container
 @dataclass(eq=False)
 class Placement:
     """Slots of the prompt tokens of a packed cache (`kernels/parts.py`).
@@ -33,7 +35,7 @@ class Placement:
     ragged: bool
     vision: Tensor | None = None
     absent: Tensor | None = None
-    _memo: Memo = field(default_factory=Memo, repr=False)
+    _memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     @classmethod
     def from_plan(
@@ -69,11 +71,7 @@ class Placement:
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes memory."""
-        return [self.index, *(each for each in (self.vision, self.absent) if each is not None)]
-
-    def state(self) -> tuple[Any, ...]:
-        """What `Placement(*state)` takes."""
-        return self.index, self.tokens, self.ragged, self.vision, self.absent
+        return tensors_in(self)
 
     @property
     def vision_slots(self) -> Tensor:
@@ -218,8 +216,7 @@ class Placement:
         return self._memo.derive("to", (device,), derive)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Placement":
-        vision, absent = (None if each is None else function(each) for each in (self.vision, self.absent))
-        return Placement(function(self.index), self.tokens, self.ragged, vision, absent)
+        return map_tensors(lambda _, each: function(each), self)
 
     def same_as(self, other: "Placement") -> bool:
         """Whether both place every token alike (compares contents only when the objects differ, and once)."""

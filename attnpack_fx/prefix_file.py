@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from attnpack_fx import hf
+from attnpack_fx.containers import restored, saved, tensors_in
 from attnpack_fx.held import Held
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.tail import exact
 
-_FORMAT = "attnpack_fx prefix 1"
+_FORMAT = "attnpack_fx prefix 2"
 #: Of a configuration, what says nothing about what a model computes.
 _ELSEWHERE = ("_name_or_path", "transformers_version", "architectures")
 #: Numbers of every parameter that tell one set of weights from another.
@@ -98,21 +99,22 @@ def _plain(tensor: Any) -> Any:
     if not isinstance(tensor, PackedTensor):
         return tensor
     rows = tensor.lease.buffer.rows[: tensor.lease.length]
-    return {"held": tensor.held.state(), "rows": rows, "importance": tensor.importance}
+    return {"held": saved(tensor.held), "rows": rows, "importance": tensor.importance}
 
 
 def _tensor(read: Any, known: dict[Any, Any]) -> Any:
     """Keys or values; `known`: placements and angles by their tensors, which layers share as they did."""
     if not isinstance(read, dict):
         return read
-    held = Held.from_state(read["held"])
-    placement = known.setdefault(tuple(map(_identity, held.placement.state())), held.placement)
-    angles = held.angles and known.setdefault(tuple(map(_identity, held.angles.tensors)), held.angles)
+    held: Held = restored(read["held"])
+    placement = known.setdefault(_identity(held.placement), held.placement)
+    angles = held.angles and known.setdefault(_identity(held.angles), held.angles)
     return PackedTensor(replace(held, placement=placement, angles=angles), exact(read["rows"]), read["importance"])
 
 
-def _identity(value: Any) -> Any:
-    return id(value) if isinstance(value, Tensor) else value
+def _identity(container: Any) -> tuple[int, ...]:
+    """Of the tensors of a container."""
+    return tuple(map(id, tensors_in(container)))
 
 
 class _Written:

@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnpack_fx.containers import container, map_tensors, tensors_in
 
+
+@container
 @dataclass(frozen=True, eq=False)
 class Resting:
     """What one key or value tensor holds besides what is read, whole tokens.
@@ -32,43 +35,22 @@ class Resting:
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes memory."""
-        more = (each for each in (self.axes, self.importance) if each is not None)
-        return [*self.coefficients, self.tail, self.index, *more, *(self.turns or ())]
+        return tensors_in(self)
 
     def select(self, rows: Tensor) -> "Resting":
         """The samples `rows` (int64 `[B']`) of the batch, copied."""
-        return Resting(
-            tuple(each.index_select(0, rows) for each in self.coefficients),
-            self.tail.index_select(1, rows),
-            self.index.index_select(0, rows),
-            self.counts,
-            None if self.axes is None else self.axes.index_select(0, rows),
-            None if self.importance is None else self.importance.index_select(0, rows),
-            self.started,
-            self._turned(lambda each: each.index_select(0, rows)),
-        )
+        return map_tensors(lambda name, each: each.index_select(1 if name == "tail" else 0, rows), self)
 
     def map(self, function: Callable[[Tensor], Tensor], to: torch.device | None = None) -> "Resting":
         """Apply a shape-preserving `function` that copies to every number; `to`: where to move the rest."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor if to is None else tensor.to(to)
+        def copied(name: str, each: Tensor) -> Tensor:
+            if name in ("coefficients", "tail") and each.is_floating_point():
+                return function(each)
+            return each if to is None else each.to(to)
 
-        return Resting(
-            # Codes are no numbers.
-            tuple(moved(each) if each.dtype == torch.uint8 else function(each) for each in self.coefficients),
-            function(self.tail),
-            moved(self.index),
-            self.counts,
-            None if self.axes is None else moved(self.axes),
-            None if self.importance is None else moved(self.importance),
-            self.started,
-            self._turned(moved),
-        )
+        return map_tensors(copied, self)
 
     def crop(self, tokens: int) -> "Resting":
         """Without those at logical positions from `tokens` on."""
         return replace(self, index=self.index.masked_fill(self.index >= tokens, -1))
-
-    def _turned(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
-        return None if self.turns is None else (function(self.turns[0]), function(self.turns[1]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attnpack_fx.angles import SharedAngles
+from attnpack_fx.containers import restored, saved
 from attnpack_fx.kernels.aten.rotary import per_slot
 from tests.packing_inputs import assert_stands_for
 from tests.stored_inputs import DIM, Pair, Way, rotary, stored_pair
@@ -85,9 +86,9 @@ def test_state_round_trip(way):
     pair = stored_pair(way)
     pair.append(2)
     file = io.BytesIO()
-    torch.save(angles_of(pair).state(), file)
+    torch.save(saved(angles_of(pair)), file)
     file.seek(0)
-    loaded = SharedAngles.from_state(torch.load(file, weights_only=True))
+    loaded = restored(torch.load(file, weights_only=True))
     assert_stands_for(pair.key.turned(loaded), pair.dense_key)
     assert all(map(torch.equal, loaded.tail_rows(), angles_of(pair).tail_rows()))
 
@@ -96,7 +97,7 @@ def test_without_a_tail():
     angles = dataclasses.replace(angles_of(stored_pair(Way(angles="rows"))), tail=None)
     new = torch.ones(1, 1, DIM)
     assert angles.appended(new, new) is angles and angles.cropped(1) is angles
-    assert SharedAngles.from_state(angles.state()).tail is None
+    assert restored(saved(angles)).tail is None
     assert angles.select(torch.tensor([0])).tail is None
 
 
@@ -180,13 +181,6 @@ def test_angles_of_any_dtype(dtype):
     assert angles.tail is None and angles.packed.cos.dtype == dtype
     found = per_slot(angles.packed, 0, 36)
     assert torch.equal(found[0], cos[:, 2:38]) and torch.equal(found[1], sin[:, 2:38])
-
-
-def test_a_state_of_an_earlier_version_is_refused():
-    """It holds an entry a dim, which would turn other dims by other angles."""
-    _, *old = angles_of(stored_pair(Way(angles="rows"))).state()
-    with pytest.raises(ValueError, match="got cos and sin by dim, as earlier versions wrote them"):
-        SharedAngles.from_state(tuple(old))
 
 
 def test_tokens_appended_without_their_angles_are_never_folded_with_those_of_others():

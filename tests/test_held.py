@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from attnpack_fx import PackedTensor, Partial
-from attnpack_fx.held import Held, Loss, fake_parts, stacked
+from attnpack_fx.containers import restored, saved
+from attnpack_fx.held import Loss, fake_parts, stacked
 from attnpack_fx.kernels.parts import Segment, formats
 from tests.packing_inputs import assert_stands_for
 from tests.stored_inputs import Way, grouped, stored_pair
@@ -94,9 +95,9 @@ def test_map_to_another_dtype_keeps_codes_and_places(way):
 def test_state_round_trip(way):
     pair = stored_pair(way)
     file = io.BytesIO()
-    torch.save(dataclasses.replace(pair.key.held, closed=True).state(), file)
+    torch.save(saved(dataclasses.replace(pair.key.held, closed=True)), file)
     file.seek(0)
-    held = Held.from_state(torch.load(file, weights_only=True))
+    held = restored(torch.load(file, weights_only=True))
     torch.testing.assert_close(PackedTensor(held, pair.key.lease).dense(), pair.key.dense())
     assert held.closed and held.forms == pair.key.held.forms and held.modalities == pair.key.held.modalities
     for (name, loss), (old_name, old) in zip(held.losses, pair.key.held.losses, strict=True):
@@ -109,7 +110,7 @@ def test_what_is_in_reserve_goes_along():
     assert [each.shape[1] for each in held.reserve] == [0, 7]
     assert [each.shape[0] for each in held.select(torch.tensor([0, 1, 1])).reserve] == [3, 3]
     assert {each.dtype for each in held.map(lambda each: each.to(torch.bfloat16)).reserve} == {torch.bfloat16}
-    again = Held.from_state(held.state()).reserve
+    again = restored(saved(held)).reserve
     assert all(map(torch.equal, again, held.reserve))
     assert all(any(each is kept for each in held.tensors) for kept in held.reserve)
 

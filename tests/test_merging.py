@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from attnpack_fx import KIVI, MiniCache, PackPolicy, Quantize, cache_bytes
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.coding import code
-from attnpack_fx.kernels.parts import Rows
+from attnpack_fx.kernels.parts import Rows, tensors_of
 from attnpack_fx.maintenance import maintain
 from attnpack_fx.merging import merge
 from tests.layer_inputs import Mirror, mirrored
@@ -52,8 +52,8 @@ def shared(one: CachedLayer, other: CachedLayer) -> bool:
         first, second = (getattr(each, of).segments[-1].blocks[0] for each in (one, other))
         assert isinstance(first, Rows) and isinstance(second, Rows)
         own = "norm" if first.form.norm else "scale"
-        for name, tensor in first.tensors.items():
-            same = tensor.data_ptr() == second.tensors[name].data_ptr()
+        for name, tensor in tensors_of(first).items():
+            same = tensor.data_ptr() == tensors_of(second)[name].data_ptr()
             if tensor.numel() and same == (name == own):
                 return False
     return True
