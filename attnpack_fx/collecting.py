@@ -1,21 +1,18 @@
 """From the outputs of a compiled graph to what its caller gets: packed results are put together."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from attnpack_fx import windows
 from attnpack_fx.angles import SharedAngles
-from attnpack_fx.held import Held
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.asks import keeps_angles, moves_tokens
 from attnpack_fx.passes.state import Grown, OutputSpec, Packed, Plain
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.shared import Alike
-from attnpack_fx.storing import after, squares_of, store
-from attnpack_fx.tail import TailBuffer
+from attnpack_fx.storing import Factored, assemble
 
 
 class Collector:
@@ -65,37 +62,30 @@ class Collector:
             )
             # Layers of different ranks decide for themselves whether packing pays, and mostly decide alike.
             self._placements[spec.slot] = self._alike.one(placed)
-        squares = None if spec.squares is None else results[spec.squares]
-        segments, modalities, losses = [], [], []
-        for number, (name, columns) in enumerate(zip(spec.modalities, spec.columns, strict=True)):
-            outputs = spec.factors[number]
-            coefficient, basis = results[outputs.coefficient], results[outputs.basis]
+        factored = {}
+        for name, columns, outputs, index in zip(spec.modalities, spec.columns, spec.factors, indices, strict=False):
             owner = None if outputs.owner is None else results[outputs.owner]
-            basis = after(outputs.given, basis)
-            if not coefficient.shape[1]:
-                continue
-            held = None if squares is None else squares_of(squares, indices[number])
-            segment, loss = store(coefficient, basis, columns, held, owner)
-            segments.append(segment)
-            modalities.append(name)
-            losses += [] if loss is None else [(name, loss)]
-        packed = sum(segment.factors[0].coefficient.shape[1] for segment in segments)
-        wanted = packed or keeps_angles(self._policy)
-        angles = None if spec.angles is None or not wanted else self._angles_of(spec, packed)
-        made = Held(tuple(segments), tuple(modalities), self._placements[spec.slot], angles, losses=tuple(losses))
-        rows: Tensor = results[spec.tail]
-        if spec.heads:
-            made, rows = made.apart(spec.heads), rows.flatten(1, 2)[:, :, None]
-        room = None if spec.window is None else windows.room(made.placement.tokens, spec.window)
-        return PackedTensor(made, TailBuffer(rows, room).lease(rows.shape[0]))
+            factors = results[outputs.coefficient], results[outputs.basis]
+            factored[name] = Factored(*factors, columns, index, owner, outputs.given)
+        placement = self._placements[spec.slot]
+        return assemble(
+            factored,
+            results[spec.tail],
+            placement,
+            squares=None if spec.squares is None else results[spec.squares],
+            angles=partial(self._angles_of, spec),
+            heads=spec.heads,
+            room=None if spec.window is None else windows.room(placement.tokens, spec.window),
+        )
 
-    def _angles_of(self, spec: Packed, packed: int) -> SharedAngles:
-        assert spec.angles is not None
+    def _angles_of(self, spec: Packed, packed: int) -> SharedAngles | None:
+        keep = keeps_angles(self._policy)
+        if spec.angles is None or not (packed or keep):
+            return None
         placement = self._placements[spec.slot]
         known = spec.angles, id(placement), packed
         if known not in self._angles:
             cos, sin = (self._results[number] for number in spec.angles)
-            keep = keeps_angles(self._policy)
             made = SharedAngles.of_prompt(cos, sin, placement.index, packed, spec.interleaved, keep)
             self._angles[known] = self._alike.one(made if spec.window is None else made.by_number())
         return self._angles[known]

@@ -4,18 +4,17 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.cached_layer import CachedLayer
-from attnpack_fx.held import Held
 from attnpack_fx.kernels import ops
 from attnpack_fx.maintenance import maintain
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.asks import asks_for_modality, heads_apart, moves_tokens, observation
 from attnpack_fx.passes.plan_tokens import asks_for_loss, gain, share_basis
 from attnpack_fx.passes.state import TEXT, VISION
+from attnpack_fx.passes.storage import Columns
 from attnpack_fx.placement import Placement
 from attnpack_fx.policy import PackPolicy
 from attnpack_fx.regrouping import weighed
-from attnpack_fx.storing import after, squares_of, store
-from attnpack_fx.tail import TailBuffer
+from attnpack_fx.storing import Factored, assemble
 
 
 def pack(
@@ -65,24 +64,17 @@ def fresh_layer(
     heads = key.shape[1] if heads_apart(policy, bool(stored)) else 0
     packed = []
     for kind, dense in (("key", key.detach()), ("value", value.detach())):
-        squares = dense.float().square().sum((1, 3)) if asks_for_loss(policy, stored.values()) else None
-        segments, losses = {}, []
+        factored = {}
         for name, how in stored.items():
-            if index[name].shape[1]:
-                columns = getattr(how, kind)
-                if share_basis(policy, name):
-                    given = policy.basis(layer, name, kind)
-                    factors = _together(dense, index[name], columns.rank, policy.basis_tolerance, given)
-                else:
-                    factors = *ops.compress(dense, index[name], columns.rank), None
-                total = None if squares is None else squares_of(squares, index[name])
-                segments[name], loss = store(*factors[:2], columns, total, factors[2])
-                losses += [] if loss is None else [(name, loss)]
+            columns, places = getattr(how, kind), index[name]
+            if places.shape[1] and share_basis(policy, name):
+                factored[name] = _together(dense, places, columns, policy, policy.basis(layer, name, kind))
+            elif places.shape[1]:
+                coefficient, basis = ops.compress(dense, places, columns.rank)
+                factored[name] = Factored(coefficient, basis, columns, places)
+        squares = dense.float().square().sum((1, 3)) if asks_for_loss(policy, stored.values()) else None
         rows = ops.take_rows(dense, indices[2], 0)
-        held = Held(tuple(segments.values()), tuple(segments), placement, losses=tuple(losses))
-        if heads:
-            held, rows = held.apart(heads), rows.flatten(1, 2)[:, :, None]
-        packed.append(PackedTensor(held, TailBuffer(rows).lease(rows.shape[0])))
+        packed.append(assemble(factored, rows, placement, squares=squares, heads=heads))
     skipped = bool(policy.passes) and policy.skips(layer, policy.layer_count)
     return CachedLayer(layer, weighed(packed[0], policy), packed[1], key.shape[2], prefill=True, skipped=skipped)
 
@@ -114,10 +106,8 @@ def _checked_mask(name: str, mask: Tensor | None, key: Tensor) -> Tensor | None:
     return mask
 
 
-def _together(
-    x: Tensor, index: Tensor, rank: int, tolerance: float, given: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficient, bases and owner of samples on one basis, which may be given."""
+def _together(x: Tensor, index: Tensor, columns: Columns, policy: PackPolicy, given: Tensor | None) -> Factored:
+    """Samples on one basis, which may be given."""
     given = None if given is None else given.to(x.device, x.dtype)
-    coefficient, bases, owner = ops.compress_shared(x, index, rank, tolerance, given)
-    return coefficient, after(given, bases), owner
+    coefficient, bases, owner = ops.compress_shared(x, index, columns.rank, policy.basis_tolerance, given)
+    return Factored(coefficient, bases, columns, index, owner, given)

@@ -1,13 +1,68 @@
 """From the factors of a truncated SVD to what is stored: the rank the data asks for, blocks of columns, their bits."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from attnpack_fx.held import Loss
+from attnpack_fx.angles import SharedAngles
+from attnpack_fx.held import Held, Loss
 from attnpack_fx.kernels.aten.balance import lengths
 from attnpack_fx.kernels.aten.quantize import quantize
 from attnpack_fx.kernels.parts import Block, Segment
+from attnpack_fx.packed_tensor import PackedTensor
+from attnpack_fx.passes.state import Modality
 from attnpack_fx.passes.storage import Columns, both
+from attnpack_fx.placement import Placement
+from attnpack_fx.tail import TailBuffer
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Tokens of one modality as operators factor them.
+
+    coefficient `[B, N, R]`, basis `[B, H, R, D]`, or with owner int64 `[B]` bases `[G, H, R, D]`; given: the model's
+    basis `[1, H, R', D]`, which then stands before these. columns: what is kept, and in how many bits.
+    index: int64 `[B, N]`, which logical positions they are.
+    """
+
+    coefficient: Tensor
+    basis: Tensor
+    columns: Columns
+    index: Tensor
+    owner: Tensor | None = None
+    given: Tensor | None = None
+
+
+def assemble(
+    factored: Mapping[Modality, Factored],
+    rows: Tensor,
+    placement: Placement,
+    *,
+    squares: Tensor | None = None,
+    angles: Callable[[int], SharedAngles | None] = lambda _: None,
+    heads: int = 0,
+    room: int | None = None,
+) -> PackedTensor:
+    """Keys, or values, of one layer from what operators made of them at prefill.
+
+    factored: by modality, in slot order; what has no tokens is left out. rows: dense tokens `[m, B, H, D]`.
+    squares: `[B, T]` of every token, where errors are to be known; angles: of so many packed slots, for keys before
+    rotary embedding; heads: as in `Held`; room: as in `TailBuffer`.
+    """
+    segments, losses = {}, []
+    for name, each in factored.items():
+        if each.coefficient.shape[1]:
+            total = None if squares is None else squares_of(squares, each.index)
+            basis = _after(each.given, each.basis)
+            segments[name], loss = store(each.coefficient, basis, each.columns, total, each.owner)
+            losses += [] if loss is None else [(name, loss)]
+    turned = angles(sum(segment.factors[0].coefficient.shape[1] for segment in segments.values()))
+    held = Held(tuple(segments.values()), tuple(segments), placement, turned, losses=tuple(losses))
+    if heads:
+        held, rows = held.apart(heads), rows.flatten(1, 2)[:, :, None]
+    return PackedTensor(held, TailBuffer(rows, room).lease(rows.shape[0]))
 
 
 def store(
@@ -44,7 +99,7 @@ def store(
     return Segment(tuple(blocks)), loss
 
 
-def after(given: Tensor | None, bases: Tensor) -> Tensor:
+def _after(given: Tensor | None, bases: Tensor) -> Tensor:
     """The model's basis `[1, H, R', D]`, cut to R columns, then those of samples that have their own `[G, H, R, D]`.
 
     Where none has, that is no copy: requests share the model's.
