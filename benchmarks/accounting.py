@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from attnpack_fx import PackedTensor, cache_bytes
-from attnpack_fx.kernels.parts import Block, Rows
+from attnpack_fx.kernels.parts import Block, Rows, tensors_of
 
 #: Kinds that stand for numbers of keys and values; all others are kept to read these.
 NUMBERS = ("coefficients", "bases", "text coefficients", "text bases", "codes", "dense", "retained")
@@ -94,4 +94,4 @@ def _of_block(block: Block[Tensor], modality: str) -> Iterator[tuple[str, Tensor
 def _of_rows(block: Rows[Tensor]) -> Iterator[tuple[str, Tensor]]:
     # Of a merged pair of layers without codes, what is called scale are the lengths of rows.
     names = _ROWS | {"scale": "norms"} if block.form.bits == 0 else _ROWS
-    yield from ((names[name], each) for name, each in block.tensors.items())
+    yield from ((names[name], each) for name, each in tensors_of(block).items())

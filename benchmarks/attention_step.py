@@ -51,7 +51,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     dense_key, dense_value = key.dense(), value.dense()
     query = torch.randn(case.batch, case.heads, 1, case.head_dim, generator=generator).to(case.dtype)
     grouped = case.heads != case.kv_heads
-    arguments = attention_arguments(query, key.parts, value.parts, key.placement.ragged)
+    arguments = attention_arguments(query, key.parts, value.parts)
 
     def dense() -> Tensor:
         return F.scaled_dot_product_attention(query, dense_key, dense_value, enable_gqa=grouped)

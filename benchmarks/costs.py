@@ -37,8 +37,7 @@ from attnpack_fx.kernels.aten import unrotated
 from attnpack_fx.kernels.aten.attention import attention
 from attnpack_fx.kernels.aten.decompress import decompress
 from attnpack_fx.kernels.aten.quantize import quantize
-from attnpack_fx.kernels.aten.rotary import Rotary
-from attnpack_fx.kernels.parts import Block, kind, layout
+from attnpack_fx.kernels.parts import Angles, Block, PackedParts, Segment, rank_of
 from attnpack_fx.kernels.rotary_axes import tabulate
 from benchmarks import measure
 
@@ -150,15 +149,15 @@ def turned_keys(s: Shape) -> Cost:
 def tables(s: Shape) -> Cost:
     """Queries turned by the P rows of A tables instead of T tokens, then one look-up a token and axis:
     `2 Hq R D + P Hq R D + A T Hq R`. Values and bytes as `turned_queries`."""
-    cos, _, axes = _angles(s)
-    assert axes is not None
-    rows, count = cos.shape[1], axes.shape[1]
+    angles = _angles(s)
+    assert angles.axes is not None
+    rows, count = angles.cos.shape[1], angles.axes.shape[1]
     return _unrotated(s, s.heads * s.rank * ((2 + rows) * s.head_dim + count * s.tokens))
 
 
 def _unrotated(s: Shape, keys: float) -> Cost:
     """With absorbed values; angles are `b T D` bytes, or `b P D + 8 A T` as tables."""
-    angles = sum(each.nbytes for each in _angles(s) if each is not None)
+    angles = sum(each.nbytes for each in tree_leaves(_angles(s)) if isinstance(each, Tensor))
     values = s.value_rank or s.rank
     numbers = (s.rank + values) * (s.tokens + s.width)
     cost = _cost(s, keys + s.heads * values * (s.tokens + s.head_dim), numbers)
@@ -183,13 +182,15 @@ def _blocks(s: Shape) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to attend. arguments: of the packed operator; decompressed: whether K and V are rebuilt before; form:
-    of un-rotated scores, a function of `kernels/aten/unrotated.py`, in place of the one it would choose."""
+    """One way to attend. query, keys, values: of the packed operator; decompressed: whether K and V are rebuilt before;
+    form: of un-rotated scores, a function of `kernels/aten/unrotated.py`, in place of the one it would choose."""
 
     name: str
     shape: Shape
     closed_form: Callable[[Shape], Cost]
-    arguments: tuple[Any, ...]
+    query: Tensor
+    keys: PackedParts[Tensor]
+    values: PackedParts[Tensor]
     decompressed: bool = False
     form: str | None = None
 
@@ -198,26 +199,23 @@ class Mode:
         """Whether the implementation would take this form by itself."""
         if self.form is None:
             return False
-        query, keys, bases, *_ = self.arguments
-        rows = query.float().view(1, self.shape.kv_heads, -1, self.shape.head_dim)
-        blocks = list(zip(keys, bases, strict=True))
-        rotary = Rotary(*self.arguments[12:16])
-        return unrotated._form(rows, blocks, rotary).__name__ == self.form
+        assert self.keys.angles is not None
+        rows = self.query.float().view(1, self.shape.kv_heads, -1, self.shape.head_dim)
+        blocks = [(block.coefficient, block.basis) for segment in self.keys.segments for block in segment.factors]
+        return unrotated._form(rows, blocks, self.keys.angles).__name__ == self.form
 
     def __call__(self) -> Tensor:
         """`[B, Hq, 1, D]`."""
+        keys, values = self.keys, self.values
         if self.decompressed:
-            query, *factors, tail, _, length, index, mask, scale, ragged = self.arguments[:12]
-            rotary, rest = self.arguments[12:16], self.arguments[16:20]
-            rebuilt = [
-                decompress(*pair, tail, length, index, index, *rotary, blocks, scales, []).permute(2, 0, 1, 3)
-                for pair, blocks, scales in zip((factors[:2], factors[2:]), rest[:2], rest[2:], strict=True)
-            ]
-            none: list[list[Tensor]] = [[], [], [], []]
-            placed = index[:, :0], mask, scale, ragged, *rotary, [], [], [], [], [], []
-            return attention(query, *none, *rebuilt, rebuilt[0].shape[0], *placed)[0]
+            keys, values = (self._rebuilt(each) for each in (keys, values))
         with self._forced():
-            return attention(*self.arguments)[0]
+            return attention(self.query, keys, values, None, self.shape.head_dim**-0.5)[0]
+
+    def _rebuilt(self, parts: PackedParts[Tensor]) -> PackedParts[Tensor]:
+        """Dense rows alone."""
+        rows = decompress(replace(parts, slot=parts.index)).permute(2, 0, 1, 3)
+        return PackedParts((), rows, rows.shape[0], parts.index[:, :0])
 
     def _forced(self) -> AbstractContextManager[Any]:
         if self.form is None:
@@ -228,9 +226,8 @@ class Mode:
     @property
     def operands(self) -> list[Tensor]:
         """What counts as read, if it is: all tensors but the query and the placement."""
-        query, index = self.arguments[0], self.arguments[8]
-        leaves = tree_leaves(self.arguments)
-        return [each for each in leaves if isinstance(each, Tensor) and each is not query and each is not index]
+        leaves = tree_leaves((self.keys, self.values))
+        return [each for each in leaves if isinstance(each, Tensor) and each is not self.keys.index]
 
 
 def modes(s: Shape) -> Iterator[Mode]:
@@ -258,22 +255,6 @@ def modes(s: Shape) -> Iterator[Mode]:
             yield make.packed(name, form, key, value, angles=_angles(s), form="_" + form.__name__)
 
 
-class _Factors(NamedTuple):
-    """Of keys or values: coefficients, bases and scales of the blocks of one segment."""
-
-    coefficients: list[Tensor]
-    bases: list[Tensor]
-    scales: list[Tensor]
-    rank: int
-
-    @property
-    def layout(self) -> list[int]:
-        """As operators take it: of one segment."""
-        scales = self.scales or [None] * len(self.bases)
-        blocks = zip(self.coefficients, self.bases, scales, strict=True)
-        return layout([[kind(Block(*block, _BITS if block[2] is not None else 0)) for block in blocks]])
-
-
 class _Maker:
     """Makes modes of one shape."""
 
@@ -281,63 +262,61 @@ class _Maker:
         self._shape = shape
         self._random = torch.Generator().manual_seed(0)
 
-    def factors(self, blocks: Sequence[tuple[int, int]], samples: int = 1) -> _Factors:
+    def factors(self, blocks: Sequence[tuple[int, int]], samples: int = 1) -> tuple[Block[Tensor], ...]:
         """blocks: tokens and columns of each."""
         s = self._shape
         coefficients = [self._normal(samples, tokens, columns) for tokens, columns in blocks]
         bases = [self._normal(1, s.kv_heads, columns, s.head_dim) for _, columns in blocks]
-        return _Factors(coefficients, bases, [], sum(columns for _, columns in blocks))
+        return tuple(map(Block, coefficients, bases))
 
-    def codes(self) -> _Factors:
-        s = self._shape
-        plain = self.factors([(s.tokens, s.rank)])
-        coefficient, basis, scale = quantize(plain.coefficients[0], plain.bases[0], _BITS)
-        return _Factors([coefficient], [basis], [scale], s.rank)
+    def codes(self) -> tuple[Block[Tensor], ...]:
+        (plain,) = self.factors([(self._shape.tokens, self._shape.rank)])
+        return (Block(*quantize(plain.coefficient, plain.basis, _BITS), _BITS),)
 
     def dense(self) -> Mode:
         s = self._shape
         key, value = (self._normal(s.tokens, 1, s.kv_heads, s.head_dim) for _ in range(2))
-        none = _Factors([], [], [], s.rank)
-        return Mode("dense", s, dense, self._arguments(1, none, none, (key, value), None))
+        return self._mode("dense", s, dense, ((), ()), (key, value))
 
     def packed(
         self,
         name: str,
         closed_form: Callable[[Shape], Cost],
-        key: _Factors,
-        value: _Factors,
-        angles: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        key: tuple[Block[Tensor], ...],
+        value: tuple[Block[Tensor], ...],
+        **how: Any,
+    ) -> Mode:
+        s, samples = self._shape, key[0].coefficient.shape[0]
+        empty = self._normal(0, samples, s.kv_heads, s.head_dim)
+        key_rank, value_rank = (sum(map(rank_of, blocks)) for blocks in (key, value))
+        shape = replace(s, rank=key_rank, value_rank=value_rank)
+        return self._mode(name, shape, closed_form, (key, value), (empty, empty), **how)
+
+    def _mode(
+        self,
+        name: str,
+        shape: Shape,
+        closed_form: Callable[[Shape], Cost],
+        blocks: Sequence[tuple[Block[Tensor], ...]],
+        rows: tuple[Tensor, Tensor],
+        angles: Angles[Tensor] | None = None,
         decompressed: bool = False,
         form: str | None = None,
     ) -> Mode:
-        s, samples = self._shape, key.coefficients[0].shape[0]
-        empty = self._normal(0, samples, s.kv_heads, s.head_dim)
-        arguments = self._arguments(samples, key, value, (empty, empty), angles)
-        return Mode(name, replace(s, rank=key.rank, value_rank=value.rank), closed_form, arguments, decompressed, form)
-
-    def _arguments(
-        self,
-        samples: int,
-        key: _Factors,
-        value: _Factors,
-        rows: tuple[Tensor, Tensor],
-        angles: tuple[Tensor, Tensor, Tensor | None] | None,
-    ) -> tuple[Any, ...]:
-        """As `ops.attention` has them."""
-        s = self._shape
-        query = self._normal(samples, s.heads, 1, s.head_dim)
-        index = torch.arange(s.tokens).expand(samples, -1).contiguous()
-        cos, sin, axes = angles or (None, None, None)
-        factors = key.coefficients, key.bases, value.coefficients, value.bases
-        placed = *rows, rows[0].shape[0], index, None, s.head_dim**-0.5, False
-        rest = key.layout, value.layout, key.scales, value.scales, [], []
-        return query, *factors, *placed, cos, sin, False, axes, *rest
+        samples = rows[0].shape[1]
+        query = self._normal(samples, shape.heads, 1, shape.head_dim)
+        index = torch.arange(shape.tokens).expand(samples, -1).contiguous()
+        segments = ((Segment(each),) if each else () for each in blocks)
+        keys, values = (
+            PackedParts(each, tail, tail.shape[0], index) for each, tail in zip(segments, rows, strict=True)
+        )
+        return Mode(name, shape, closed_form, query, replace(keys, angles=angles), values, decompressed, form)
 
     def _normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._random).to(DTYPE)
 
 
-def _angles(s: Shape) -> tuple[Tensor, Tensor, Tensor | None]:
+def _angles(s: Shape) -> Angles[Tensor]:
     """cos and sin, of tokens in a row or, with a grid, as tables of the axes, and what token has which of their rows.
 
     The frequencies take turns with the axes, as in Qwen3-VL.
@@ -348,7 +327,7 @@ def _angles(s: Shape) -> tuple[Tensor, Tensor, Tensor | None]:
     angle = positions[torch.arange(pairs) % 3].T * 1e6 ** (-torch.arange(pairs) / pairs)
     cos, sin = angle[None].cos().to(DTYPE), angle[None].sin().to(DTYPE)
     found = None if s.grid is None else tabulate(cos, sin)
-    return (cos, sin, None) if found is None else found
+    return Angles(cos, sin, None, False) if found is None else Angles(*found, False)
 
 
 class Products(TorchDispatchMode):
@@ -388,7 +367,7 @@ def measured(mode: Mode) -> Cost:
     flops, products = FlopCounterMode(display=False), Products()
     with flops, products:
         mode()
-    samples = mode.arguments[0].shape[0]
+    samples = mode.query.shape[0]
     read = sum(each.nbytes for each in operands if each.untyped_storage().data_ptr() in products.read)
     multiplies = flops.get_total_flops() // 2 + products.multiplies
     return Cost(multiplies / samples, read / samples)

@@ -16,7 +16,6 @@ The first steps' results are compared with attention over the stored tokens alon
 import argparse
 import itertools
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ from attnpack_fx.passes.avl import AVL
 from attnpack_fx.passes.eviction import Eviction
 from attnpack_fx.passes.h2o import H2O
 from attnpack_fx.passes.random_eviction import RandomEviction
+from attnpack_fx.step_cost import attention_arguments
 from benchmarks import measure
 
 STEPS = 16
@@ -126,15 +126,8 @@ def steps(inputs: Inputs, start: CachedLayer, policy: PackPolicy, check: bool = 
 
 def _attended(query: Tensor, key: PackedTensor, value: PackedTensor) -> tuple[Tensor, Tensor]:
     """As the compiled graph of a decode step does: attention, and how much it attends to every slot."""
-    keys, values = key.parts, value.parts
     by_head = query if not key.held.heads else query.unflatten(1, (key.held.heads, -1)).flatten(0, 1)
-    out, weights = torch.ops.attnpack.attention_weights(
-        by_head,
-        *(keys.coefficients, keys.bases, values.coefficients, values.bases),
-        *(keys.tail, values.tail, keys.length, keys.index, None, 1 / math.sqrt(query.shape[3])),
-        *(key.placement.ragged, *keys.rotary, keys.layout, values.layout),
-        *(keys.scales, values.scales, keys.owners, values.owners),
-    )
+    out, weights = torch.ops.attnpack.attention_weights(*attention_arguments(by_head, key.parts, value.parts))
     return out.reshape(query.shape), weights
 
 

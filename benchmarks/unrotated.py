@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.aten.rotary import Rotary, per_slot, rotate
+from attnpack_fx.kernels.aten.rotary import per_slot, rotate
 from attnpack_fx.kernels.aten.unrotated import scores
+from attnpack_fx.kernels.flat import flatten
+from attnpack_fx.kernels.parts import Angles, Block, PackedParts, Segment
 from attnpack_fx.kernels.rotary_axes import tabulate
 from benchmarks import measure
 from benchmarks.arguments import positive
@@ -113,7 +115,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def _rotary(tokens: int, width: int, dim: int, dtype: torch.dtype, one_axis: bool) -> Rotary:
+def _rotary(tokens: int, width: int, dim: int, dtype: torch.dtype, one_axis: bool) -> Angles[Tensor]:
     """Of text, or of an image `width` tokens wide after 16 tokens of text."""
     place = torch.arange(tokens)
     coordinates = [place] * 3 if one_axis else [torch.zeros_like(place), place // width, place % width]
@@ -125,11 +127,11 @@ def _rotary(tokens: int, width: int, dim: int, dtype: torch.dtype, one_axis: boo
     angles = (torch.stack(coordinates)[owner] + 16).T * frequency
     cos, sin = angles[None].cos().to(dtype), angles[None].sin().to(dtype)
     if one_axis:
-        return Rotary(cos, sin, False)
+        return Angles(cos, sin, None, False)
     found = tabulate(cos, sin)
     if found is None:
         raise RuntimeError(f"{tokens} tokens of an image {width} wide: no axes, the image is too small")
-    return Rotary(found[0], found[1], False, found[2])
+    return Angles(*found, False)
 
 
 def _rotated(
@@ -138,13 +140,12 @@ def _rotated(
     batch, heads, _, dim = key[1].shape
     tail = query.new_empty((1, batch, heads, dim))
     index = torch.arange(key[0].shape[1]).expand(batch, -1).contiguous()
-    factors = [key[0]], [key[1]], [value[0]], [value[1]]
-    rest = (index, None, scale, False, None, None, False, None, [], [], [], [], [], [])
-    return lambda: ops.attention(query, *factors, tail, tail, 0, *rest)
+    tensors, layouts = flatten(*(PackedParts((Segment((Block(*pair),)),), tail, 0, index) for pair in (key, value)))
+    return lambda: ops.attention(query, tensors, *layouts, 0, None, scale)
 
 
 def _unrotated(
-    query: Tensor, key: tuple[Tensor, Tensor], value: tuple[Tensor, Tensor], rotary: Rotary, scale: float
+    query: Tensor, key: tuple[Tensor, Tensor], value: tuple[Tensor, Tensor], rotary: Angles[Tensor], scale: float
 ) -> Callable[[], Tensor]:
     """As the packed operator does it: scores, softmax, absorbed values."""
     batch, heads, _, dim = key[1].shape

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton import knobs
 
 from attnpack_fx.kernels.aten.svd import sketch_size
-from attnpack_fx.kernels.parts import ASYMMETRIC, E4M3, RowForm, layout, row_extras
+from attnpack_fx.kernels.parts import E4M3, Angles, Block, PackedParts, RowForm, Rows, Segment
 from attnpack_fx.kernels.triton import KERNELS
 from attnpack_fx.kernels.triton.append import append_
 from attnpack_fx.kernels.triton.attend import attention, takes
@@ -175,66 +175,62 @@ def decode_step(shape: Shape) -> list[Launch]:
             return torch.empty(size, dtype=dtype, device="cuda")
 
         batch, heads, dim = shape.batch, shape.kv_heads, shape.dim
-        keys, values = (_packed(shape, side, new) for side in range(2))
         tail = new(shape.tail + 16, batch, heads, dim)
         packed = sum(shape.tokens) + (shape.coded[0] if shape.coded else 0)
         index = new(batch, packed + shape.tail // 2, dtype=torch.int64)
         slots = packed + shape.tail
         mask = new(batch, 1, 1, slots, dtype=torch.bool) if shape.mask else None
-        rows = shape.positions if shape.axes else packed
-        angles = new(batch, rows, shape.rotated // 2, dtype=torch.float32) if shape.rotated else None
-        axes = new(batch, shape.axes, packed, dtype=torch.int64) if shape.axes else None
+        angles: Angles[Tensor] | None = None
+        if shape.rotated:
+            rows = shape.positions if shape.axes else packed
+            cos, sin = (new(batch, rows, shape.rotated // 2, dtype=torch.float32) for _ in range(2))
+            axes = new(batch, shape.axes, packed, dtype=torch.int64) if shape.axes else None
+            angles = Angles(cos, sin, axes, shape.interleaved)
+        keys, values = (
+            PackedParts(_segments(shape, side, new), tail.clone(), shape.tail, index, ragged=shape.mask)
+            for side in range(2)
+        )
+        keys = replace(keys, angles=angles)
         query = new(batch, shape.heads, shape.queries, dim)
         sinks = new(1, shape.heads) if shape.sinks else None
         fresh = new(batch, heads, 1, dim)
 
-        def step(query, keys, values, key_tail, value_tail, key, value, index, mask, cos, sin, axes, sinks):
-            append_([key_tail, value_tail], [key, value], [shape.tail - 1, shape.tail - 1])
-            factors = *keys[:2], *values[:2]
-            arguments = query, *factors, key_tail, value_tail, shape.tail, index, mask, 0.1, shape.mask
-            rotary = cos, sin, shape.interleaved, axes
-            blocks = _layout(shape, 0), _layout(shape, 1)
-            given: list[Any] = [*arguments, *rotary, *blocks, keys[2], values[2], [], [], shape.cap, sinks]
-            assert takes(*given), "a shape that the kernels refuse"
-            return attention(*[*given, shape.weights])
+        def step(query: Tensor, keys: PackedParts[Tensor], values: PackedParts[Tensor]) -> Any:
+            append_([keys.tail, values.tail], [fresh, fresh.clone()], [shape.tail - 1, shape.tail - 1])
+            assert takes(query, keys, values), "a shape that the kernels refuse"
+            return attention(query, keys, values, mask, 0.1, shape.cap, sinks, shape.weights)
 
-        tails = tail, tail.clone(), fresh, fresh.clone()
-        return launches(step, (query, keys, values, *tails, index, mask, angles, angles, axes, sinks))
+        return launches(step, (query, keys, values))
 
 
-def _packed(shape: Shape, side: int, new: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Coefficients, bases and scales of keys (side 0) or values (1), as operators take them."""
-    coefficients, bases, scales = [], [], []
-    for tokens in shape.tokens:
-        for bits, basis_bits, asymmetric in shape.blocks or ((0, 0, False),):
-            coefficients.append(_codes(new(shape.batch, tokens, shape.rank), bits))
-            bases.append(_codes(new(shape.batch, shape.kv_heads, shape.rank, shape.dim), basis_bits))
-            if bits or basis_bits:
-                scales.append(new(shape.batch, 4 if asymmetric else 2, shape.rank, dtype=torch.float32))
+def _segments(shape: Shape, side: int, new: Callable[..., Tensor]) -> tuple[Segment[Tensor], ...]:
+    """Of keys (side 0) or values (1)."""
+    found = [Segment(tuple(_blocks(shape, tokens, new))) for tokens in shape.tokens]
     if shape.coded:
         tokens, form = shape.coded[0], shape.coded[1][side]
         size = shape.batch, tokens, shape.kv_heads
         shared = shape.batch, cdiv(tokens, 32), shape.kv_heads, shape.dim
         scale = new(*shared) if form.channel else new(*size, cdiv(shape.dim, form.group))
-        extras = {
-            "zero": scale if form.zero else None,
-            "group_of": new(shape.batch, tokens, dtype=torch.int32) if form.channel else None,
-            "codebook": new(2**form.bits, dtype=torch.float32) if form.codebook else None,
-            "norm": new(*size) if form.norm else None,
-        }
-        coefficients.append(_codes(new(*size, shape.dim), form.bits))
-        bases.append(scale)
-        scales += [extra for name in row_extras(form) if (extra := extras[name]) is not None]
-    return coefficients, bases, scales
+        rows = Rows(
+            form,
+            _codes(new(*size, shape.dim), form.bits),
+            scale,
+            zero=scale if form.zero else None,
+            group_of=new(shape.batch, tokens, dtype=torch.int32) if form.channel else None,
+            codebook=new(2**form.bits, dtype=torch.float32) if form.codebook else None,
+            norm=new(*size) if form.norm else None,
+        )
+        found.append(Segment((rows,)))
+    return tuple(found)
 
 
-def _layout(shape: Shape, side: int) -> list[int]:
-    """What operators take as `blocks`."""
-    kinds = [
-        bits | (ASYMMETRIC if asymmetric else 0) | basis_bits << 8 for bits, basis_bits, asymmetric in shape.blocks
-    ]
-    rows = [[shape.coded[1][side].kind]] if shape.coded else []
-    return layout([kinds or [0] for _ in shape.tokens] + rows)
+def _blocks(shape: Shape, tokens: int, new: Callable[..., Tensor]) -> Iterator[Block[Tensor]]:
+    for bits, basis_bits, asymmetric in shape.blocks or ((0, 0, False),):
+        coefficient = _codes(new(shape.batch, tokens, shape.rank), bits)
+        basis = _codes(new(shape.batch, shape.kv_heads, shape.rank, shape.dim), basis_bits)
+        scaled = bits or basis_bits
+        scale = new(shape.batch, 4 if asymmetric else 2, shape.rank, dtype=torch.float32) if scaled else None
+        yield Block(coefficient, basis, scale, bits, None, basis_bits, asymmetric)
 
 
 def _codes(x: Tensor, bits: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attnpack_fx.step_cost import attention_arguments
 from benchmarks.gpu import contenders, layers
 from benchmarks.gpu.layers import MODELS, TOKENS, Layout, PackedLayer
 from benchmarks.gpu.machine import Machine
@@ -141,7 +142,7 @@ def _first(contender: Contender) -> Any:
 
 
 def _packed(sets: Sequence[PackedLayer | UnrotatedLayer]) -> Contender:
-    arguments = [one.attention_arguments() for one in sets]
+    arguments = [attention_arguments(one.query, *one.parts) for one in sets]
     return Contender([partial(torch.ops.attnpack.attention, *each) for each in arguments])
 
 
@@ -186,7 +187,7 @@ def checked_rows(case: Case) -> list[tuple[int, int]]:
 
 
 def _error(case: Case, layer: PackedLayer | UnrotatedLayer) -> float:
-    out = torch.ops.attnpack.attention(*layer.attention_arguments())
+    out = torch.ops.attnpack.attention(*attention_arguments(layer.query, *layer.parts))
     rows = checked_rows(case)
     error = difference(out, layer.expected(rows), rows)
     if not error <= TOLERANCE[DTYPE]:

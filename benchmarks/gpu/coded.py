@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from attnpack_fx.step_cost import attention_arguments
 from benchmarks.gpu import attention, contenders, layers
 from benchmarks.gpu.attention import DTYPE, Case
 from benchmarks.gpu.coded_layers import CodedLayer, coded_factors, coded_rows, row_bytes
@@ -92,12 +93,14 @@ def _stored(run: Run, case: Case, rank: int, random: torch.Generator) -> dict[st
 
 
 def _contender(sets: list[Layer]) -> Contender:
-    return Contender([partial(torch.ops.attnpack.attention, *each.attention_arguments()) for each in sets])
+    return Contender(
+        [partial(torch.ops.attnpack.attention, *attention_arguments(each.query, *each.parts)) for each in sets]
+    )
 
 
 def _error(case: Case, name: str, layer: Layer) -> float:
     rows = attention.checked_rows(case)
-    out = torch.ops.attnpack.attention(*layer.attention_arguments())
+    out = torch.ops.attnpack.attention(*attention_arguments(layer.query, *layer.parts))
     error = attention.difference(out, layer.expected(rows), rows)
     if not error <= TOLERANCE[DTYPE]:
         raise WrongResultError(f"{name}: differs from float64 by {error:.1e}, expected at most {TOLERANCE[DTYPE]}")

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten.quantize import quantize
-from attnpack_fx.kernels.parts import Block, RowForm, Rows, kind
+from attnpack_fx.kernels.parts import Block, PackedParts, RowForm, Rows, Segment, tensors_of
 from benchmarks.attention_step import APPENDED
 from benchmarks.gpu.layers import Layout, PackedLayer
 
@@ -26,10 +25,7 @@ class CodedLayer:
     """
 
     query: Tensor
-    coefficients: tuple[Tensor, Tensor]
-    bases: tuple[Tensor, Tensor]
-    scales: tuple[list[Tensor], list[Tensor]]
-    kinds: tuple[int, int]
+    blocks: tuple[Block[Tensor] | Rows[Tensor], Block[Tensor] | Rows[Tensor]]
     tails: tuple[Tensor, Tensor]
     index: Tensor
     dense: Callable[[int, int, int], Tensor]
@@ -37,20 +33,15 @@ class CodedLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, all of which one attention reads."""
-        parts = (*self.coefficients, *self.bases, *self.scales[0], *self.scales[1], *self.tails)
-        return sum(part.nbytes for part in parts)
+        parts = (tensor for block in self.blocks for tensor in tensors_of(block).values())
+        return sum(part.nbytes for part in (*parts, *self.tails))
 
-    def attention_arguments(self) -> tuple[Any, ...]:
-        """Of `torch.ops.attnpack.attention`."""
-        (keys, values), (key_basis, value_basis) = self.coefficients, self.bases
-        scale = 1 / math.sqrt(self.query.shape[-1])
-        unrotated = None, None, False, None
-        blocks = [0, self.kinds[0]], [0, self.kinds[1]]
-        factors = [keys], [key_basis], [values], [value_basis]
-        return (
-            *(self.query, *factors, *self.tails, APPENDED, self.index, None, scale, False),
-            *(*unrotated, *blocks, *self.scales, [], []),
-        )
+    @property
+    def parts(self) -> tuple[PackedParts[Tensor], PackedParts[Tensor]]:
+        """Keys and values."""
+        sides = zip(self.blocks, self.tails, strict=True)
+        keys, values = (PackedParts((Segment((block,)),), tail, APPENDED, self.index) for block, tail in sides)
+        return keys, values
 
     def expected(self, rows: Sequence[tuple[int, int]]) -> Tensor:
         """Attention of some `(sample, query head)` in float64, straight from the formula: `[len(rows), D]`."""
@@ -70,20 +61,17 @@ class CodedLayer:
 
 def coded_factors(layer: PackedLayer, bits: int) -> CodedLayer:
     """The same factors in codes of so many bits."""
-    parts = [quantize(*pair, bits) for pair in zip(layer.coefficients, layer.bases, strict=True)]
-    coefficients, bases, scales = zip(*parts, strict=True)
+    coded = [quantize(*pair, bits) for pair in zip(layer.coefficients, layer.bases, strict=True)]
+    keys, values = (Block(*each, bits) for each in coded)
     rank, dim = layer.bases[0].shape[2:]
-    how = kind(Block(coefficients[0], bases[0], bits=bits))
 
     def dense(side: int, sample: int, head: int) -> Tensor:
-        scale = scales[side][sample].double()
-        coefficient = reference.decoded(coefficients[side][sample], rank, bits) * scale[0]
-        return coefficient @ (reference.decoded(bases[side][sample, head], dim, bits) * scale[1, :, None])
+        coefficients, bases, scales = coded[side]
+        scale = scales[sample].double()
+        coefficient = reference.decoded(coefficients[sample], rank, bits) * scale[0]
+        return coefficient @ (reference.decoded(bases[sample, head], dim, bits) * scale[1, :, None])
 
-    return CodedLayer(
-        *(layer.query, coefficients, bases, ([scales[0]], [scales[1]]), (how, how)),
-        *(layer.tails, layer.index, dense),
-    )
+    return CodedLayer(layer.query, (keys, values), layer.tails, layer.index, dense)
 
 
 def coded_rows(
@@ -122,10 +110,7 @@ def coded_rows(
     tails = [normal(APPENDED, batch, layout.kv_heads, dim) for _ in range(2)]
     return CodedLayer(
         normal(batch, layout.heads, 1, dim),
-        (keys.codes, values.codes),
-        (keys.scale, values.scale),
-        (list(keys.extras.values()), list(values.extras.values())),
-        (keys.form.kind, values.form.kind),
+        (keys, values),
         (tails[0], tails[1]),
         torch.arange(packed, device=device).expand(batch, -1).contiguous(),
         dense,

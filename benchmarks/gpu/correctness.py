@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels import ops, ops_prune, reference
+from attnpack_fx.kernels.flat import flatten
 from benchmarks.gpu.judging import attended, judge, same, seeded
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.newest import check_attention_each, check_observe_newest
 from benchmarks.gpu.part import Part, Result, Run, WrongResultError, left_out, markdown, measured
 from benchmarks.gpu.problems import attention_problems, attention_shapes, on, poison, prompts
-from tests.kernels.inputs import TOLERANCE, Shapes, attention_arguments, relative_error
+from tests.kernels.inputs import TOLERANCE, Shapes, decompress_arguments, operands, relative_error
 
 DTYPES = tuple(TOLERANCE)
 #: Compress may miss the optimum by this factor, beside rounding its factors.
@@ -67,7 +68,7 @@ def check_attention(machine: Machine, dtype: torch.dtype, seed: int, shapes: Seq
     errors: dict[str, float] = {}
     for number, arguments, here, what in attention_problems(machine, dtype, seed, shapes):
         poison(machine)
-        out = ops.attention(**here)
+        out = ops.attention(*operands(here))
         attended(errors, f"attention {what}", out, reference.attention(**arguments), dtype, seed + number)
     return errors
 
@@ -76,7 +77,7 @@ def check_attention_weights(machine: Machine, dtype: torch.dtype, seed: int) -> 
     errors: dict[str, float] = {}
     for number, arguments, here, what in attention_problems(machine, dtype, seed):
         poison(machine)
-        out, weights = ops.attention_weights(**here)
+        out, weights = ops.attention_weights(*operands(here))
         expected, expected_weights = reference.attention_weights(**arguments)
         attended(errors, f"attention_weights {what}", out, expected, dtype, seed + number)
         if weights.dtype != torch.float32:
@@ -90,28 +91,13 @@ def check_decompress(machine: Machine, dtype: torch.dtype, seed: int) -> dict[st
     errors: dict[str, float] = {}
     for number, shape in enumerate(attention_shapes(machine.dry)):
         shape = replace(shape, dtype=dtype, seed=seed + number, mask="none")
-        arguments = attention_arguments(shape)
-        names = ("key_coefficients", "key_bases", "key_tail", "length", "index")
-        parts = [arguments[name] for name in names]
-        slot = _slots(arguments["index"], shape.padding)
-        stored = (arguments[name] for name in ("key_blocks", "key_scales", "key_owners"))
-        turn = (arguments["cos"], arguments["sin"], shape.interleaved, None, *stored)
-        expected = reference.decompress(*parts, slot, *turn)
-        here = on(machine, (*parts, slot, *turn))
+        parts = decompress_arguments(shape)["parts"]
+        expected = reference.decompress(parts)
+        tensors, (layout,) = flatten(on(machine, parts))
         poison(machine)
-        error = relative_error(ops.decompress(*here).cpu(), expected)
+        error = relative_error(ops.decompress(tensors, layout, parts.length).cpu(), expected)
         judge(errors, f"decompress {shape}", error, TOLERANCE[dtype], seed + number)
     return errors
-
-
-def _slots(index: Tensor, padding: int) -> Tensor:
-    """The inverse of `index` `[B, N]`: int64 `[B, N + padding]`."""
-    slot = torch.full((index.shape[0], index.shape[1] + padding), -1)
-    for sample, row in enumerate(index.tolist()):
-        for number, position in enumerate(row):
-            if position >= 0:
-                slot[sample, position] = number
-    return slot
 
 
 def check_append_(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnpack_fx.kernels.parts import Block, PackedParts, Segment
 from benchmarks.attention_step import APPENDED
 
 
@@ -60,24 +60,15 @@ class PackedLayer:
         """Bytes of keys and values, all of which one attention reads."""
         return sum(part.nbytes for part in (*self.coefficients, *self.bases, *self.tails))
 
-    def attention_arguments(self) -> tuple[Any, ...]:
-        """Of `torch.ops.attnpack.attention`."""
-        (key_coefficient, value_coefficient), (key_basis, value_basis) = self.coefficients, self.bases
-        return (
-            self.query,
-            [key_coefficient],
-            [key_basis],
-            [value_coefficient],
-            [value_basis],
-            *self.tails,
-            APPENDED,
-            self.index,
-            None,
-            1 / math.sqrt(self.query.shape[-1]),
-            False,
-            *(None, None, False, None),  # keys as they are attended to
-            *([], [], [], [], [], []),  # one block a segment, as it is
+    @property
+    def parts(self) -> tuple[PackedParts[Tensor], PackedParts[Tensor]]:
+        """Keys and values, of one block each, as it is."""
+        sides = zip(self.coefficients, self.bases, self.tails, strict=True)
+        keys, values = (
+            PackedParts((Segment((Block(coefficient, basis),)),), tail, APPENDED, self.index)
+            for coefficient, basis, tail in sides
         )
+        return keys, values
 
     def fill_dense(self, keys: Tensor, values: Tensor) -> None:
         """Write the dense cache `[B, H, T, D]` this stands for, one sample at a time: little else is held."""

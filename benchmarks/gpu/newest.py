@@ -10,14 +10,14 @@ from attnpack_fx.kernels.parts import NEWEST
 from benchmarks.gpu.judging import attended, judge
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.problems import attention_problems, on, poison, prompts
-from tests.kernels.inputs import TOLERANCE, relative_error
+from tests.kernels.inputs import TOLERANCE, operands, relative_error
 
 
 def check_attention_each(machine: Machine, dtype: torch.dtype, seed: int) -> dict[str, float]:
     errors: dict[str, float] = {}
     for number, arguments, here, what in attention_problems(machine, dtype, seed):
         poison(machine)
-        out, weights = ops_newest.attention_each(**here)
+        out, weights = ops_newest.attention_each(*operands(here))
         attended(errors, f"attention_each {what}", out, reference.attention(**arguments), dtype, seed + number)
         expected = _each(arguments)
         error = relative_error(weights.cpu(), expected)

@@ -116,8 +116,8 @@ def attention_problems(
         arguments = attention_arguments(shape)
         here = on(machine, arguments)
         # Rows beyond the length are spare: what stands there must not matter.
-        here["key_tail"][here["length"] :] = torch.nan
-        here["value_tail"][here["length"] + shape.key_slots - shape.value_slots :] = torch.nan
+        for parts in (here["keys"], here["values"]):
+            parts.tail[parts.length :] = torch.nan
         yield number, arguments, here, shape
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.parts import Block, kind
+from attnpack_fx.kernels.parts import Block
 from benchmarks.attention_step import APPENDED
 from benchmarks.gpu.coded_layers import CodedLayer
 from benchmarks.gpu.layers import Layout, PackedLayer, dense_bytes
@@ -58,7 +58,7 @@ class Prediction:
 def predict(layout: Layout, batch: int, tokens: int, setting: str) -> Prediction:
     """One layer's attention of a decode step over `tokens` tokens, the last few of them dense rows."""
     layer = SETTINGS[setting](_packed(layout, batch, tokens), layout)
-    found = launched(partial(_attention(), *layer.attention_arguments()), PROCESSORS)
+    found = attended(layer)
     spent = {"launches": len(found) * LAUNCH}
     seen: dict[int, Tensor] = {}
     for launch in found:
@@ -93,10 +93,12 @@ def _cached(launch: Launch) -> Iterator[Tensor]:
     yield from (value for name, value in tensors(launch) if name.split("_")[-1] in _CACHED)
 
 
-def _attention() -> Callable[..., object]:
+def attended(layer: "Layer") -> list[Launch]:
+    """What attention to a layer launches."""
     from attnpack_fx.kernels.triton.attend import attention
 
-    return attention
+    scale = layer.query.shape[-1] ** -0.5
+    return launched(partial(attention, layer.query, *layer.parts, None, scale), PROCESSORS)
 
 
 def _packed(layout: Layout, batch: int, tokens: int, rank: int = 64) -> PackedLayer:
@@ -115,14 +117,16 @@ def _packed(layout: Layout, batch: int, tokens: int, rank: int = 64) -> PackedLa
 def _coded(layer: PackedLayer, bits: int) -> CodedLayer:
     """`coded_factors` by its sizes."""
     new = partial(torch.empty, device="meta")
-    codes = [
-        tuple(new((*each.shape[:-1], each.shape[-1] * bits // 8), dtype=torch.uint8) for each in pair)
-        for pair in (layer.coefficients, layer.bases)
-    ]
+
+    def codes(x: Tensor) -> Tensor:
+        return new((*x.shape[:-1], x.shape[-1] * bits // 8), dtype=torch.uint8)
+
     batch, _, rank = layer.coefficients[0].shape
-    scales = [[new((batch, 2, rank), dtype=torch.float32)] for _ in range(2)]
-    how = kind(Block(codes[0][0], codes[1][0], bits=bits))
-    return CodedLayer(layer.query, *codes, tuple(scales), (how, how), layer.tails, layer.index, lambda *_: layer.query)  # type: ignore[arg-type]
+    keys, values = (
+        Block(codes(coefficient), codes(basis), new((batch, 2, rank), dtype=torch.float32), bits)
+        for coefficient, basis in zip(layer.coefficients, layer.bases, strict=True)
+    )
+    return CodedLayer(layer.query, (keys, values), layer.tails, layer.index, lambda *_: layer.query)
 
 
 Layer = PackedLayer | UnrotatedLayer | CodedLayer

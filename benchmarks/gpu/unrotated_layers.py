@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnpack_fx.kernels.parts import Angles, PackedParts
 from benchmarks.gpu.layers import Layout, PackedLayer
 
 #: Most tokens of an image, of which a prompt has as many as fill it, and frequencies of the models' rotary embedding.
@@ -31,10 +31,15 @@ class UnrotatedLayer:
         angles = (self.cos, self.sin) if self.axes is None else (self.cos, self.sin, self.axes)
         return self.packed.nbytes + sum(each.nbytes for each in angles)
 
-    def attention_arguments(self) -> tuple[Any, ...]:
-        """Of `torch.ops.attnpack.attention`."""
-        plain = self.packed.attention_arguments()
-        return *plain[:12], self.cos, self.sin, False, self.axes, *plain[16:]
+    @property
+    def query(self) -> Tensor:
+        return self.packed.query
+
+    @property
+    def parts(self) -> tuple[PackedParts[Tensor], PackedParts[Tensor]]:
+        """Keys and values."""
+        keys, values = self.packed.parts
+        return replace(keys, angles=Angles(self.cos, self.sin, self.axes, False)), values
 
     def expected(self, rows: Sequence[tuple[int, int]]) -> Tensor:
         """As that of `PackedLayer`."""

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from attnpack_fx import PackPolicy, pack_cache
 from attnpack_fx.kernels import registering
+from attnpack_fx.step_cost import attention_arguments
 from benchmarks import measure
 from benchmarks.gpu import (
     apart,
@@ -423,7 +424,7 @@ def test_packed_dense_and_decompressed_attend_to_the_same(layout):
     dense = contenders.dense([contenders.DenseLayer(packed.query, keys, values)], layout, dry=True)
     outs = [dense[name].calls[0]() for name in ("flash", "flex")]
     outs.append(contenders.decompressed({4: [packed]}, 50)[4].calls[0]())
-    outs.append(torch.ops.attnpack.attention(*packed.attention_arguments()))
+    outs.append(torch.ops.attnpack.attention(*attention_arguments(packed.query, *packed.parts)))
     for out in outs:
         assert out.shape == packed.query.shape
         assert relative_error(out[[0, 1], [0, layout.heads - 1], 0], expected) < 1e-5

@@ -1,7 +1,8 @@
 """What is predicted of an H200: bytes and operations counted by hand, and the table that measurements fill."""
 
 import json
-from functools import partial
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 from attnpack_fx import PackPolicy
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.triton import KERNELS
+from attnpack_fx.step_cost import attention_arguments
 from benchmarks.attention_step import APPENDED
 from benchmarks.gpu import attention, coded, layers, predicted, recorded, render, roofline, store, work
 from benchmarks.gpu.layers import MODELS, SHAPES, Layout
@@ -31,18 +33,13 @@ _OTHERS = {
 
 
 def _turned(codes, turned):
-    class Layer:
-        def attention_arguments(self):
-            ours, other = codes.attention_arguments(), turned.attention_arguments()
-            return *ours[:12], *other[12:16], *ours[16:]
-
-    return Layer()
+    keys, values = codes.parts
+    return SimpleNamespace(query=codes.query, parts=(replace(keys, angles=turned.parts[0].angles), values))
 
 
 def launched(layout, batch, tokens, setting):
     make = roofline.SETTINGS.get(setting) or _OTHERS[setting]
-    layer = make(roofline._packed(layout, batch, tokens), layout)
-    return recorded.launched(partial(roofline._attention(), *layer.attention_arguments()), roofline.PROCESSORS)
+    return roofline.attended(make(roofline._packed(layout, batch, tokens), layout))
 
 
 def test_every_kernel_of_attention_is_counted():
@@ -106,7 +103,7 @@ def test_what_rebuilding_keys_reads(layout, stages):
 def test_memory_is_read_once(setting):
     found = roofline.predict(LLAVA, 8, 9216, setting)
     layer = roofline.SETTINGS[setting](roofline._packed(LLAVA, 8, 9216), LLAVA)
-    assert found.nbytes == layer.nbytes + layer.attention_arguments()[0].nbytes
+    assert found.nbytes == layer.nbytes + layer.query.nbytes
     assert found.seconds > found.nbytes / roofline.MEMORY + len(found.kernels) * roofline.LAUNCH - 1e-12
 
 
@@ -147,11 +144,11 @@ def test_keys_before_rotary_embedding_are_rotated(layout):
         whole = layer.cos[0][layer.axes[0]].sum(0)
         assert (whole.square() + layer.sin[0][layer.axes[0]].sum(0).square() - 1).abs().max() < 1e-5
     rows = [(0, 0), (1, 3)]
-    arguments = layer.attention_arguments()
-    out = torch.ops.attnpack.attention(*arguments)
+    out = torch.ops.attnpack.attention(*attention_arguments(layer.query, *layer.parts))
     assert relative_error(out[[0, 1], [0, 3], 0], layer.expected(rows)) < 1e-5
-    assert relative_error(reference.attention(*arguments)[[0, 1], [0, 3], 0], layer.expected(rows)) < 1e-6
-    plain = torch.ops.attnpack.attention(*layer.packed.attention_arguments())
+    exact = reference.attention(layer.query, *layer.parts, None, layer.query.shape[-1] ** -0.5)
+    assert relative_error(exact[[0, 1], [0, 3], 0], layer.expected(rows)) < 1e-6
+    plain = torch.ops.attnpack.attention(*attention_arguments(layer.packed.query, *layer.packed.parts))
     assert relative_error(plain[[0, 1], [0, 3], 0], layer.expected(rows)) > 0.05
 
 
