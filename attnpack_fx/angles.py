@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad as _pad
 
 from attnpack_fx.containers import container, map_tensors, tensors_in
-from attnpack_fx.kernels.aten.rotary import per_slot
 from attnpack_fx.kernels.parts import Angles
+from attnpack_fx.kernels.rotary import per_slot
 from attnpack_fx.kernels.rotary_axes import tabulate
 from attnpack_fx.shared import Memo, copies, version_of
 

@@ -9,8 +9,8 @@ from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.containers import map_tensors
 from attnpack_fx.held import ROW_SEGMENT
 from attnpack_fx.kernels.aten import coded_rows
-from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.kernels.parts import Rows, Segment
+from attnpack_fx.kernels.rotary import rotate
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.row_coding import Kind, RowCoding
 from attnpack_fx.tail import exact

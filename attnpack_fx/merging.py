@@ -13,8 +13,8 @@ from torch import Tensor
 from attnpack_fx.cached_layer import CachedLayer
 from attnpack_fx.coding import due, oldest, place_all, with_rows
 from attnpack_fx.held import ROW_SEGMENT
-from attnpack_fx.kernels.aten.balance import overflow
 from attnpack_fx.kernels.aten.plan import positions
+from attnpack_fx.kernels.balance import overflow
 from attnpack_fx.kernels.parts import RowForm, Rows
 from attnpack_fx.moving import gathered
 from attnpack_fx.packed_tensor import PackedTensor

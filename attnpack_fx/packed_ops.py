@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.held import stacked
-from attnpack_fx.kernels.aten.balance import fits
+from attnpack_fx.kernels.balance import fits
 from attnpack_fx.memoryless import Memoryless, is_fake
 from attnpack_fx.shared import made_of
 from attnpack_fx.tail import allocate

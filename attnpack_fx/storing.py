@@ -8,8 +8,8 @@ from torch import Tensor
 
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.held import Held, Loss
-from attnpack_fx.kernels.aten.balance import lengths
 from attnpack_fx.kernels.aten.quantize import quantize
+from attnpack_fx.kernels.balance import lengths
 from attnpack_fx.kernels.parts import Block, Segment
 from attnpack_fx.packed_tensor import PackedTensor
 from attnpack_fx.passes.state import Modality

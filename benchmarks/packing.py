@@ -9,7 +9,7 @@ from torch import Tensor
 from attnpack_fx import PackedTensor, PackPolicy, hf, pack
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.aten.rotary import pairs as pairs_of_dims
+from attnpack_fx.kernels.rotary import pairs as pairs_of_dims
 from attnpack_fx.tail import TailBuffer
 
 Pair = tuple[PackedTensor, PackedTensor]

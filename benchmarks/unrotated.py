@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.aten.rotary import per_slot, rotate
 from attnpack_fx.kernels.aten.unrotated import scores
 from attnpack_fx.kernels.flat import flatten
 from attnpack_fx.kernels.parts import Angles, Block, PackedParts, Segment
+from attnpack_fx.kernels.rotary import per_slot, rotate
 from attnpack_fx.kernels.rotary_axes import tabulate
 from benchmarks import measure
 from benchmarks.arguments import positive

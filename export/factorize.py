@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
-from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.linalg import sketch_size
 
 #: Iterations: of the subspace, of Newton-Schulz (each takes a direction's length 1.5 times nearer to 1).
 _SUBSPACE, _NEWTON = 3, 24

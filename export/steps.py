@@ -25,10 +25,10 @@ from attnpack_fx.export.model import Parts, added_to_layers, image_features
 from attnpack_fx.export.portable import turned_back
 from attnpack_fx.export.signature import TensorSpec
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.aten.balance import balanced
-from attnpack_fx.kernels.aten.rotary import pairs
+from attnpack_fx.kernels.balance import balanced
 from attnpack_fx.kernels.flat import flatten
 from attnpack_fx.kernels.parts import Angles, Block, PackedParts, RowForm, Rows, Segment
+from attnpack_fx.kernels.rotary import pairs
 
 #: How many matrices are factorised together, at most: copies in fp32 live as long.
 _TOGETHER = 16

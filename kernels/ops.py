@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
 from attnpack_fx.kernels import aten
-from attnpack_fx.kernels.aten.svd import sketch_size
 from attnpack_fx.kernels.flat import unflatten, unflatten_pair
+from attnpack_fx.kernels.linalg import sketch_size
 from attnpack_fx.kernels.no_gradient import refuse_gradient
 from attnpack_fx.kernels.parts import PackedParts, Rows
 from attnpack_fx.kernels.registering import LIBRARY, fake, operator, triton
@@ -74,7 +74,7 @@ def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     x: `[B, H, T, D]`; index: int64 `[B, N]`, -1 for filler; rank: at least 1.
     Returns coefficient `[B, N, R]` and basis `[B, H, R, D]` in x's dtype, `R = min(rank, N, H * D)`, factored in fp32,
     or in float64 where x is, by ATen then on every device. In half precision a power of two may stand in the basis
-    (`aten/balance.py`).
+    (`balance.py`).
     Raises ValueError when a selected token holds NaN or Inf (on a GPU: a device-side assertion, so as not to wait for
     it).
     """

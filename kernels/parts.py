@@ -54,7 +54,7 @@ class Block(Generic[T]):
     coefficient: `[B, n, r]` for the segment's first n tokens, columns sorted by singular value and carrying it; filler
         rows are zero.
     basis: `[B, H, r, D]`, orthonormal rows once heads are concatenated (`[B, r, H * D]`), in half precision of one
-        length that is a power of two (`aten/balance.py`); `[1, H, r, D]` when all samples share it; `[G, H, r, D]` with
+        length that is a power of two (`balance.py`); `[1, H, r, D]` when all samples share it; `[G, H, r, D]` with
         owner int64 `[B]` when sample b has basis `owner[b]`.
     bits, basis_bits: formats of coefficient and basis: 8, 4, 2, `E4M3` or `E5M2` for codes (`aten/quantize.py`), 0 for
         numbers as they are; basis_bits None: as `bits`.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.linalg import sketch_size
 from attnpack_fx.kernels.parts import E4M3, E5M2, Block, PackedParts, Rows, formats, kind, tokens_of
 
 

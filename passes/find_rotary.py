@@ -1,6 +1,6 @@
 """Find the rotary embedding between a key projection and the cache, so that keys can be stored as they were before it.
 
-What is recognised is the identity `key = rotate(unrotated, cos, sin, interleaved)` of `kernels.aten.rotary`, whatever
+What is recognised is the identity `key = rotate(unrotated, cos, sin, interleaved)` of `kernels.rotary`, whatever
 the values of cos and sin: `x * cos + turn(x) * sin` in either order of every operand, or written half by half; on all
 dims or the first E of D; on `[B, H, T, D]` or `[B, T, H, D]`; with casts that lose nothing the key keeps. Tensors
 that are written in place after they are read match nothing.
@@ -37,7 +37,7 @@ _UNKNOWN_STORAGE = 0  # what is written into it may be written into any
 @dataclass(frozen=True)
 class Rotation:
     """The rotary embedding of one layer's new keys: they equal `rotate(unrotated, cos, sin, interleaved)` of
-    `kernels.aten.rotary`, computed as the model does.
+    `kernels.rotary`, computed as the model does.
 
     unrotated: `[B, H, k, D]`, the keys before it, in their dtype.
     cos, sin: `[B or 1, k, E / 2]`, one entry per pair; the first E <= D dims are rotated. Any scaling is in them:

@@ -8,7 +8,7 @@ import torch
 
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.containers import restored, saved
-from attnpack_fx.kernels.aten.rotary import per_slot
+from attnpack_fx.kernels.rotary import per_slot
 from tests.packing_inputs import assert_stands_for
 from tests.stored_inputs import DIM, Pair, Way, rotary, stored_pair
 

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from attnpack_fx.angles import SharedAngles
 from attnpack_fx.compiling import called_through
-from attnpack_fx.kernels.aten.rotary import rotate
+from attnpack_fx.kernels.rotary import rotate
 from attnpack_fx.modality import fit, stated
 from attnpack_fx.passes.find_attention import find_attention, scale_of
 from attnpack_fx.passes.find_modality import find_modality

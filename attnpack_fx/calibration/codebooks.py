@@ -15,8 +15,8 @@ from attnpack_fx import hf
 from attnpack_fx.calibration.capture import Observed, Observer
 from attnpack_fx.checks import PolicyError
 from attnpack_fx.kernels.aten.codebook import gathered, k_means
-from attnpack_fx.kernels.aten.rotary import rotate
 from attnpack_fx.kernels.aten.row_codes import real
+from attnpack_fx.kernels.rotary import rotate
 from attnpack_fx.passes import codebook_file
 from attnpack_fx.passes.codebook_file import Codebooks
 from attnpack_fx.passes.find_rotary import Rotation

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.calibration.capture import Angles, Observed
-from attnpack_fx.kernels.aten.rotary import rotate
+from attnpack_fx.kernels.rotary import rotate
 
 #: Numbers in the largest temporary of changed outputs, `[components, Hq * D]`.
 _MOST_NUMBERS = 1 << 24

@@ -24,7 +24,7 @@ from torch._library.triton import set_wrap_triton_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton import knobs
 
-from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.linalg import sketch_size
 from attnpack_fx.kernels.parts import E4M3, Angles, Block, PackedParts, RowForm, Rows, Segment
 from attnpack_fx.kernels.triton import KERNELS
 from attnpack_fx.kernels.triton.append import append_

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from attnpack_fx.kernels.aten import coded_attention
 from attnpack_fx.kernels.aten.blocks import Factors, Stored, segments, tokens
-from attnpack_fx.kernels.aten.rotary import turned_slots
 from attnpack_fx.kernels.aten.scores import attended, capped
 from attnpack_fx.kernels.aten.unrotated import scores as unrotated_scores
 from attnpack_fx.kernels.parts import Angles, PackedParts, Rows
+from attnpack_fx.kernels.rotary import turned_slots
 
 #: Most bytes of one score buffer; longer queries are taken in tiles.
 SCORE_BYTES = 64 << 20

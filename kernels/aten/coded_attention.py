@@ -22,8 +22,8 @@ from torch import Tensor
 
 from attnpack_fx.kernels.aten.coded_exceptions import add_scores, add_values
 from attnpack_fx.kernels.aten.coded_rows import Decoder, codebook_table, levels
-from attnpack_fx.kernels.aten.rotary import pairs, per_slot
 from attnpack_fx.kernels.parts import Angles, Rows
+from attnpack_fx.kernels.rotary import pairs, per_slot
 
 #: Bytes of decoded numbers of one tile: on a CPU the L2 caches of two cores; elsewhere launches cost more than memory.
 TILE_BYTES = {"cpu": 2 << 20}

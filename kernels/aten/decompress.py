@@ -5,8 +5,8 @@ from torch import Tensor
 
 from attnpack_fx.kernels.aten.blocks import segments
 from attnpack_fx.kernels.aten.coded_rows import decode
-from attnpack_fx.kernels.aten.rotary import per_slot, rotate, turned_slots
 from attnpack_fx.kernels.parts import PackedParts, Rows
+from attnpack_fx.kernels.rotary import per_slot, rotate, turned_slots
 
 
 def decompress(parts: PackedParts[Tensor]) -> Tensor:

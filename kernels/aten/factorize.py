@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.balance import balanced
 from attnpack_fx.kernels.aten.rows import select_tokens
-from attnpack_fx.kernels.aten.svd import sketch_size, truncated_svd
+from attnpack_fx.kernels.aten.svd import truncated_svd
+from attnpack_fx.kernels.balance import balanced
+from attnpack_fx.kernels.linalg import per_head, require_finite, sketch_size, working
 
 
 def compress(x: Tensor, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -82,29 +83,3 @@ def fold(coefficient: Tensor, basis: Tensor, rows: Tensor, rank: int) -> tuple[T
     dropped = torch.linalg.vector_norm(singular[:, size:], dim=-1).float()
     coefficient, basis = balanced(coefficient, (orthogonal @ turn).mT, dtype)
     return coefficient, per_head(basis, heads, dim), dropped
-
-
-def working(dtype: torch.dtype) -> torch.dtype:
-    """In what a cache of this dtype is factored: fp32, or float64 where that is what it holds."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def per_head(basis: Tensor, heads: int, dim: int) -> Tensor:
-    """`[B, R, H * D]` to `[B, H, R, D]`."""
-    return basis.unflatten(-1, (heads, dim)).transpose(1, 2).contiguous()
-
-
-def require_finite(tokens: Tensor, operator: str) -> None:
-    """Refuse NaN and Inf, which would spread over a whole basis. On a GPU the check does not wait for the device."""
-    if tokens.is_cuda:
-        torch._assert_async(
-            tokens.isfinite().all(), f"attnpack::{operator}: keys or values to be packed hold NaN or Inf"
-        )
-        return
-    if tokens.numel() == 0 or all(bound.isfinite() for bound in torch.aminmax(tokens)):
-        return
-    count = int((~tokens.isfinite()).sum())
-    raise ValueError(
-        f"attnpack::{operator}: {count} of {tokens.numel()} numbers to be packed are NaN or Inf. Find where the model "
-        "makes them (often fp16 overflow: try bfloat16), or mark those tokens as padding, or leave this cache dense."
-    )

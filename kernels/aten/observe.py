@@ -7,8 +7,8 @@ whatever the dtype of keys, as sums over thousands of queries would lose in half
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.factorize import working
 from attnpack_fx.kernels.aten.scores import attended, capped
+from attnpack_fx.kernels.linalg import working
 
 #: Most bytes of the scores of one tile.
 SCORE_BYTES = 64 << 20

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from attnpack_fx.kernels.aten.codes import FLOAT_TOP, from_float8, look_up, pack, tabulate, to_float8, unsigned
-from attnpack_fx.kernels.aten.factorize import require_finite
+from attnpack_fx.kernels.linalg import require_finite
 
 #: Lowest and highest field, and what is added to a field.
 LEVELS = {8: (-127, 127, 0.0), 4: (-8, 7, 0.0), 2: (-2, 1, 0.5)}

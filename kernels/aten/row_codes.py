@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.factorize import require_finite
+from attnpack_fx.kernels.linalg import require_finite
 from attnpack_fx.kernels.parts import E4M3, E5M2, RowForm, Rows
 
 #: Formats of integers: bits of an unsigned field.

@@ -7,10 +7,10 @@ judged by the share of its squared Frobenius norm that the common basis leaves o
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.balance import balanced, overflow
-from attnpack_fx.kernels.aten.factorize import per_head, require_finite, working
 from attnpack_fx.kernels.aten.rows import select_tokens
 from attnpack_fx.kernels.aten.svd import truncated_svd
+from attnpack_fx.kernels.balance import balanced, overflow
+from attnpack_fx.kernels.linalg import per_head, require_finite, working
 
 
 def compress_shared(

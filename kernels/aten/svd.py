@@ -17,6 +17,8 @@ the products, on CPU and on GPU. In float64 every matrix is factored exactly: wh
 import torch
 from torch import Tensor
 
+from attnpack_fx.kernels.linalg import inverse_of_triangle, orthonormal
+
 #: Directions below this share of the largest singular value are fp32 rounding.
 NEGLIGIBLE = 1e-6
 #: Squares from this share of the largest on have digits in fp32, and from this number on.
@@ -38,14 +40,6 @@ def _columns(rank: int) -> int:
     """How many are iterated: these leave at most 2 % of error above the optimum at rank 64 on a spectrum as slow as
     k^-0.5, less on faster ones and at lower ranks."""
     return rank + rank // 2 + 16
-
-
-def sketch_size(rank: int) -> int:
-    """Columns of a block power iteration (on a GPU, see `triton/factorize.py`).
-
-    After two iterations less than 1 % of error above the optimum is left at rank 64 on spectra as slow as k^-0.5.
-    """
-    return rank + 16 + min(rank // 4, 32)
 
 
 def _subspace_iteration(a: Tensor, rank: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -98,31 +92,3 @@ def _orthonormal(z: Tensor) -> Tensor:
         if not failed.any() and bool((squares.amin(-1) > (SURE * squares.amax(-1)).clamp(min=TINY)).all()):
             return z @ inverse_of_triangle(lower).mT
     return orthonormal(z)
-
-
-def orthonormal(z: Tensor) -> Tensor:
-    """Columns of z `[B, n, k]` made orthonormal by Cholesky QR with the Gram matrix in float64; zero stays zero.
-
-    A shift keeps the Gram matrix of dependent columns positive definite (Fukaya et al. 2020): for those, a second call
-    is needed. No number is read, for which a GPU would be waited for.
-    """
-    return z @ whitening(z.double()).to(z.dtype)
-
-
-def whitening(z: Tensor) -> Tensor:
-    """fp64 `[B, k, k]` that makes the columns of z `[B, n, k]` orthonormal, as `orthonormal` has it, from the right."""
-    gram = (z.mT @ z).double()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal += diagonal.sum(-1, keepdim=True) * (1e-13 if z.dtype == torch.float64 else 1e-6) + 1e-60
-    return inverse_of_triangle(cholesky(gram)).mT
-
-
-def cholesky(gram: Tensor) -> Tensor:
-    """The lower factor of symmetric positive definite matrices. On a GPU nothing waits to hear whether they were."""
-    return torch.linalg.cholesky_ex(gram, check_errors=not gram.is_cuda).L
-
-
-def inverse_of_triangle(lower: Tensor) -> Tensor:
-    """The inverse of lower triangular matrices `[b, k, k]`."""
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False)

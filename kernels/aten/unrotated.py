@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.factorize import working
-from attnpack_fx.kernels.aten.rotary import pairs, per_slot
+from attnpack_fx.kernels.linalg import working
 from attnpack_fx.kernels.parts import Angles
+from attnpack_fx.kernels.rotary import pairs, per_slot
 
 #: Most bytes of the intermediate numbers of one tile: about the L2 caches of two cores.
 TILE_BYTES = 2 << 20

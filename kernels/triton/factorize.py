@@ -31,9 +31,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnpack_fx.kernels.aten.balance import balanced
-from attnpack_fx.kernels.aten.factorize import per_head, require_finite
-from attnpack_fx.kernels.aten.svd import cholesky, inverse_of_triangle, orthonormal, sketch_size, whitening
+from attnpack_fx.kernels.balance import balanced
+from attnpack_fx.kernels.linalg import (
+    cholesky,
+    inverse_of_triangle,
+    orthonormal,
+    per_head,
+    require_finite,
+    sketch_size,
+    whitening,
+)
 from attnpack_fx.kernels.triton.gather import gather_tokens
 from attnpack_fx.kernels.triton.jacobi import left_singular_vectors
 from attnpack_fx.kernels.triton.launch import block

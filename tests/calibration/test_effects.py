@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnpack_fx.calibration.capture import Angles, Observed, Read, _question
 from attnpack_fx.calibration.effects import attended, factors, key_effects, value_effects
-from attnpack_fx.kernels.aten.rotary import rotate
+from attnpack_fx.kernels.rotary import rotate
 
 SCALE = 0.3
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 from attnpack_fx.export.portable import attention, numbers, rotated, segments, turned_back
 from attnpack_fx.kernels import ops, reference
 from attnpack_fx.kernels.aten.quantize import dequantize_basis, dequantize_coefficient
-from attnpack_fx.kernels.aten.rotary import pairs
 from attnpack_fx.kernels.parts import Angles, PackedParts, RowForm, Rows, formats, kind
+from attnpack_fx.kernels.rotary import pairs
 from tests.kernels.inputs import (
     ATTENTION_FLOOR,
     SEEDS,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpack_fx.kernels.aten.rotary import per_slot
 from attnpack_fx.kernels.parts import Angles
+from attnpack_fx.kernels.rotary import per_slot
 from attnpack_fx.kernels.rotary_axes import tabulate
 
 from .multimodal import LAYOUTS, Media, cos_and_sin

@@ -6,7 +6,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpack_fx.kernels.aten.rotary import rotate
+from attnpack_fx.kernels.rotary import rotate
 from attnpack_fx.passes.find_attention import find_attention
 from attnpack_fx.passes.find_rotary import RotaryFinder
 from attnpack_fx.passes.patterns import cat_along_tokens

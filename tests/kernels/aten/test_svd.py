@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpack_fx.kernels.aten.svd import orthonormal, truncated_svd
+from attnpack_fx.kernels.aten.svd import truncated_svd
+from attnpack_fx.kernels.linalg import orthonormal
 
 from ..inputs import SEEDS, relative_error
 

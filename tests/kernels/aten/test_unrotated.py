@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attnpack_fx.kernels import reference
 from attnpack_fx.kernels.aten import unrotated
-from attnpack_fx.kernels.aten.rotary import per_slot
 from attnpack_fx.kernels.parts import Angles
+from attnpack_fx.kernels.rotary import per_slot
 from attnpack_fx.kernels.rotary_axes import tabulate
 
 from ..inputs import SEEDS, relative_error

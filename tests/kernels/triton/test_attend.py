@@ -8,8 +8,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from attnpack_fx.kernels import reference
-from attnpack_fx.kernels.aten.rotary import per_slot
 from attnpack_fx.kernels.parts import Angles, RowForm
+from attnpack_fx.kernels.rotary import per_slot
 
 from ..inputs import ATTENTION_FLOOR, Shapes, assert_close, attention_arguments, map_blocks, shapes
 from .interpreted import attend, unrotated

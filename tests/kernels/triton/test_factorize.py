@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpack_fx.kernels import aten, reference
-from attnpack_fx.kernels.aten.balance import lengths
-from attnpack_fx.kernels.aten.svd import sketch_size
+from attnpack_fx.kernels.balance import lengths
+from attnpack_fx.kernels.linalg import sketch_size
 
 from ..inputs import DTYPES, SEEDS, relative_error
 from .interpreted import factorize

@@ -3,9 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnpack_fx.kernels import reference
-from attnpack_fx.kernels.aten.rotary import rotate
+from attnpack_fx.kernels.rotary import rotate
 
-from ..inputs import SEEDS, assert_close
+from .inputs import SEEDS, assert_close
 
 
 @given(seed=SEEDS, dim=st.sampled_from([8, 16, 64]), pairs=st.sampled_from([1, 2, 4]), interleaved=st.booleans())

@@ -9,7 +9,7 @@ from torch import Tensor
 from attnpack_fx import Energy, MiniCache, PackedTensor, PackPolicy, Quantize, pack
 from attnpack_fx.folding import fold
 from attnpack_fx.kernels import ops
-from attnpack_fx.kernels.aten.balance import balanced, lengths
+from attnpack_fx.kernels.balance import balanced, lengths
 from attnpack_fx.maintenance import maintain
 from attnpack_fx.packing import fresh_layer
 from attnpack_fx.passes.storage import Columns, Stored
