@@ -18,11 +18,13 @@ class Capacity:
         free: bytes for prompts, beyond the model, what any batch takes, and kept prefixes.
         per_token: of a prompt, at the worst moment.
         per_new_token: of an answer, whose keys and values are dense at first.
+        context: tokens of a prompt and its answer that the model was made for; None where it does not say.
     """
 
     free: int
     per_token: float
     per_new_token: float
+    context: int | None = None
 
     def bytes(self, tokens: int, new_tokens: int) -> int:
         """Return what a prompt of so many tokens takes together with the longest answer."""
@@ -44,7 +46,8 @@ def measured(model: Any, example: Mapping[str, Any], memory: int, prefixes: int)
     placed = {name: each.to(model.device) for name, each in example.items()}
     plan = attnpack_fx.plan_batch(model, None, placed, memory=memory - prefixes, new_tokens=_MEASURED)
     one, tokens = max(plan.prefill, plan.decode, 1), example["input_ids"].shape[1]
-    return Capacity(plan.batch * one, one / tokens, dense_bytes(model)), plan.batch
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return Capacity(plan.batch * one, one / tokens, dense_bytes(model), context), plan.batch
 
 
 def dense_bytes(model: Any) -> float:

@@ -45,12 +45,20 @@ class Queue:
             raise FullError(f"{len(self._waiting)} requests are waiting, and no more may")
 
     def put(self, job: Job) -> None:
-        """Append a job.
+        """Append a job; its answer is no longer than the model's positions reach.
 
         Raises:
-            TooLargeError: for one that would not fit alone.
+            TooLargeError: for one that would not fit alone, or leaves no position for an answer.
             FullError: where too many wait, or too large ones, or the queue is closed.
         """
+        context = self._capacity.context
+        if context is not None:
+            if job.tokens >= context:
+                raise TooLargeError(
+                    f"got {job.tokens} tokens, expected fewer than the {context} that the model was made for: send a "
+                    "shorter prompt, or fewer or smaller images"
+                )
+            job.new_tokens = min(job.new_tokens, context - job.tokens)
         needed = self._capacity.bytes(job.tokens, job.new_tokens)
         if needed > self._capacity.free:
             raise TooLargeError(

@@ -42,6 +42,16 @@ def test_jobs_of_a_kind_are_taken_together_and_the_oldest_first():
     assert len(queue) == 0
 
 
+def test_a_prompt_and_its_answer_are_no_longer_than_the_model_was_made_for():
+    queue = Queue(limits(), Capacity(free=10**9, per_token=1.0, per_new_token=1.0, context=25))
+    fits, cut = job(tokens=15), job(tokens=20)
+    queue.put(fits)
+    queue.put(cut)
+    assert (fits.new_tokens, cut.new_tokens) == (10, 5)
+    with pytest.raises(TooLargeError, match="got 25 tokens, expected fewer than the 25 that the model was made for"):
+        queue.put(job(tokens=25))
+
+
 def test_batches_are_powers_of_two():
     queue = Queue(limits(batch=16), CAPACITY)
     jobs = [job(tokens=1) for _ in range(11)]
