@@ -57,7 +57,7 @@ def step(stored, query, key_tail, value_tail, index, new, count, sinks, *tensors
 
 
 def lower(graph_module, examples):
-    graph, shape_env = graph_module.graph, examples[1].shape[1].node.shape_env
+    graph, shape_env = graph_module.graph, examples[1].shape[0].node.shape_env
     # As compile_fx keeps input mutations: written back inside the graph, which reinplacing then makes unnecessary.
     inputs, output = graph.find_nodes(op="placeholder"), graph.output_node()
     *written, result = output.args[0]
