@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(arguments, "check", lambda _: None)(arguments)
         # What transformers has to say to developers stays off the terminal, unless it is asked for.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # So does what Dynamo has: where a model's own graphs break. Backends warn by Python's warnings.
+        os.environ.setdefault("TORCH_LOGS", "-dynamo")
         # Nor does PyTorch's profiler, which measures a prompt's memory, say when it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         run = resolve_name(arguments.run) if isinstance(arguments.run, str) else arguments.run

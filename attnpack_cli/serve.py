@@ -12,7 +12,9 @@ from attnpack_cli.models import check_model
 from attnpack_cli.policies import check_policy_file
 
 #: Addresses that this machine alone can reach.
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
+#: Of a request, and of an image, as `attnpack_serve.images.ImageLimits` has them.
+_IMAGES, _PIXELS = 16, 16 * 2**20
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 #: A name, or an address without its scheme.
 _HOST = re.compile(r"\.?[\w-]+(\.[\w-]+)*(:\d{1,5})?")
@@ -59,11 +61,19 @@ def _check(arguments: argparse.Namespace) -> None:
         if ranks:
             raise UserError("--policy has ranks of its own: leave --vision-rank, --text-rank out")
         check_policy_file(arguments.policy)
+    if arguments.api_key is not None and not arguments.api_key.strip():
+        raise UserError("--api-key: got an empty one, expected a key; leave it out to let all of this machine in")
+    if arguments.images > _IMAGES:
+        raise UserError(f"--images {arguments.images}: expected at most {_IMAGES}, as many as a request may have")
+    if arguments.size[0] * arguments.size[1] > _PIXELS:
+        raise UserError(f"--size: expected at most {_PIXELS} pixels, as many as an image of a request may have")
+    if arguments.host == "::1":
+        raise UserError("--host ::1: listen on 127.0.0.1 instead")
     known = arguments.api_key or os.environ.get("ATTNPACK_API_KEY")
     if arguments.host not in LOOPBACK and not known:
         raise UserError(f"--host {arguments.host}: others can reach it; give --api-key KEY, or ATTNPACK_API_KEY")
     check_model(arguments.model, (), ranks)
-    require("transformers", "PIL", "fastapi", "uvicorn", "h11", "prometheus_client")
+    require("transformers", "PIL", "fastapi", "uvicorn", "h11", "prometheus_client", extra="serve")
 
 
 def _port(text: str) -> int:
@@ -73,7 +83,8 @@ def _port(text: str) -> int:
 
 
 def _host(text: str) -> str:
-    if not _HOST.fullmatch(text):
+    _, _, port = text.partition(":")
+    if not _HOST.fullmatch(text) or not text.isascii() or not 0 < int(port or 1) < 65536:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected the name of a host, without http:// and path")
     return text.lower()
 

@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 
@@ -21,7 +20,7 @@ from attnpack_serve.metrics import CountStatus, Metrics
 from attnpack_serve.page import page
 from attnpack_serve.prompts import BadPromptError, Prompts
 from attnpack_serve.queue import FullError, TooLargeError
-from attnpack_serve.refusals import BodyLimit, RefusedError, add_refusals
+from attnpack_serve.refusals import BodyLimit, KeyRequired, RefusedError, add_refusals
 
 #: Seconds that a client is asked to wait before it tries again.
 _RETRY = "2"
@@ -62,15 +61,9 @@ def create_app(
     app = FastAPI(title="attnpack serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     add_refusals(app)
     app.add_middleware(BodyLimit, most=limits.body)
+    app.add_middleware(KeyRequired, key=api_key)
     app.add_middleware(CountStatus, metrics=metrics)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
-
-    async def allowed(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if api_key is not None and not secrets.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            raise RefusedError(
-                401, "got no valid key, expected the header Authorization: Bearer KEY", "invalid_api_key"
-            )
 
     @app.get("/")
     async def index() -> Response:
@@ -82,20 +75,27 @@ def create_app(
         state = {"status": "ok" if engine.alive else "stopped", "waiting": len(engine.queue), "running": engine.running}
         return JSONResponse(state, 200 if engine.alive else 503)
 
-    @app.get("/metrics", dependencies=[Depends(allowed)])
+    @app.get("/metrics")
     async def read() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models", dependencies=[Depends(allowed)])
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "attnpack"}]}
+    model = {"id": name, "object": "model", "created": 0, "owned_by": "attnpack"}
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def one_model(asked: str) -> dict[str, Any]:
+        _check_name(asked, name)
+        return model
+
+    @app.post("/v1/chat/completions")
     async def complete(asked: ChatRequest, http: Request) -> Response:
         arrived = time.monotonic()
         _check(asked, name)
         answer = Answer(name)
-        job = await _job(asked, answer, arrived)
+        job = await _job(asked, answer, arrived, http)
 
         def ended(used: Used) -> None:
             metrics.answer(used, time.monotonic() - arrived)
@@ -112,13 +112,15 @@ def create_app(
         ended(used)
         return JSONResponse(response)
 
-    async def _job(asked: ChatRequest, answer: Answer, arrived: float) -> Job:
+    async def _job(asked: ChatRequest, answer: Answer, arrived: float, http: Request) -> Job:
         try:
-            engine.queue.check()
-            async with preparing:
-                pictures = await load_images(asked.image_urls(), images)
-                inputs = await asyncio.to_thread(prompts.prepare, asked.for_template(), pictures)
-                del pictures
+            with engine.queue.coming():
+                async with asyncio.timeout(arrived + limits.seconds - time.monotonic()), preparing:
+                    if await http.is_disconnected():
+                        raise RefusedError(499, "the client went away before its images were read")
+                    pictures = await load_images(asked.image_urls(), images)
+                    inputs = await asyncio.to_thread(prompts.prepare, asked.for_template(), pictures)
+                    del pictures
             job = Job(
                 inputs=inputs,
                 sampling=asked.sampling(),
@@ -129,6 +131,8 @@ def create_app(
                 arrived=arrived,
             )
             engine.queue.put(job)
+        except TimeoutError as error:
+            raise RefusedError(504, f"the images were not read in {limits.seconds:g} seconds") from error
         except (BadImageError, BadPromptError) as error:
             raise RefusedError(400, str(error)) from error
         except TooLargeError as error:
@@ -140,9 +144,13 @@ def create_app(
     return app
 
 
-def _check(asked: ChatRequest, name: str) -> None:
-    if asked.model != name:
+def _check_name(asked: str, name: str) -> None:
+    if asked != name:
         raise RefusedError(404, f"model: there is no such model here; expected {name!r}", "model_not_found")
+
+
+def _check(asked: ChatRequest, name: str) -> None:
+    _check_name(asked.model, name)
     if found := asked.unsupported():
         raise RefusedError(400, f"{', '.join(found)}: not offered by this server; leave out", "unsupported_parameter")
     if not any(message.role == "user" for message in asked.messages):

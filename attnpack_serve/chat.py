@@ -1,11 +1,15 @@
 """Requests of OpenAI's chat completions, as far as one model can answer them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from attnpack_serve.job import Sampling
 
+#: Messages of a request, and parts of a message: more of either is nobody's conversation.
+_MESSAGES, _PARTS = 1024, 256
+#: Below it the likeliest token is certain, and dividing by it overflows.
+_COLDEST = 1e-3
 #: Fields that change the answer, and the values at which they do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
@@ -48,7 +52,7 @@ class Part(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=_PARTS)]
 
 
 class StreamOptions(BaseModel):
@@ -61,14 +65,14 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=_MESSAGES)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @field_validator("stop")
@@ -93,8 +97,10 @@ class ChatRequest(BaseModel):
 
     def sampling(self) -> Sampling:
         """Return how tokens are chosen."""
-        drawn = self.temperature > 0
-        return Sampling(self.temperature, self.top_p if drawn else 1.0, self.seed if drawn else None)
+        temperature = self.temperature or 0.0
+        if temperature < _COLDEST:
+            return Sampling()
+        return Sampling(temperature, self.top_p or 1.0, self.seed)
 
     def image_urls(self) -> list[str]:
         """Return the images of all messages in their order."""

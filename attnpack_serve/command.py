@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from attnpack_serve.images import ImageLimits
 from attnpack_serve.limits import Limits
 from attnpack_serve.prompts import BadPromptError, Prompts
 
+#: Graphs of a decoder layer, for as many kinds of requests as a server of up to 16 images meets.
+_KINDS = 256
 #: Connections beyond those that are answered or wait: of clients that keep theirs, or are told to come again.
 _CONNECTIONS = 64
 
@@ -32,17 +35,23 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: for a model without a chat template, a policy it cannot have, or memory in which no prompt fits.
     """
+    listening = _listening(arguments.host, arguments.port)
     loaded = load(arguments.model, arguments.dtype or "float32", ranks_of(arguments))
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded.model.to(device)
         policy = PackPolicy.load(arguments.policy) if arguments.policy else PackPolicy(**ranks_of(arguments))
+        _let_many_kinds_compile()
         attnpack_fx.compile(loaded.model, policy=policy)
         prompts = Prompts(loaded)
     except (PolicyError, BadPromptError, OSError, RuntimeError) as error:
         raise UserError(str(error)) from error
     memory = arguments.memory or _available(loaded.model)
     prefixes = memory // 8 if arguments.prefixes is None else arguments.prefixes
+    if prefixes >= memory:
+        raise UserError(
+            f"--prefixes {prefixes}: expected less than the {memory} bytes for everything; give --memory more"
+        )
     print(f"compiling, and measuring what a prompt takes of {memory / 1e9:.1f} GB", flush=True)
     shown = [Image.new("RGB", arguments.size)] * arguments.images if loaded.vision else []
     content = [*({"type": "image"} for _ in shown), {"type": "text", "text": "What is this?"}]
@@ -61,23 +70,44 @@ def run(arguments: argparse.Namespace) -> None:
         body=arguments.max_body,
     )
     images = ImageLimits(hosts=tuple(arguments.allow_urls))
-    name = arguments.name or Path(arguments.model).name
+    name = arguments.name or Path(arguments.model).resolve().name
     engine = Engine(loaded.model, loaded.tokenizer, capacity, limits)
     engine.warm(example)
     key = arguments.api_key or os.environ.get("ATTNPACK_API_KEY") or None
     hosts = LOOPBACK if arguments.host in LOOPBACK else ("*",)
     app = create_app(name, prompts, engine, limits, images, api_key=key, hosts=hosts)
     print(f"{name} answers up to {batch} prompts at once on http://{arguments.host}:{arguments.port}", flush=True)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
-        host=arguments.host,
-        port=arguments.port,
         log_level="warning",
         timeout_graceful_shutdown=round(arguments.timeout),
         timeout_keep_alive=5,
         # Bodies are read before anything can be said of them: connections are few, too.
         limit_concurrency=limits.queue + limits.batch + _CONNECTIONS,
     )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """The server's socket: that it cannot be had is known before a model is loaded."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise UserError(f"--host {host} --port {port}: {error.strerror or error}; give another port") from error
+    return made
+
+
+def _let_many_kinds_compile() -> None:
+    """Raise Dynamo's limits: beyond them a kind of request would run uncompiled, its cache dense.
+
+    Every number of images makes a kind, with every size of a batch, kept prompts and new ones.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _KINDS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 64 * _KINDS)
 
 
 def _available(model: Any) -> int:

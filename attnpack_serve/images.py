@@ -28,6 +28,10 @@ _FORMATS: tuple[tuple[bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] 
     (rb"GIF8[79]a", GifImagePlugin.GifImageFile),
     (rb"BM", BmpImagePlugin.BmpImageFile),
 )
+#: Scans of a JPEG, each of which is decoded over all pixels: cameras and browsers write ten.
+_SCANS = 32
+#: The longer side over the shorter: processors that scale the shorter to a fixed length make a wall of anything beyond.
+_ASPECT = 100
 _RUN_LENGTHS = (1, 2)  # RLE8, RLE4
 _ORIENTATION = 0x0112
 _TURNED = {
@@ -155,6 +159,8 @@ def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
         # A GIF's first frame may lie outside the screen that its header tells.
         raise BadImageError(f"got too many pixels, expected at most {limits.pixels:,}; send a smaller image") from None
     _check_pixels(image.size, limits)
+    if opener is JpegImagePlugin.JpegImageFile and data.count(b"\xff\xda") > _SCANS:
+        raise BadImageError(f"got a JPEG of more than {_SCANS} scans, expected fewer; save it anew")
     if opener is BmpImagePlugin.BmpImageFile and image.info.get("compression") in _RUN_LENGTHS:
         # Pillow's reader of these is Python, slow, and before version 13 took memory for rows that are not there.
         raise BadImageError("got a BMP with run-length coding, expected one without; save it as PNG")
@@ -180,6 +186,10 @@ def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
     if not 0 < width * height <= limits.pixels:
         raise BadImageError(
             f"got {width:,} x {height:,} pixels, expected from one to {limits.pixels:,} in all; send a smaller image"
+        )
+    if max(size) > _ASPECT * min(size):
+        raise BadImageError(
+            f"got {width:,} x {height:,} pixels, expected a longer side of at most {_ASPECT} times the shorter; cut it"
         )
 
 

@@ -16,6 +16,10 @@ class BadPromptError(ValueError):
     """Messages that the model's template or processor refuses."""
 
 
+#: Characters of a token, at most on average: text beyond is too long whatever the tokenizer makes of it.
+_CHARACTERS = 64
+
+
 class Prompts:
     """The chat template and the processor of a model, for one caller at a time: tokenizers are not for several.
 
@@ -30,6 +34,8 @@ class Prompts:
         if getattr(loaded.processor, "chat_template", None) is None:
             raise BadPromptError(f"{loaded.name} has no chat template; serve a model that was tuned to chat")
         self._loaded = loaded
+        context = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._most = None if context is None else _CHARACTERS * context
         self._alone = threading.Lock()
 
     def prepare(self, messages: Sequence[dict[str, Any]], images: Sequence["Image"]) -> dict[str, Tensor]:
@@ -44,6 +50,9 @@ class Prompts:
         """
         if images and not self._loaded.vision:
             raise BadPromptError("the model takes text only; leave the images out")
+        length = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+        if self._most is not None and length > self._most:
+            raise BadPromptError(f"got {length:,} characters, expected at most {self._most:,}: send a shorter prompt")
         from jinja2.exceptions import TemplateError
 
         from attnpack_cli.errors import UserError

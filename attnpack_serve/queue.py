@@ -3,6 +3,8 @@
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from attnpack_serve.capacity import Capacity
 from attnpack_serve.job import Job
@@ -31,18 +33,28 @@ class Queue:
     def __init__(self, limits: Limits, capacity: Capacity) -> None:
         self._limits, self._capacity = limits, capacity
         self._waiting: deque[Job] = deque()
+        self._coming = 0
         self._changed = threading.Condition()
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + self._coming
 
-    def check(self) -> None:
-        """Raise `FullError` where no job would be taken, before work is put into one."""
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Count a job among those that wait while its prompt is made. Raises `FullError` where too many do."""
+        self._check(self._coming + 1)
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+
+    def _check(self, coming: int) -> None:
         if self._closed:
             raise FullError("the server is shutting down")
-        if len(self._waiting) >= self._limits.queue:
-            raise FullError(f"{len(self._waiting)} requests are waiting, and no more may")
+        if len(self._waiting) + coming > self._limits.queue:
+            raise FullError(f"{len(self._waiting) + coming - 1} requests are waiting, and no more may")
 
     def put(self, job: Job) -> None:
         """Append a job; its answer is no longer than the model's positions reach.
@@ -66,7 +78,7 @@ class Queue:
                 f"expected at most {self._capacity.free:,}: send fewer or smaller images, or a smaller max_tokens"
             )
         with self._changed:
-            self.check()
+            self._check(self._coming + 1)
             if self._waiting and sum(each.nbytes for each in self._waiting) + job.nbytes > self._limits.waiting:
                 raise FullError(f"{len(self._waiting)} requests with many images are waiting")
             self._waiting.append(job)

@@ -1,5 +1,6 @@
 """Responses that refuse a request, as OpenAI's clients read them, and the bound on a request's size."""
 
+import secrets
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -8,6 +9,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+#: Paths that anybody may ask for.
+_OPEN = ("/", "/health")
+#: Errors of one request that are told.
+_TOLD = 8
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -43,8 +48,8 @@ def add_refusals(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Any) -> JSONResponse:
         # Only where and what: an error's input is the request's content.
-        told = "; ".join(f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors())
-        return JSONResponse(body(400, told), 400)
+        told = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()[:_TOLD]]
+        return JSONResponse(body(400, "; ".join(told)), 400)
 
     async def failed(_: Request, error: Any) -> JSONResponse:
         return JSONResponse(body(500, f"the server raised {type(error).__name__}; its log says where"), 500)
@@ -53,6 +58,28 @@ def add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(AnyHTTPException, other)
     app.add_exception_handler(RequestValidationError, invalid)
+
+
+class KeyRequired:
+    """Refuses a request without the key before any of its body is read. The page and `/health` need none.
+
+    Args:
+        app: what is served.
+        key: what clients send; None lets all in.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app, self._key = app, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._key is not None and scope["path"] not in _OPEN:
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), self._key.encode()):
+                told = "got no valid key, expected the header Authorization: Bearer KEY"
+                refused = JSONResponse(body(401, told, "invalid_api_key"), 401, {"connection": "close"})
+                await refused(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

@@ -15,8 +15,9 @@ from PIL import Image
 
 from attnpack_serve.app import create_app
 from attnpack_serve.capacity import Capacity
+from attnpack_serve.chat import ChatRequest
 from attnpack_serve.images import ImageLimits
-from attnpack_serve.job import Done, Failed, Text, Used
+from attnpack_serve.job import Done, Failed, Sampling, Text, Used
 from attnpack_serve.limits import Limits
 from attnpack_serve.prompts import BadPromptError
 from attnpack_serve.queue import Queue
@@ -263,3 +264,44 @@ def test_metrics(served):
     )
     assert float(lines['attnpack_tokens_total{kind="completion"}']) == 2
     assert float(lines["attnpack_cache_ratio"]) == 4 and float(lines["attnpack_queue"]) == 0
+
+
+def test_the_key_is_asked_for_before_anything_is_read(served):
+    client, _ = served
+    refused = client.post("/v1/chat/completions", content=b"{", headers={"Authorization": "Bearer wrong"})
+    assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+    # Schemes are in any case.
+    assert client.get("/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
+
+
+def test_of_many_errors_a_few_are_told(served):
+    client, _ = served
+    for messages in ([0] * 5000, [{"role": "user", "content": [0] * 5000}]):
+        refused = client.post("/v1/chat/completions", json=ASKED | {"messages": messages})
+        assert refused.status_code == 400 and len(refused.text) < 5000
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "stream", "seed", "stop", "max_tokens"])
+def test_null_is_as_if_it_were_left_out(served, field):
+    client, _ = served
+    assert client.post("/v1/chat/completions", json=ASKED | {field: None}).status_code == 200
+
+
+def test_next_to_no_temperature_is_none():
+    asked = ChatRequest(**ASKED, temperature=1e-45, seed=3)
+    assert asked.sampling() == Sampling()
+
+
+def test_a_model_is_found_by_its_name(served):
+    client, _ = served
+    assert client.get("/v1/models/words").json()["id"] == "words"
+    assert client.get("/v1/models/other").status_code == 404
+
+
+@pytest.mark.parametrize("served", [{"queue": 1}], indirect=True)
+def test_prompts_that_are_being_made_wait_in_the_queue_too(served):
+    client, engine = served
+    with engine.queue.coming():
+        refused = client.post("/v1/chat/completions", json=ASKED)
+        assert (refused.status_code, client.get("/health").json()["waiting"]) == (429, 1)
+    assert client.post("/v1/chat/completions", json=ASKED).status_code == 200

@@ -66,9 +66,18 @@ def far_gif() -> bytes:
 
 
 def run_length_bmp() -> bytes:
-    """A BMP of one row that skips over 255 rows."""
-    header = struct.pack("<IiiHHIIiiII", 40, 1 << 24, 1, 1, 8, 1, 4, 1, 1, 256, 0)
+    """A BMP whose runs skip over 255 rows."""
+    header = struct.pack("<IiiHHIIiiII", 40, 1 << 12, 1 << 12, 1, 8, 1, 4, 1, 1, 256, 0)
     return b"BM" + struct.pack("<IHHI", 1082, 0, 0, 1078) + header + bytes(1024) + b"\x00\x02\x00\xff"
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan stands there so many times."""
+    made = io.BytesIO()
+    corners().save(made, "JPEG", progressive=True)
+    data = made.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
 
 
 PNG = saved(corners())
@@ -91,6 +100,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "a truncated GIF": (data_url(saved(corners(), "GIF")[:-30]), ("cannot be decoded", "cut short")),
     "a truncated BMP": (data_url(saved(corners(), "BMP")[:-30]), ("cannot be decoded", "cut short")),
     "a BMP in runs": (data_url(run_length_bmp()), ("run-length coding", "save it as PNG")),
+    "a JPEG of many scans": (data_url(scans(40)), ("a JPEG of more than 32 scans", "save it anew")),
+    "a line": (data_url(saved(Image.new("RGB", (1, 101)))), ("1 x 101 pixels", "at most 100 times", "cut it")),
     "a huge WebP": (
         data_url(huge_webp(1 << 24, 200)),
         ("16,777,216 x 200 pixels", "16,777,216 in all", "smaller image"),
